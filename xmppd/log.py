@@ -6,7 +6,6 @@
 so tests and libraries see ordinary records. Values come from clients: what could break or forge a line is escaped.
 """
 
-import json
 import logging
 import sys
 import time
@@ -44,14 +43,17 @@ def escape(text: str) -> str:
     """The text on one line: everything that is not printable is written as an escape."""
     if text.isprintable():
         return text
-    return "".join(
-        char if char.isprintable() else json.dumps(char)[1:-1] if char < " " else _code(char) for char in text
-    )
+    return "".join(char if char.isprintable() else _code(char) for char in text)
+
+
+_SHORT: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def _code(char: str) -> str:
     number = ord(char)
-    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}" if number < 65536 else f"\\U{number:08x}"
+    if number < 256:
+        return _SHORT.get(char) or f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 65536 else f"\\U{number:08x}"
 
 
 def format_value(value: object) -> str:

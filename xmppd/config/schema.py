@@ -119,7 +119,7 @@ def _database_url(value: object) -> str:
             raise ValueError("expected a file: sqlite:///{data_dir}/xmppd.db")
     elif parts.scheme not in ("mysql", "mariadb"):
         raise ValueError("expected a URL that starts with sqlite:// or mysql://")
-    elif not parts.hostname or not parts.path.strip("/") or not valid_port:
+    elif not (parts.hostname or "unix_socket=" in parts.query) or not parts.path.strip("/") or not valid_port:
         raise ValueError("expected mysql://user:password@host[:port]/database")
     return value
 
