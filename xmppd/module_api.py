@@ -1,7 +1,7 @@
 """The one door for plug-ins.
 
-A module is a page: a docstring, a frozen `Config` dataclass, one subclass of `Module` whose decorated methods are hooks,
-IQ handlers and admin commands, and the tables it needs. It declares; the loader registers and, on unload, unregisters.
+A module is a page: a docstring, a frozen `Config` dataclass, one subclass of `Module` whose decorated methods are
+hooks, IQ handlers and admin commands, and the tables it needs. It declares; the loader registers and, on unload, unregisters.
 
     class Pong(Module[Config]):
         xeps = {199: "2.0"}
