@@ -4,7 +4,6 @@
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)
 venv=$root/.venv
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # this checkout wins over any installed xmppd
-export PYTHONSAFEPATH=1                              # and nothing is imported from the current folder
 
 say() { printf '%s\n' "$*" >&2; }
 die() {
