@@ -106,8 +106,8 @@ def cpu_list(text: str) -> tuple[int, ...]:
     cpus: set[int] = set()
     try:
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            cpus.update(range(int(first), int(last or first) + 1))
+            first, dash, last = part.partition("-")
+            cpus.update(range(int(first), int(last if dash else first) + 1))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a list such as 0 or 0,2-3, got {text!r}") from None
     available = os.sched_getaffinity(0)
