@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine
 from importlib.metadata import PackageNotFoundError, version
-
 from typing import Any, Final
 
 from xmppd import config as configuration
@@ -33,7 +32,7 @@ from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
 from xmppd.config import Config
 from xmppd.config.schema import C2SListen
 from xmppd.delivery import Gate
-from xmppd.errors import CommandError, ConfigError, StanzaError, StorageError
+from xmppd.errors import CommandError, StanzaError
 from xmppd.events import ConfigReloaded, ServerStarted, UserDeleted, UserRegistered
 from xmppd.hooks import Hooks
 from xmppd.identity import DataFolder
@@ -261,9 +260,7 @@ class Server:
         self.router = Router(self.routes, self.hooks, self.spawn)
         self.router.connect(S2SManager(self.router.bounce))
         self.gate = Gate(self.hooks, self.spawn, self.router.bounce)
-        dispatcher = IqDispatcher(
-            self.iqs, send=self.router.route, bounce=self.router.bounce, gate=self.gate
-        )
+        dispatcher = IqDispatcher(self.iqs, send=self.router.route, bounce=self.router.bounce, gate=self.gate)
         self.sessions = SessionManager(
             table=self.table,
             owner=self.owner,
@@ -279,7 +276,7 @@ class Server:
             self.routes.insert(Route(host, self.owner, local.route))
         # Old clients ask for a session behind bind (RFC 3921 3); there is nothing to it.
         for target in ("account", "host"):
-            self.iqs.add("core", target, "set", ns.SESSION, "session", lambda request: None)  # type: ignore[arg-type]
+            self.iqs.add("core", target, "set", ns.SESSION, "session", lambda request: None)
         self.auth = Auth(self.accounts, self.config)
         self.accountant = Accountant(self.auth, self.accounts, self.sessions, self.hooks)
         self.flusher = Flusher(loop)
@@ -403,9 +400,7 @@ class Server:
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
         self._status = "started"
-        self.folder.write_ready(
-            {"node": self.node, "hosts": list(self.hosts), "listen": self._addresses}
-        )
+        self.folder.write_ready({"node": self.node, "hosts": list(self.hosts), "listen": self._addresses})
         waiting = self.hooks.notify(ServerStarted())
         if waiting is not None:
             self.spawn(_await(waiting), name="server started")
@@ -467,5 +462,3 @@ def _settings(listen: C2SListen) -> Settings:
 
 async def _await(waiting: Any) -> None:
     await waiting
-
-
