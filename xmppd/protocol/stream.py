@@ -1,0 +1,431 @@
+"""The reading side of an XML stream (RFC 6120 4): bytes in, events out, however the network cut them.
+
+What is refused here, with the stream error that names it: document types, comments, processing instructions
+(RFC 6120 11.1), other encodings than UTF-8, wrong namespaces, and whatever goes over a limit.
+
+lxml's pull parser (libxml2) does the parsing. Four things about it shape this file:
+- An element is serialised *before* it is removed from the root, or libxml2 invents prefixes for it.
+- Each finished stanza is removed from the root, so memory stays flat; white space between stanzas never reaches the
+  parser, where it would pile up as text of the root.
+- It keeps every name it has ever seen for the life of the process, so names nobody knows are counted per stream.
+- It would read a DOCTYPE before anybody could object, so the prolog is looked at before it is fed.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, cast
+
+from lxml import etree
+from lxml.etree import _Element
+
+from xmppd.errors import JidError, StreamError
+from xmppd.protocol import ns
+from xmppd.protocol.jid import JID, parse
+from xmppd.protocol.names import KNOWN_NAMES
+from xmppd.protocol.stanza import KINDS, Stanza, default_type, neutral
+
+_STREAM_TAG: Final = f"{{{ns.STREAMS}}}stream"
+_XML_LANG: Final = f"{{{ns.XML}}}lang"
+_BLANKS: Final = b" \t\r\n"
+_BLANK_BYTES: Final = frozenset(_BLANKS)
+_EVENTS: Final = ("start", "end", "start-ns", "comment", "pi")
+_DECLARATION: Final = re.compile(rb"""<\?xml[ \t\r\n](?:[^?"']++|"[^"]*+"|'[^']*+')*+\?>""")
+_ENCODING: Final = re.compile(rb"""[ \t\r\n]encoding[ \t\r\n]*=[ \t\r\n]*["']([^"']*)["']""")
+_TAG: Final = re.compile(rb"""<!\[CDATA\[(?:.*?\]\]>|.*)|<(?!!)(?:[^<>"']++|"[^"]*+"|'[^']*+')*+>""", re.DOTALL)
+_UNDECLARED_ENTITY: Final = 26  # libxml2's XML_ERR_UNDECLARED_ENTITY
+_PLAIN_NAMESPACES: Final = {None: ns.CLIENT, "stream": ns.STREAMS}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one stream may cost. Going over any of them ends it with `policy-violation`."""
+
+    size: int  # bytes since the last finished stanza
+    depth: int = 64  # elements inside each other, the stanza being the first
+    elements: int = 10_000  # in one stanza
+    names: int = 1000  # element, attribute, prefix and namespace names that are not in KNOWN_NAMES, per stream
+    total: int | None = None  # elements in the whole stream (before authentication)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOpened:
+    """The stream header; `to` and `from_` are as written by the peer."""
+
+    to: str | None
+    from_: str | None
+    version: str | None
+    lang: str | None
+    id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Nonza:
+    """A direct child of the root that is no stanza: SASL, STARTTLS, stream management, errors."""
+
+    element: _Element
+
+
+@dataclass(frozen=True, slots=True)
+class StreamClosed:
+    """The peer sent </stream:stream>."""
+
+
+Event = StreamOpened | Stanza | Nonza | StreamClosed | StreamError
+
+
+@dataclass(slots=True)
+class _Stamp:
+    """Who sends on this stream once a resource is bound: the address every stanza gets as its `from`."""
+
+    jid: JID
+    attribute: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        escaped = self.jid.full.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+        self.attribute = b' from="' + escaped.encode() + b'"'
+
+
+class Stream:
+    """One direction of one stream. `receive` never raises for what a peer sent: a StreamError is the last event.
+
+    After a StreamError or StreamClosed everything that still comes is ignored. A stream restart (RFC 6120 4.3.3) and a
+    new TLS layer each begin with `restart`.
+    """
+
+    __slots__ = (
+        "_depth",
+        "_elements",
+        "_ended",
+        "_exact",
+        "_held",
+        "_iter",
+        "_lang",
+        "_limits",
+        "_names",
+        "_parser",
+        "_pending",
+        "_prolog",
+        "_root",
+        "_simple",
+        "_stamp",
+        "_total",
+    )
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._names: set[str] = set()
+        self._stamp: _Stamp | None = None
+        self._total = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Expect a new stream header; what was counted as novel names stays counted."""
+        self._parser = etree.XMLPullParser(events=_EVENTS)
+        self._iter = self._parser.read_events()
+        self._root: _Element | None = None
+        self._prolog: bytes | None = b""
+        self._depth = 0
+        self._elements = 0
+        self._pending = 0  # bytes since the last finished stanza
+        self._held: list[bytes] = []  # those bytes
+        self._ended = False
+        self._simple = False  # the root declares nothing but the two usual namespaces
+        self._exact = False  # the last read held one whole stanza and nothing else
+        self._lang: str | None = None
+
+    def set_limits(self, limits: Limits) -> None:
+        """Other limits from here on (after authentication)."""
+        self._limits = limits
+
+    def bind(self, jid: JID) -> None:
+        """From now on each stanza's `from` must be this address (or its bare form, or absent) and becomes it."""
+        self._stamp = _Stamp(jid)
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    def receive(self, data: bytes) -> list[Event]:
+        """What these bytes complete, in order."""
+        if self._ended:
+            return []
+        if not data:
+            return []
+        if data[0] in _BLANK_BYTES and not self._held and not self._prolog and self._depth < 2:
+            data = data.lstrip(_BLANKS)
+            if not data:
+                return []
+        try:
+            if self._prolog is not None:
+                data = self._read_prolog(data)
+                if not data:
+                    return []
+            return self._read(data)
+        except StreamError as error:
+            self._ended = True
+            return [error]
+
+    # -- the prolog: everything before the root element's name
+
+    def _read_prolog(self, data: bytes) -> bytes:
+        """Hold back what comes before the root, until it is sure that it is no DOCTYPE, comment or foreign encoding."""
+        assert self._prolog is not None
+        prolog = self._prolog + data
+        if prolog[:3] == b"\xef\xbb\xbf":
+            prolog = prolog[3:]
+        if prolog[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in prolog[:4]:
+            raise StreamError("unsupported-encoding", "only UTF-8 is spoken here")
+        if len(prolog) > self._limits.size:
+            raise StreamError("policy-violation", f"more than {self._limits.size} bytes without a stream header")
+        rest = prolog
+        if b"<?xml"[: len(rest)] == rest[:5]:
+            declaration = _DECLARATION.match(rest)
+            if declaration is None:
+                if b"?>" in rest:
+                    raise StreamError("not-well-formed", "the XML declaration is not well-formed")
+                self._prolog = prolog
+                return b""
+            encoding = _ENCODING.search(declaration.group())
+            if encoding is not None and encoding.group(1).lower() != b"utf-8":
+                raise StreamError("unsupported-encoding", "only UTF-8 is spoken here")
+            rest = rest[declaration.end() :]
+        rest = rest.lstrip(_BLANKS)
+        if len(rest) < 2 and rest[:1] in (b"", b"<"):
+            self._prolog = prolog
+            return b""
+        if rest[:1] != b"<":
+            raise StreamError("not-well-formed", "a stream begins with <stream:stream>")
+        if rest[1:2] in (b"!", b"?"):
+            raise StreamError("restricted-xml", "document types, comments and processing instructions are not allowed")
+        self._prolog = None
+        return prolog if prolog[:1] == b"<" else prolog.lstrip(_BLANKS)
+
+    # -- the stream itself
+
+    def _read(self, data: bytes) -> list[Event]:
+        whole = self._depth == 1 and not self._held  # the chunk begins where a stanza begins
+        failure: StreamError | None = None
+        try:
+            self._parser.feed(data)
+        except etree.XMLSyntaxError as exc:
+            failure = _syntax_error(exc)
+            whole = False
+        header_too = self._depth == 0
+        out: list[Event] = []
+        try:
+            for action, item in self._iter:
+                if action == "start":
+                    self._open(cast(_Element, item), out)
+                elif action == "end":
+                    depth = self._depth = self._depth - 1
+                    if depth == 1:
+                        out.append(self._finish(cast(_Element, item), data if whole and not out else b""))
+                        self._elements = 0
+                    elif depth == 0:
+                        self._ended = True
+                        out.append(StreamClosed())
+                        break
+                elif action == "start-ns":
+                    self._declare(*cast(tuple[str, str], item))
+                else:
+                    raise StreamError("restricted-xml", "comments and processing instructions are not allowed")
+            if failure is not None:
+                raise failure
+            if self._exact:
+                self._exact = False
+            else:
+                self._count_bytes(data, header_too, out)
+        except StreamError as error:
+            self._ended = True
+            out.append(error)
+        return out
+
+    def _open(self, element: _Element, out: list[Event]) -> None:
+        self._depth += 1
+        tag = element.tag
+        if tag not in KNOWN_NAMES:
+            self._novel(tag)
+        for name in cast(list[str], element.keys()):
+            if name not in KNOWN_NAMES:
+                self._novel(name)
+        if self._depth == 1:
+            out.append(self._open_root(element))
+            return
+        self._elements += 1
+        limits = self._limits
+        if self._depth - 1 > limits.depth:
+            raise StreamError("policy-violation", f"elements nested deeper than {limits.depth}")
+        if self._elements > limits.elements:
+            raise StreamError("policy-violation", f"more than {limits.elements} elements in one stanza")
+        if limits.total is not None:
+            self._total += 1
+            if self._total > limits.total:
+                raise StreamError("policy-violation", f"more than {limits.total} elements before authentication")
+
+    def _open_root(self, element: _Element) -> StreamOpened:
+        if element.tag != _STREAM_TAG:
+            if etree.QName(element).namespace != ns.STREAMS:
+                raise StreamError("invalid-namespace", "the stream namespace is " + ns.STREAMS)
+            raise StreamError("bad-format", "the root of a stream is <stream:stream>")
+        nsmap = element.nsmap
+        if nsmap.get(None) != ns.CLIENT:
+            raise StreamError("invalid-namespace", "the content namespace of this stream is " + ns.CLIENT)
+        if element.prefix != "stream":
+            raise StreamError("bad-namespace-prefix", "the prefix of the stream namespace is 'stream'")
+        self._root = element
+        self._simple = nsmap == _PLAIN_NAMESPACES
+        self._lang = element.get(_XML_LANG)
+        return StreamOpened(
+            element.get("to"), element.get("from"), element.get("version"), self._lang, element.get("id")
+        )
+
+    def _finish(self, element: _Element, chunk: bytes) -> Event:
+        root = self._root
+        assert root is not None
+        if _has_text(root.text) or _has_text(element.tail):
+            raise StreamError("bad-format", "text between stanzas")
+        kind = KINDS.get(element.tag)
+        if kind is None:
+            event: Event = self._nonza(element)
+        else:
+            event = self._stanza(element, kind, chunk)
+        del root[0]
+        return event
+
+    def _nonza(self, element: _Element) -> Nonza:
+        namespace = etree.QName(element).namespace
+        if namespace == ns.CLIENT:
+            raise StreamError("unsupported-stanza-type", f"<{etree.QName(element).localname}/> is no stanza")
+        if namespace in (None, ns.SERVER):
+            raise StreamError("invalid-namespace", "a stanza of this stream is in " + ns.CLIENT)
+        return Nonza(element)
+
+    def _stanza(self, element: _Element, kind: str, chunk: bytes) -> Stanza:
+        get = element.get
+        stamp = self._stamp
+        to_text, claimed = get("to"), get("from")
+        own: JID | None = None
+        changed = False
+        if stamp is not None:
+            own = stamp.jid
+            if claimed is None:
+                pass
+            elif claimed != own.full:
+                if not _is_own(claimed, own):
+                    raise StreamError("invalid-from", "a stanza's sender must be the address bound to the stream")
+                changed = True
+                element.set("from", own.full)
+        if self._lang is not None and get(_XML_LANG) is None:
+            element.set(_XML_LANG, self._lang)
+            changed = True
+        if chunk and not changed and self._simple and not element.tail:
+            # The usual case, one read that holds one whole stanza: its bytes are neutral as they are.
+            xml = self._raw(chunk, kind, self._elements, None if claimed is not None else stamp)
+        else:
+            xml = b""
+        if not xml:
+            if stamp is not None and claimed is None:
+                element.set("from", stamp.jid.full)
+            xml = neutral(element)
+        to, malformed = None, False
+        if to_text is not None:
+            try:
+                to = parse(to_text)
+            except JidError:
+                malformed = True
+        stanza = Stanza(kind, get("type") or default_type(kind), get("id") or "", to, own, xml, element)
+        stanza.malformed = malformed
+        return stanza
+
+    def _raw(self, chunk: bytes, kind: str, elements: int, stamp: _Stamp | None) -> bytes:
+        """The chunk as a stanza's neutral bytes, stamped; b"" when it is not exactly that one stanza.
+
+        The parser has accepted these bytes, but an unfinished tag may still wait in it. Whatever is left over begins
+        with "<", so then there are more of those than the stanza's start and end tags account for.
+        """
+        name = b"<" + kind.encode()
+        if (
+            not chunk.startswith(name)
+            or not (chunk.endswith(b"/>") or chunk.endswith(b"</" + kind.encode() + b">"))
+            or chunk.count(b"<") != elements + chunk.count(b"</")
+            or b"jabber:client" in chunk
+        ):
+            return b""
+        self._exact = len(chunk) <= self._limits.size
+        return chunk if stamp is None else name + stamp.attribute + chunk[len(name) :]
+
+    # -- counting
+
+    def _declare(self, prefix: str, uri: str) -> None:
+        if prefix and prefix not in KNOWN_NAMES:
+            self._novel(prefix)
+        if uri not in KNOWN_NAMES:
+            self._novel(uri)
+
+    def _novel(self, name: str) -> None:
+        names = self._names
+        names.add(name)
+        if len(names) > self._limits.names:
+            raise StreamError("policy-violation", f"more than {self._limits.names} unknown names")
+
+    def _count_bytes(self, data: bytes, header_too: bool, out: list[Event]) -> None:
+        """Hold every stanza, finished or not, to its size; bytes are counted exactly, wherever the reads were cut."""
+        size = self._limits.size
+        if not out:
+            self._held.append(data)
+            self._pending += len(data)
+            if self._pending > size:
+                raise _too_large(size)
+            return
+        held = b"".join((*self._held, data))
+        start = 0
+        for done, end in enumerate(_unit_ends(held, 0 if header_too else 1)):
+            if end - start > size:
+                del out[done:]
+                raise _too_large(size)
+            start = end
+        rest = held[start:].lstrip(_BLANKS)
+        self._pending = len(rest)
+        self._held = [rest] if rest else []
+        if self._pending > size:
+            raise _too_large(size)
+
+
+def _unit_ends(data: bytes, depth: int) -> Iterator[int]:
+    """Where the stream header (depth 0) and each stanza end in bytes that the parser has accepted."""
+    for tag in _TAG.finditer(data):
+        start, end = tag.span()
+        second = data[start + 1]
+        if second in b"!?":
+            continue
+        if second == 47:  # "/"
+            depth -= 1
+        elif data[end - 2] != 47:
+            depth += 1
+            if depth > 1:
+                continue
+        if depth == 1:
+            yield end
+
+
+def _too_large(size: int) -> StreamError:
+    return StreamError("policy-violation", f"a stanza larger than {size} bytes")
+
+
+def _has_text(text: str | None) -> bool:
+    return text is not None and bool(text.strip(" \t\r\n"))
+
+
+def _is_own(claimed: str, own: JID) -> bool:
+    """May a client bound to `own` write this `from`: its full or its bare address (RFC 6120 8.1.2.1)."""
+    try:
+        return parse(claimed).full in (own.full, own.bare)
+    except JidError:
+        return False
+
+
+def _syntax_error(exc: etree.XMLSyntaxError) -> StreamError:
+    if getattr(exc, "code", 0) == _UNDECLARED_ENTITY:
+        return StreamError("restricted-xml", "entity references are not allowed")
+    return StreamError("not-well-formed", exc.msg or "")
