@@ -73,9 +73,9 @@ def pattern(text: str, node: str) -> str:
 def form(text: str) -> dict[str, Any]:
     """The parts of a command's help that are not free words."""
     name = re.search(r"Command Name: (.*)", text)
-    arguments = re.search(r"Arguments: (.*?)\n\n", text, re.S)
+    arguments = re.search(r"Arguments: (.*?)\n  Returns:", text, re.S)
     returns = re.search(r"Returns: (.*?)\n\n", text, re.S)
-    assert name and arguments and returns, text
+    assert None not in (name, arguments, returns), text
     last = text.rstrip("\n").rpartition("\n")[2]
     return {
         "name": name[1],

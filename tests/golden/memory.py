@@ -1,39 +1,27 @@
-"""The command layer's collaborators in memory: as small as they can be, and as strict as the real ones about addresses."""
+"""What the core's commands work on, in memory: as small as it can be, and as strict about names as the real one."""
 
+import asyncio
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
-from slixmpp.jid import JID, InvalidJID
 from xmppd.admin.commands import register_core
 from xmppd.admin.registry import Registry
-from xmppd.errors import ConfigError, JidError
+from xmppd.delivery import SAFE, Outcome
+from xmppd.errors import ConfigError
+from xmppd.protocol.sasl import prep_password, prep_username
+from xmppd.protocol.stanza import Stanza
+from xmppd.session_manager import SessionInfo
 
 NODE = "xmppd@localhost"
 VERSION = "0.1.0"
 
 
-def local_part(user: str) -> str:
-    try:
-        if not user or "@" in user or "/" in user or " " in user:
-            raise InvalidJID
-        return JID(f"{user}@localhost").local
-    except InvalidJID as exc:
-        raise JidError(user) from exc
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    user: str
-    host: str
-    resource: str
-    connection: str = "c2s_tls"
-    ip: str = "127.0.0.1"
-    port: int = 50000
-    priority: int | None = 0
-    node: str = NODE
-    uptime_seconds: int = 7
-    show: str = "available"
-    status_text: str = ""
+def session(user: str, resource: str, **other: Any) -> SessionInfo:
+    """A session with ordinary values where nothing else is said."""
+    usual = {"connection": "c2s_tls", "ip": "127.0.0.1", "port": 50000, "priority": 0, "node": NODE}
+    usual |= {"uptime_seconds": 7, "show": "available", "status_text": "", "host": "localhost"}
+    return SessionInfo(**{**usual, "user": user, "resource": resource, **other})
 
 
 @dataclass
@@ -42,17 +30,11 @@ class Server:
     version: str = VERSION
     status: str = "started"
     hosts: tuple[str, ...] = ("localhost", "capulet.example")
-    loglevel: str = "info"
-    asked: list[str] = field(default_factory=list)
+    asked_to_stop: asyncio.Event = field(default_factory=asyncio.Event)
     report: list[str] | ConfigError = field(default_factory=list)
 
     def uptime(self) -> float:
         return 75.9
-
-    def set_loglevel(self, level: str) -> None:
-        if level not in ("none", "critical", "error", "warning", "info", "debug"):
-            raise ValueError(level)
-        self.loglevel = level
 
     async def reload_config(self) -> list[str]:
         if isinstance(self.report, ConfigError):
@@ -61,11 +43,11 @@ class Server:
 
     def stop(self) -> None:
         self.status = "stopping"
-        self.asked.append("stop")
+        self.asked_to_stop.set()
 
     def restart(self) -> None:
         self.status = "stopping"
-        self.asked.append("restart")
+        self.asked_to_stop.set()
 
 
 class Accounts:
@@ -75,7 +57,7 @@ class Accounts:
         self.passwords: dict[tuple[str, str], str] = {}
 
     async def exists(self, host: str, user: str) -> bool:
-        return (host, local_part(user)) in self.passwords
+        return (host, user) in self.passwords
 
     async def names(self, host: str) -> list[str]:
         return [user for its_host, user in self.passwords if its_host == host]
@@ -84,32 +66,31 @@ class Accounts:
         return len(await self.names(host))
 
     async def register(self, host: str, user: str, password: str) -> bool:
-        if await self.exists(host, user):
+        if not prep_password(password) or await self.exists(host, prep_username(user)):
             return False
-        self.passwords[host, local_part(user)] = password
+        self.passwords[host, prep_username(user)] = password
         return True
 
     async def set_password(self, host: str, user: str, password: str) -> bool:
-        if not await self.exists(host, user):
+        if not prep_password(password) or not await self.exists(host, prep_username(user)):
             return False
-        self.passwords[host, local_part(user)] = password
+        self.passwords[host, prep_username(user)] = password
         return True
 
     async def check_password(self, host: str, user: str, password: str) -> bool:
-        return self.passwords.get((host, local_part(user))) == password
+        return self.passwords.get((host, prep_username(user))) == password
 
     async def remove(self, host: str, user: str) -> bool:
-        return self.passwords.pop((host, local_part(user)), None) is not None
+        return self.passwords.pop((host, prep_username(user)), None) is not None
 
 
 class Sessions:
     def __init__(self) -> None:
-        self.rows: list[Session] = []
+        self.rows: list[SessionInfo] = []
         self.kicked: list[tuple[str, str]] = []
 
-    def infos(self, host: str | None = None, user: str | None = None) -> list[Session]:
-        name = None if user is None else local_part(user)
-        return [row for row in self.rows if host in (None, row.host) and name in (None, row.user)]
+    def infos(self, host: str | None = None, user: str | None = None) -> list[SessionInfo]:
+        return [row for row in self.rows if host in (None, row.host) and user in (None, row.user)]
 
     def count(self, host: str | None = None) -> int:
         return len(self.infos(host))
@@ -123,14 +104,12 @@ class Sessions:
 
 class Router:
     def __init__(self) -> None:
-        self.sent: list[tuple[str, str, bytes]] = []
+        self.sent: list[Stanza] = []
+        self.outcome: Outcome = SAFE
 
-    def inject(self, from_jid: str, to_jid: str, xml: bytes) -> None:
-        for address in (from_jid, to_jid):
-            local, at, rest = address.rpartition("@")
-            if at and (not local or not rest):
-                raise JidError(f"{address}: no address")
-        self.sent.append((from_jid, to_jid, xml))
+    def route(self, stanza: Stanza) -> Outcome:
+        self.sent.append(stanza)
+        return self.outcome
 
 
 class Loader:

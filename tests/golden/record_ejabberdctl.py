@@ -73,8 +73,10 @@ class Node:
         cookie.write_text("recorder")
         cookie.chmod(0o400)
         subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-            + ["-keyout", "key.pem", "-out", "cert.pem"],  # noqa: RUF005 -- reads better in two lines
+            [
+                *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+                *("-keyout", "key.pem", "-out", "cert.pem"),
+            ],
             cwd=self.folder,
             check=True,
             capture_output=True,

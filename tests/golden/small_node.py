@@ -11,17 +11,15 @@ from tests.golden.memory import Node
 from xmppd.admin.socket import ControlSocket
 
 
-async def main(folder: Path) -> None:
+async def main(folder: str) -> None:
     node = Node()
-    folder.mkdir(parents=True, exist_ok=True)
-    socket = ControlSocket(folder / "xmppd.sock", node.registry, node=node.server.node)
+    socket = ControlSocket(Path(folder, "xmppd.sock"), node.registry, node=node.server.node)
     await socket.start()
-    while not node.server.asked:
-        await asyncio.sleep(0.01)
+    await node.server.asked_to_stop.wait()
     await socket.close()
 
 
 if __name__ == "__main__":
     if "--refuse" in sys.argv:
         sys.exit("etc/xmppd.yml: hots: unknown option. Did you mean hosts?")
-    asyncio.run(main(Path(sys.argv[1])))
+    asyncio.run(main(sys.argv[1]))

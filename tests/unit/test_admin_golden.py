@@ -6,13 +6,22 @@ from typing import Any
 import pytest
 
 from tests.golden import compare
-from tests.golden.memory import NODE, VERSION, Node, Session
+from tests.golden.memory import NODE, VERSION, Node, session
 from xmppd.admin.registry import Caller, UsageError
 from xmppd.errors import CommandError
+from xmppd.log import get_level, set_level
+from xmppd.session_manager import SessionInfo
 
 OF_MODULES = ("add_rosteritem", "delete_rosteritem", "get_roster", "get_offline_count")
 OF_XMPPCTL = ("started", "stopped", "start")
 FILES = [file for file in compare.files() if file["command"] not in OF_MODULES]
+
+
+@pytest.fixture(autouse=True)
+def _loglevel():
+    before = get_level()
+    yield
+    set_level(before)
 
 
 async def run(node: Node, argv: list[str]) -> tuple[str, int]:
@@ -26,13 +35,12 @@ async def run(node: Node, argv: list[str]) -> tuple[str, int]:
         return f"Error: {exc.text}\n", exc.code
 
 
-def online(spec: dict[str, Any]) -> Session:
+def online(spec: dict[str, Any]) -> SessionInfo:
     """The session row a client's presence makes."""
     found = {name: re.search(f"<{name}>(.*?)</{name}>", spec["presence"]) for name in ("show", "status", "priority")}
     show, status, priority = (match[1] if match else "" for match in found.values())
-    return Session(
+    return session(
         spec["user"],
-        "localhost",
         spec["resource"],
         priority=int(priority or 0) if spec["presence"] else None,
         show=show or "available",

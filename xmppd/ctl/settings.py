@@ -1,4 +1,4 @@
-"""Where the node is: options, environment, etc/xmppctl.cfg, the two lines of xmppd.yml that matter, defaults, in this order.
+"""Where the node is: options, environment, etc/xmppctl.cfg, two lines of xmppd.yml, defaults, in this order.
 
 No YAML parser on the way to the socket: it would take longer than the command itself.
 """
