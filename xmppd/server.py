@@ -32,7 +32,7 @@ from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
 from xmppd.config import Config
 from xmppd.config.schema import C2SListen
 from xmppd.delivery import Gate
-from xmppd.errors import CommandError, StanzaError
+from xmppd.errors import CommandError
 from xmppd.events import ConfigReloaded, ServerStarted, UserDeleted, UserRegistered
 from xmppd.hooks import Hooks
 from xmppd.identity import DataFolder
@@ -43,7 +43,6 @@ from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, make
-from xmppd.protocol.stanza import Stanza
 from xmppd.protocol.stream import Limits
 from xmppd.router import Router
 from xmppd.s2s_manager import S2SManager
@@ -105,7 +104,7 @@ class Accountant:
 
 
 class Server:
-    """One node. Fulfils admin.commands.Server and Router, and module_api.ServerInfo."""
+    """One node. Fulfils the admin commands' Server and module_api.ServerInfo."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -159,17 +158,6 @@ class Server:
 
     def loaded(self, module: str) -> bool:
         return self.loader.loaded(module)
-
-    def inject(self, from_jid: str, to_jid: str, xml: bytes) -> None:
-        """Route a stanza as if its sender were connected here; JidError, StanzaError."""
-        try:
-            stanza = Stanza.from_bytes(xml)
-        except ValueError as exc:
-            raise StanzaError("bad-request", str(exc)) from exc
-        stanza = stanza.replace(from_=from_jid, to=to_jid)
-        if stanza.to is None:
-            raise StanzaError("bad-request", "no recipient")
-        self.router.route(stanza)
 
     # -- life
 
@@ -307,7 +295,7 @@ class Server:
             accounts=self.accounts,
             auth=self.accountant,
             sessions=self.sessions,
-            router=self,
+            router=self.router,
             loader=self.loader,
         )
         try:
