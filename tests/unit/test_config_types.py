@@ -64,7 +64,13 @@ def test_what_is_no_size_is_refused(text: object) -> None:
 
 @pytest.mark.parametrize(
     ("text", "rate"),
-    [("20/m", Rate(20, 60)), ("5/s", Rate(5, 1)), ("100/h", Rate(100, 3600)), ("3/10s", Rate(3, 10)), ("1/d", Rate(1, 86400))],
+    [
+        ("20/m", Rate(20, 60)),
+        ("5/s", Rate(5, 1)),
+        ("100/h", Rate(100, 3600)),
+        ("3/10s", Rate(3, 10)),
+        ("1/d", Rate(1, 86400)),
+    ],
 )
 def test_rates_are_a_count_and_a_period(text: str, rate: Rate) -> None:
     assert parse_rate(text) == rate
@@ -128,7 +134,16 @@ def test_addresses_with_a_port_are_split() -> None:
 
 
 DOMAINS = [
-    *("Example.NET", "example.net.", "MÜLLER.example", "xn--mller-kva.example", "straße.de", "ｅxample.com", "İ.x", "a_b.c"),
+    *(
+        "Example.NET",
+        "example.net.",
+        "MÜLLER.example",
+        "xn--mller-kva.example",
+        "straße.de",
+        "ｅxample.com",
+        "İ.x",
+        "a_b.c",
+    ),
     *("127.0.0.1", "[::1]", "localhost", "9", "ſ.x", "K.x", "a" * 63 + ".b"),
 ]
 
@@ -138,7 +153,9 @@ def test_a_domain_is_normalised_as_the_addresses_of_stanzas_are(domain: str) -> 
     assert normalise_host(domain) == JID(domain).domain
 
 
-@pytest.mark.parametrize("domain", ["", ".", "a..b", ".a", "-a.b", "a-.b", "::1", "a b", "a" * 64, "a@b", "a/b", "a\tb", "\u00ad.x"])
+@pytest.mark.parametrize(
+    "domain", ["", ".", "a..b", ".a", "-a.b", "a-.b", "::1", "a b", "a" * 64, "a@b", "a/b", "a\tb", "\u00ad.x"]
+)
 def test_what_is_no_domain_is_refused(domain: str) -> None:
     with pytest.raises(ValueError, match="expected a domain"):
         normalise_host(domain)
