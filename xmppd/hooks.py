@@ -13,7 +13,7 @@ from inspect import iscoroutinefunction
 from typing import Any, TypeVar, cast
 
 from xmppd.errors import ConfigError, StanzaError, StorageError
-from xmppd.events import HANDLED, Handled
+from xmppd.events import Handled
 
 _log = logging.getLogger("xmppd.hooks")
 E = TypeVar("E")
@@ -104,8 +104,8 @@ class Hooks:
             except Exception as exc:
                 _refuse(handler, event, exc)
                 continue
-            if result is HANDLED:
-                return HANDLED
+            if isinstance(result, Handled):
+                return result
             if result is not None:
                 event = cast(E, result)
         return event
@@ -119,8 +119,8 @@ class Hooks:
             except Exception as exc:
                 _refuse(handler, event, exc)
                 continue
-            if result is HANDLED:
-                return HANDLED
+            if isinstance(result, Handled):
+                return result
             if result is not None:
                 event = cast(E, result)
         return event

@@ -166,18 +166,31 @@ class Sessions(Protocol):
 class Routing(Protocol):
     """The `routing:` section of the configuration."""
 
-    profile: str
-    iq_needs_presence: bool
-    presence_coalesce: float  # seconds
+    @property
+    def profile(self) -> str:
+        """compat or rfc6121."""
+        ...
+
+    @property
+    def iq_needs_presence(self) -> bool: ...
+
+    @property
+    def presence_coalesce(self) -> float:
+        """Seconds."""
+        ...
 
 
 class ServerInfo(Protocol):
     """What a module may know about the server."""
 
     version: str
-    hosts: tuple[str, ...]
     started_at: float  # Unix time
-    routing: Routing
+
+    @property
+    def hosts(self) -> tuple[str, ...]: ...
+
+    @property
+    def routing(self) -> Routing: ...
 
     def features(self) -> list[str]:
         """Service discovery features that the loaded modules declare, sorted."""

@@ -4,9 +4,9 @@ Run it where Debian's `ejabberd` package is installed (its service need not run,
 
     python tests/golden/record_ejabberdctl.py [COMMAND ...]
 
-It starts its own node `ejabberd@localhost` with its own epmd on a free port, own cookie, own database, everything in a temporary folder
-and on the loopback interface, puts real clients online (STARTTLS, SASL PLAIN), and ends all of it. tests/golden/README.md describes the
-files and their placeholders.
+It starts its own node `ejabberd@localhost` with its own epmd on a free port, own cookie and own database, all of it in
+a temporary folder and on the loopback interface, puts real clients online (STARTTLS, SASL PLAIN), and ends all of it.
+tests/golden/README.md describes the files and their placeholders.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ auth_password_format: scram
 listen:
   - {{port: {port}, ip: 127.0.0.1, module: ejabberd_c2s, starttls: true}}
 access_rules: {{everyone: [{{allow: all}}]}}
-modules: {{mod_admin_extra: {{}}, mod_roster: {{versioning: true}}, mod_offline: {{}}, mod_disco: {{}}, mod_last: {{}}, mod_ping: {{}}}}
+modules: {{mod_admin_extra: {{}}, mod_roster: {{versioning: true}}, mod_offline: {{}}, mod_disco: {{}}, mod_last: {{}}}}
 """
 
 
@@ -73,8 +73,10 @@ class Node:
         cookie.write_text("recorder")
         cookie.chmod(0o400)
         subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-            + ["-keyout", "key.pem", "-out", "cert.pem"],
+            [
+                *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+                *("-keyout", "key.pem", "-out", "cert.pem"),
+            ],
             cwd=self.folder,
             check=True,
             capture_output=True,
@@ -153,7 +155,8 @@ class Client:
 
     async def open(self, until: str) -> None:
         await self.ask(
-            "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams' to='localhost' version='1.0'>",
+            "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams' "
+            "to='localhost' version='1.0'>",
             until,
         )
         await self.until("</stream:features>")

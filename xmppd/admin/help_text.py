@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING, Final
 from xmppd.admin.results import describe
 
 if TYPE_CHECKING:
-    from xmppd.admin.registry import Command
+    from xmppd.admin.registry import Arg, Command
 
 WIDTH: Final = 79
 
 
 def one(command: "Command") -> str:
     """Everything about one command."""
-    arguments = "\n             ".join(
-        f"{arg.name}::{arg.type}{' (optional)' if arg.optional else ''}{' (- reads it from standard input)' if arg.secret else ''}"
-        for arg in command.args
-    )
+    arguments = "\n             ".join(f"{arg.name}::{arg.type}{_note(arg)}" for arg in command.args)
     description = textwrap.fill(command.doc, WIDTH, initial_indent="  Description: ", subsequent_indent=" " * 15)
     return (
         f"  Command Name: {command.name}\n\n"
@@ -27,6 +24,12 @@ def one(command: "Command") -> str:
         f"  Module: {command.owner}\n\n"
         f"{description}\n"
     )
+
+
+def _note(arg: "Arg") -> str:
+    if arg.secret:
+        return " (- reads it from standard input)"
+    return " (optional)" if arg.optional else ""
 
 
 def rows(commands: Iterable["Command"]) -> str:

@@ -12,38 +12,42 @@ A command is a function or method that says what it takes and what it returns:
         )
         async def add_rosteritem(self, localuser: str, localhost: str, ...) -> None: ...
 
-- It is called with the arguments by name, already of their type (`from_` for an argument `from`). A parameter named `call` gets a `Call`: who calls, progress, `--local`.
+- It is called with the arguments by name (`from_` for an argument `from`), already of their type. A parameter named
+  `call` gets a `Call`: who calls, progress, `--local`.
 - It may be a plain function or a coroutine. The value it returns fits `result` (results.py).
-- A refusal is `raise CommandError(text, code)`: prints `Error: text`; code 1 unless docs/exit-codes.md names another one. Other errors
-  of xmppd.errors are shown with their text, anything else is logged with its traceback and shown as an internal error.
+- A refusal is `raise CommandError(text, code)`: prints `Error: text`; code 1 unless docs/exit-codes.md names another
+  one. Other errors of xmppd.errors are shown with their text; anything else is logged with its traceback and shown as
+  an internal error.
 
 The shapes of the commands that modules own (tests/golden/ejabberdctl-23.01/*.json has what each one prints):
 
-    add_rosteritem     Rescode(); invalid addresses and unknown hosts refused, an unknown user is not (ejabberd does not look)
+    add_rosteritem     Rescode(); wrong addresses and unknown hosts are refused, an unknown user is not
     delete_rosteritem  Rescode(); an item that is not there is no error
-    get_roster         List("contacts", Tuple("contact", (string("jid"), string("nick"), string("subscription"), string("ask"),
-                       string("group")))): one row per group, one with an empty group for a contact in none; the `ask` of a contact
-                       nobody is asked about is `undefined` in ejabberd's mod_roster (`none` in its other backends' words)
+    get_roster         List("contacts", Tuple("contact", (string("jid"), string("nick"), string("subscription"),
+                       string("ask"), string("group")))); one row per group, a contact in none has one with an empty
+                       group; `ask` is `undefined` where nothing is asked
     get_offline_count  integer("value")
 
-Names are ejabberd's where it has the command, else `noun verb` with a blank; `noun_verb` finds those too (the HTTP API's spelling).
+Names are ejabberd's where it has the command, else `noun verb` with a blank; `noun_verb` finds those too, since HTTP
+paths have no blanks.
 """
 
 import difflib
 import inspect
+import itertools
 import keyword
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from logging import getLogger
 from typing import Any, Final, Literal, TypeVar
 
 from xmppd.admin import help_text
 from xmppd.admin.results import Result, Shape
 from xmppd.errors import CommandError, XmppdError
+from xmppd.log import get_logger
 
-log = getLogger("xmppd.admin")
+log = get_logger("admin")
 
 ERROR: Final = 1
 USAGE: Final = 2
@@ -54,7 +58,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class Arg:
-    """One argument. A `list` is written `a,b,c` on the command line. `secret`: never shown, may come from standard input."""
+    """One argument. A `list` is `a,b,c` on the command line; a `secret` is never shown, and `-` reads it from stdin."""
 
     name: str
     type: ArgType = "string"
@@ -118,7 +122,7 @@ class Command:
 def command(
     name: str, *, args: Sequence[Arg] = (), result: Shape, doc: str, tags: Sequence[str] = (), reads: bool = False
 ) -> Callable[[F], F]:
-    """Declare a function or method as an admin command; whoever owns it registers it (the module loader does for modules).
+    """Declare a function or method as an admin command; whoever owns it registers it, for modules the loader does.
 
     Raises TypeError at import if the declaration and the function's parameters do not agree.
     """
@@ -128,7 +132,7 @@ def command(
         parameters = [p for p in inspect.signature(function).parameters if p != "self"]
         if sorted(names) != sorted(p for p in parameters if p != "call") or len(set(names)) != len(names):
             raise TypeError(f"command {name!r} declares {names}, its function takes {parameters}")
-        if any(a.optional and not b.optional for a, b in zip(args, args[1:], strict=False)):
+        if any(a.optional and not b.optional for a, b in itertools.pairwise(args)):
             raise TypeError(f"command {name!r}: an optional argument stands before a required one")
         spec = Command(name, tuple(args), result, doc, tuple(tags), reads, wants_call="call" in parameters)
         function.__xmppd_command__ = spec  # type: ignore[attr-defined]
@@ -232,7 +236,8 @@ class Registry:
     ) -> Result:
         """Run a command with arguments in order (texts) or by name (JSON values).
 
-        Raises CommandError: a usage fault (code 2), the command's own refusal, or an internal error (code 1) whose cause is in the log.
+        Raises CommandError: UsageError (code 2), the command's own refusal, or an internal error (code 1) whose cause
+        is in the log.
         """
         spec = self.get(name)
         values = by_position(spec, args) if not isinstance(args, Mapping) else by_name(spec, args)
@@ -252,18 +257,16 @@ class Registry:
             raise CommandError(str(exc) or type(exc).__name__, ERROR) from exc
         except Exception as exc:
             # the exception's own text may hold parameters of a statement, so it goes to the log alone
-            log.exception("command failed command=%s via=%s caller=%s", spec.name, caller.via, caller.name)
+            log.error("command failed", exc=exc, command=spec.name, via=caller.via, caller=caller.name)
             raise CommandError(f"the command '{spec.name}' failed ({type(exc).__name__}), see the log", ERROR) from exc
         finally:
             if not spec.reads:
-                ms = (time.monotonic() - began) * 1000
-                log.info(
-                    "command command=%s via=%s caller=%s code=%d ms=%.0f", spec.name, caller.via, caller.name, code, ms
-                )
+                ms = round((time.monotonic() - began) * 1000)
+                log.info("command done", command=spec.name, via=caller.via, caller=caller.name, code=code, ms=ms)
 
 
 class UsageError(CommandError):
-    """The request itself is wrong: exit code 2. `help` stands before the error where the command's help is shown with it."""
+    """The request itself is wrong: exit code 2. `help` is the command's help where it is to be shown with the error."""
 
     def __init__(self, text: str, help: str = "") -> None:
         super().__init__(text, USAGE)
@@ -319,7 +322,7 @@ def _typed(arg: Arg, value: Any) -> Any:
 
 
 def _check_text(arg: Arg, value: str) -> None:
-    # half a surrogate pair (bytes that are no UTF-8 in argv) and NUL would only fail later, in a database or on a stream
+    # half a surrogate pair (argv that was no UTF-8) and NUL would only fail later, in a database or on a stream
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -1,8 +1,9 @@
 """Shapes of what a command returns, and how each is printed for people and for programs.
 
-The printed form is ejabberdctl's: a scalar on a line, a list one element a line, a tuple separated by tabs, a list inside a tuple
-separated by `;`, a `Rescode` prints nothing and sets the exit code, a `Restuple` prints its text. The JSON form is the one of
-ejabberd's HTTP API: numbers and strings bare, lists as arrays, tuples as objects, a `Rescode` as 0 or 1.
+The printed form is ejabberdctl's: a scalar on a line, a list one element a line, a tuple separated by tabs, a list
+inside a tuple separated by `;`, a `Rescode` prints nothing and sets the exit code, a `Restuple` prints its text. The
+JSON form is the one of ejabberd's HTTP API: numbers and strings bare, lists as arrays, tuples as objects, a `Rescode`
+as 0 or 1.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any, Final, Literal
 ScalarType = Literal["string", "integer"]
 
 # A status text or a resource is the client's; without this it could forge rows, columns and terminal sequences.
-_CONTROLS: Final = {code: " " for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
+_CONTROLS: Final = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029), " ")
 
 ROWS_PER_CHUNK: Final = 1000
 
@@ -84,7 +85,7 @@ class Result:
         return "".join(self.chunks())
 
     def chunks(self) -> Iterator[str]:
-        """The printed form in pieces of at most ROWS_PER_CHUNK lines, so that a long list need not stop the event loop."""
+        """The printed form in pieces of ROWS_PER_CHUNK lines, so that a long list need not stop the event loop."""
         shape, value = self.shape, self.value
         if isinstance(shape, Rescode):
             if value is False:

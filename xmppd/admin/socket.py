@@ -2,17 +2,17 @@
 
 The client sends one line per request, several in a row on one connection:
 
-    {"argv": ["register", "juliet", "localhost", "-"], "json": false, "secret": null, "local": false, "node": "xmppd@localhost"}
+    {"argv": ["register", "juliet", "localhost", "-"], "json": false, "secret": null, "local": false, "node": null}
 
 All but `argv` may be missing. The node answers with lines, the last of which has `code`:
 
     {"progress": "..."}           long work goes on
-    {"need": "password"}          a secret argument was `-` and no `secret` came along: the client sends {"secret": "..."}
+    {"need": "password"}          a secret argument was `-` and no `secret` came along: {"secret": "..."} is to follow
     {"out": "..."}                a part of a long output
     {"out": "...", "err": "...", "code": 0}
 
-`secret` fills the `-` of a secret argument; where no argument is `-` and exactly one is missing, it is inserted at the secret one's place.
-A request with `node` is refused (code 3) by a node of another name.
+`secret` fills the `-` of a secret argument; where no argument is `-` and exactly one is missing, it is inserted at the
+secret one's place. A request with `node` is refused (code 3) by a node of another name.
 """
 
 import asyncio
@@ -24,15 +24,15 @@ import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging import getLogger
 from pathlib import Path
 from typing import Any, Final
 
 from xmppd.admin.registry import Call, Caller, Registry, UsageError
 from xmppd.admin.results import error_json
 from xmppd.errors import CommandError, DataFolderInUse
+from xmppd.log import get_logger
 
-log = getLogger("xmppd.admin.socket")
+log = get_logger("admin")
 
 NAME: Final = "xmppd.sock"
 MAX_LINE: Final = 1 << 20  # a request; an answer is cut into parts and has no such limit
@@ -46,7 +46,7 @@ NOT_REACHABLE: Final = 3
 
 @contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """A name of the socket that fits into sockaddr_un: its own, or one through an open descriptor of its folder (Linux)."""
+    """A name of the socket that fits into sockaddr_un: its own, or one through a descriptor of its folder (Linux)."""
     if len(os.fsencode(path)) <= _SUN_PATH:
         yield str(path)
         return
@@ -68,8 +68,8 @@ def peer_of(sock: Any) -> tuple[int, int]:
 class ControlSocket:
     """Serves a registry on a unix socket.
 
-    `node` is this node's name. start() raises DataFolderInUse when a living process serves on the path, and OSError where the
-    socket cannot be made.
+    `node` is this node's name. start() raises DataFolderInUse when a living process serves on the path, and OSError
+    where the socket cannot be made.
     """
 
     def __init__(
@@ -166,17 +166,17 @@ class ControlSocket:
         try:
             pid, uid = peer_of(writer.get_extra_info("socket"))
             if uid not in (0, os.geteuid()):
-                log.warning("control socket refused uid=%d pid=%d", uid, pid)
+                log.warning("control socket refused", uid=uid, pid=pid)
                 await connection.end("only root and the user of the node may control it")
             elif len(self._tasks) > self._max_connections:
-                log.warning("control socket full connections=%d pid=%d", self._max_connections, pid)
+                log.warning("control socket full", connections=self._max_connections, pid=pid)
                 await connection.end(f"more than {self._max_connections} control connections; try again later")
             else:
                 await connection.serve(Caller("ctl", f"uid={uid}"))
         except (ConnectionError, TimeoutError):
             pass  # the client left, or did not take its answer in time
-        except Exception:
-            log.exception("control connection failed")
+        except Exception as exc:
+            log.error("control connection failed", exc=exc)
         finally:
             writer.transport.abort() if connection.stuck else writer.close()
 
