@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 from xmppd.admin.registry import Arg, command
 from xmppd.admin.results import integer
 from xmppd.cluster.tables import Owner
-from xmppd.config.types import Duration, Rate, Size, between, lasting, sized
-from xmppd.delivery import SAFE, Outcome, Pending
+from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, sized
+from xmppd.delivery import SAFE, Outcome, Pending, as_stanza_error
 from xmppd.events import Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.protocol.jid import JID
@@ -59,6 +59,7 @@ __all__ = [
     "IqRequest",
     "Module",
     "NoReply",
+    "OptionalRate",
     "Outcome",
     "Owner",
     "Pending",
@@ -72,6 +73,7 @@ __all__ = [
     "SpoolRow",
     "Stamp",
     "Utf8",
+    "as_stanza_error",
     "between",
     "by_host",
     "command",
@@ -275,6 +277,20 @@ class Module(Generic[C]):
         """The loaded module that provides a service; LookupError when none does."""
         found: T = self._context.service(protocol)
         return found
+
+    async def sees_presence(self, asker: JID, user: JID) -> bool:
+        """Whether `asker` is the user, or gets the user's presence (subscription from or both); StorageUnavailable."""
+        if asker.bare == user.bare:
+            return True
+        try:
+            roster = self.service(RosterService)  # type: ignore[type-abstract]
+        except LookupError:
+            return False
+        contacts = roster.cached(user)
+        if contacts is None:
+            contacts = await roster.contacts(user)
+        contact = contacts.get(asker.bare)
+        return contact is not None and contact.sees_user
 
 
 # -- services that modules offer each other

@@ -32,7 +32,7 @@ class Log(Protocol):
 
 
 class KeptMessage(Stanza):
-    """A message that is a row of the spool: routed again, because the session it went to has died, it is still there."""
+    """A message that is a row of the spool, and still is when the session it went to has died."""
 
     __slots__ = ("holder", "row_id")
 
