@@ -12,7 +12,7 @@ import gc
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -88,11 +88,14 @@ class Accountant:
     async def check_password(self, host: str, user: str, password: str) -> bool:
         return await self._auth.check_password(host, user, password)
 
-    async def remove(self, host: str, user: str) -> bool:
-        """Remove an account, end its sessions, let the modules forget it; False when there was none."""
+    async def remove(self, host: str, user: str, *, removed: Callable[[], None] | None = None) -> bool:
+        """Remove an account, end its sessions, let the modules forget it; False when there was none. `removed` is
+        called before the sessions end."""
         jid = make(user, host)
         if not await self._auth.remove(host, user):
             return False
+        if removed is not None:
+            removed()
         self._sessions.kick(jid.local, jid.domain, None, "User removed")
         await self._tell(UserDeleted(jid))
         return True
@@ -307,6 +310,7 @@ class Server:
     def _context(self, name: str) -> Context:
         return Context(
             name=name,
+            owner=self.owner,
             storage=self.storage,
             spool=self.spool,
             sessions=self.sessions,  # type: ignore[arg-type]
