@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import os
 import signal
 import time
 import uuid
@@ -30,6 +31,7 @@ from xmppd.c2s.sweeper import RecordSweeper
 from xmppd.c2s.tls import Certificates
 from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
 from xmppd.config import Config
+from xmppd.config.changes import RESTART
 from xmppd.config.schema import C2SListen
 from xmppd.delivery import Gate
 from xmppd.errors import CommandError
@@ -392,7 +394,8 @@ class Server:
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
         self._status = "started"
-        self.folder.write_ready({"node": self.node, "hosts": list(self.hosts), "listen": self._addresses})
+        ready = {"node": self.node, "pid": os.getpid(), "hosts": list(self.hosts), "listen": self._addresses}
+        self.folder.write_ready(ready)
         waiting = self.hooks.notify(ServerStarted())
         if waiting is not None:
             self.spawn(_await(waiting), name="server started")
@@ -425,8 +428,7 @@ class Server:
         self.auth.config = self.config
 
     def _keep_what_needs_a_restart(self, new: Config) -> Config:
-        kept = {name: getattr(self.config, name) for name in ("node", "data_dir", "hosts", "listen", "database")}
-        return new.model_copy(update=kept)
+        return new.model_copy(update={name: getattr(self.config, name) for name in RESTART})
 
 
 def _settings(listen: C2SListen) -> Settings:

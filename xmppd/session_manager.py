@@ -106,6 +106,7 @@ class SessionManager:
     def close(self, row: SessionRow) -> bool:
         """Take a session's row out; True when it was the user's last one."""
         self._table.remove(row)
+        row.session = None
         return not self._table.rows(row.jid.bare)
 
     def set_priority(self, row: SessionRow, priority: int | None) -> None:
