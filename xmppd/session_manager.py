@@ -27,8 +27,8 @@ class LiveSession(Protocol):
 
     jid: JID
 
-    def send(self, stanza: Stanza) -> Outcome:
-        """Write to its client."""
+    def deliver(self, stanza: Stanza) -> Outcome:
+        """Write to its client, behind what was stored for it. Raises StanzaError."""
         ...
 
     def replaced(self) -> None:
@@ -173,7 +173,7 @@ class SessionManager:
                         self._deliver(row, addressed)
 
     def _deliver(self, row: SessionRow, stanza: Stanza) -> Outcome:
-        outcome: Outcome = row.session.send(stanza)
+        outcome: Outcome = row.session.deliver(stanza)
         return outcome
 
     def _deliver_all(self, rows: list[SessionRow], stanza: Stanza) -> Outcome:
