@@ -1,7 +1,8 @@
 """The one door for plug-ins.
 
 A module is a page: a docstring, a frozen `Config` dataclass, one subclass of `Module` whose decorated methods are
-hooks, IQ handlers and admin commands, and the tables it needs. It declares; the loader registers and, on unload, unregisters.
+hooks, IQ handlers and admin commands, and the tables it needs. It declares; the loader registers and, on unload,
+unregisters.
 
     class Pong(Module[Config]):
         xeps = {199: "2.0"}
@@ -17,37 +18,68 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
-from xmppd.admin.registry import command
-from xmppd.delivery import SAFE, Outcome
+from xmppd.admin.registry import Arg, command
+from xmppd.admin.results import List, Rescode, Tuple, string
+from xmppd.delivery import SAFE, Outcome, Pending
 from xmppd.events import Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
-from xmppd.storage.tables import module_table
+from xmppd.storage import Storage
+from xmppd.storage.sql import by_host, insert_new, upsert
+from xmppd.storage.tables import (
+    FULL_BYTES,
+    Utf8,
+    fixed_bytes,
+    host_column,
+    key_hash,
+    long_bytes,
+    long_text,
+    module_table,
+    user_column,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
 
     from xmppd.log import Logger
     from xmppd.spool import Spool
-    from xmppd.storage import Storage
 
 __all__ = [
+    "FULL_BYTES",
     "NO_REPLY",
     "SAFE",
+    "Arg",
     "Contact",
+    "Context",
     "IqRequest",
+    "List",
     "Module",
     "NoReply",
     "Outcome",
+    "Pending",
+    "Rescode",
     "RosterService",
     "Routing",
     "ServerInfo",
     "Session",
+    "Storage",
+    "Tuple",
+    "Utf8",
+    "by_host",
     "command",
+    "fixed_bytes",
     "hook",
+    "host_column",
+    "insert_new",
     "iq",
+    "key_hash",
+    "long_bytes",
+    "long_text",
     "module_table",
+    "string",
+    "upsert",
+    "user_column",
 ]
 
 C = TypeVar("C")
@@ -173,7 +205,7 @@ class Context:
     """Everything the loader hands to a module."""
 
     name: str
-    storage: "Storage"
+    storage: Storage
     spool: "Spool"
     sessions: Sessions
     accounts: AccountsInfo
