@@ -19,16 +19,21 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from xmppd.admin.registry import Arg, command
-from xmppd.admin.results import List, Rescode, Tuple, string
-from xmppd.delivery import SAFE, Outcome, Pending
+from xmppd.admin.results import List, Rescode, Tuple, integer, string
+from xmppd.cluster.tables import Owner
+from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, sized
+from xmppd.delivery import SAFE, Outcome, Pending, as_stanza_error
 from xmppd.events import Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
+from xmppd.spool import Holder, QuotaReached, SpoolRow
 from xmppd.storage import Storage
+from xmppd.storage.ids import new_id
 from xmppd.storage.sql import by_host, insert_new, upsert
 from xmppd.storage.tables import (
     FULL_BYTES,
+    Stamp,
     Utf8,
     fixed_bytes,
     host_column,
@@ -51,32 +56,46 @@ __all__ = [
     "SAFE",
     "Arg",
     "Contact",
-    "Context",
+    "Duration",
+    "Holder",
     "IqRequest",
     "List",
     "Module",
     "NoReply",
+    "OptionalRate",
     "Outcome",
+    "Owner",
     "Pending",
+    "QuotaReached",
+    "Rate",
     "Rescode",
     "RosterService",
     "Routing",
     "ServerInfo",
     "Session",
+    "Size",
+    "SpoolRow",
+    "Stamp",
     "Storage",
     "Tuple",
     "Utf8",
+    "as_stanza_error",
+    "between",
     "by_host",
     "command",
     "fixed_bytes",
     "hook",
     "host_column",
     "insert_new",
+    "integer",
     "iq",
     "key_hash",
+    "lasting",
     "long_bytes",
     "long_text",
     "module_table",
+    "new_id",
+    "sized",
     "string",
     "upsert",
     "user_column",
@@ -141,6 +160,10 @@ class Sessions(Protocol):
         """The live sessions of a bare JID on this node."""
         ...
 
+    def local(self) -> Iterable[Session]:
+        """Every live session of this node, of which there may be many: for background work, in pieces."""
+        ...
+
     def is_available(self, user: JID) -> bool: ...
 
     def multicast(self, stanza: Stanza, users: Iterable[JID]) -> None:
@@ -197,7 +220,9 @@ class AccountsInfo(Protocol):
 
     async def set_password(self, host: str, username: str, password: str) -> bool: ...
 
-    async def remove(self, host: str, username: str) -> bool: ...
+    async def remove(self, host: str, username: str, *, removed: Callable[[], None] | None = None) -> bool:
+        """False when there is no such account. `removed` is called when it is gone and before its sessions end."""
+        ...
 
 
 @dataclass(slots=True)
@@ -205,6 +230,7 @@ class Context:
     """Everything the loader hands to a module."""
 
     name: str
+    owner: Owner
     storage: Storage
     spool: "Spool"
     sessions: Sessions
@@ -230,6 +256,7 @@ class Module(Generic[C]):
     def __init__(self, context: Context, config: C) -> None:
         self.config = config
         self.name = context.name
+        self.owner = context.owner
         self.storage = context.storage
         self.spool = context.spool
         self.sessions = context.sessions
@@ -258,6 +285,20 @@ class Module(Generic[C]):
         """The loaded module that provides a service; LookupError when none does."""
         found: T = self._context.service(protocol)
         return found
+
+    async def sees_presence(self, asker: JID, user: JID) -> bool:
+        """Whether `asker` is the user, or gets the user's presence (subscription from or both); StorageUnavailable."""
+        if asker.bare == user.bare:
+            return True
+        try:
+            roster = self.service(RosterService)  # type: ignore[type-abstract]
+        except LookupError:
+            return False
+        contacts = roster.cached(user)
+        if contacts is None:
+            contacts = await roster.contacts(user)
+        contact = contacts.get(asker.bare)
+        return contact is not None and contact.sees_user
 
 
 # -- services that modules offer each other

@@ -12,7 +12,7 @@ import gc
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
 from xmppd.config import Config
 from xmppd.config.schema import C2SListen
 from xmppd.delivery import Gate
-from xmppd.errors import CommandError, StanzaError
+from xmppd.errors import CommandError
 from xmppd.events import ConfigReloaded, ServerStarted, UserDeleted, UserRegistered
 from xmppd.hooks import Hooks
 from xmppd.identity import DataFolder
@@ -43,7 +43,6 @@ from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, make
-from xmppd.protocol.stanza import Stanza
 from xmppd.protocol.stream import Limits
 from xmppd.router import Router
 from xmppd.s2s_manager import S2SManager
@@ -89,11 +88,14 @@ class Accountant:
     async def check_password(self, host: str, user: str, password: str) -> bool:
         return await self._auth.check_password(host, user, password)
 
-    async def remove(self, host: str, user: str) -> bool:
-        """Remove an account, end its sessions, let the modules forget it; False when there was none."""
+    async def remove(self, host: str, user: str, *, removed: Callable[[], None] | None = None) -> bool:
+        """Remove an account, end its sessions, let the modules forget it; False when there was none. `removed` is
+        called before the sessions end."""
         jid = make(user, host)
         if not await self._auth.remove(host, user):
             return False
+        if removed is not None:
+            removed()
         self._sessions.kick(jid.local, jid.domain, None, "User removed")
         await self._tell(UserDeleted(jid))
         return True
@@ -105,7 +107,7 @@ class Accountant:
 
 
 class Server:
-    """One node. Fulfils admin.commands.Server and Router, and module_api.ServerInfo."""
+    """One node. Fulfils the admin commands' Server and module_api.ServerInfo."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -159,17 +161,6 @@ class Server:
 
     def loaded(self, module: str) -> bool:
         return self.loader.loaded(module)
-
-    def inject(self, from_jid: str, to_jid: str, xml: bytes) -> None:
-        """Route a stanza as if its sender were connected here; JidError, StanzaError."""
-        try:
-            stanza = Stanza.from_bytes(xml)
-        except ValueError as exc:
-            raise StanzaError("bad-request", str(exc)) from exc
-        stanza = stanza.replace(from_=from_jid, to=to_jid)
-        if stanza.to is None:
-            raise StanzaError("bad-request", "no recipient")
-        self.router.route(stanza)
 
     # -- life
 
@@ -307,7 +298,7 @@ class Server:
             accounts=self.accounts,
             auth=self.accountant,
             sessions=self.sessions,
-            router=self,
+            router=self.router,
             loader=self.loader,
         )
         try:
@@ -319,6 +310,7 @@ class Server:
     def _context(self, name: str) -> Context:
         return Context(
             name=name,
+            owner=self.owner,
             storage=self.storage,
             spool=self.spool,
             sessions=self.sessions,  # type: ignore[arg-type]

@@ -39,6 +39,7 @@ MAX_LINE: Final = 1 << 20  # a request; an answer is cut into parts and has no s
 MAX_CONNECTIONS: Final = 64
 IDLE: Final = 600.0  # seconds between requests, and for typing a password
 SLOW: Final = 15.0  # seconds in which a client must take what was written
+LINGER: Final = 1.0  # seconds a refused client has to read why
 _SUN_PATH: Final = 100  # sockaddr_un holds 104 to 108 bytes, depending on the system
 
 NOT_REACHABLE: Final = 3
@@ -92,6 +93,7 @@ class ControlSocket:
         self._slow = slow
         self._server: asyncio.Server | None = None
         self._inode = 0
+        self._served = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -150,10 +152,10 @@ class ControlSocket:
             listener.setblocking(False)
             self._inode = draft.lstat().st_ino
             draft.rename(self.path)
-        except BaseException:
+        except OSError as exc:
             listener.close()
             draft.unlink(missing_ok=True)
-            raise
+            raise OSError(exc.errno, exc.strerror, str(self.path)) from exc  # bind() does not say which file
         return listener
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -168,11 +170,15 @@ class ControlSocket:
             if uid not in (0, os.geteuid()):
                 log.warning("control socket refused", uid=uid, pid=pid)
                 await connection.end("only root and the user of the node may control it")
-            elif len(self._tasks) > self._max_connections:
+            elif self._served >= self._max_connections:
                 log.warning("control socket full", connections=self._max_connections, pid=pid)
                 await connection.end(f"more than {self._max_connections} control connections; try again later")
             else:
-                await connection.serve(Caller("ctl", f"uid={uid}"))
+                self._served += 1
+                try:
+                    await connection.serve(Caller("ctl", f"uid={uid}"))
+                finally:
+                    self._served -= 1
         except (ConnectionError, TimeoutError):
             pass  # the client left, or did not take its answer in time
         except Exception as exc:
@@ -209,7 +215,12 @@ class _Connection:
             raise
 
     async def end(self, text: str, code: int = 1) -> None:
+        """Refuse, and take what the client still sends for a moment: to close with it unread would reset the answer."""
         await self.send({"out": "", "err": f"Error: {text}\n", "code": code})
+        self._writer.write_eof()
+        async with asyncio.timeout(LINGER):
+            while await self._reader.read(65536):
+                pass
 
     async def _frame(self) -> dict[str, Any] | None:
         """The next line; None at the end of the connection. Raises UsageError for what is no request."""

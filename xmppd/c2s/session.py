@@ -299,6 +299,10 @@ class Session:
         """An operator ends the session."""
         self._end(StreamError("policy-violation", reason or "Kicked"))
 
+    def unreachable(self) -> None:
+        """The client does not answer; what it has not acknowledged goes elsewhere."""
+        self._end(StreamError("connection-timeout", "no answer to a ping"))
+
     def _end(self, error: StreamError) -> None:
         carrier = self._carrier
         taken = carrier.unsent() == 0
