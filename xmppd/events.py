@@ -40,6 +40,15 @@ class Session(Protocol):
         """Write a stanza to this session's client; what became of it comes back (delivery.Outcome)."""
         ...
 
+    @property
+    def idle_seconds(self) -> float:
+        """How long nothing has come from its client."""
+        ...
+
+    def unreachable(self) -> None:
+        """Its client does not answer: the stream ends with `connection-timeout` (RFC 6120 4.9.3.4)."""
+        ...
+
 
 class PendingOutcome(Protocol):
     """The outcome of a stanza that somebody still works on (delivery.Pending)."""

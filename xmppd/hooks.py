@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from inspect import iscoroutinefunction
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from xmppd.errors import ConfigError, StanzaError, StorageError
-from xmppd.events import HANDLED, Handled
+from xmppd.events import Handled
 
 _log = logging.getLogger("xmppd.hooks")
 E = TypeVar("E")
@@ -91,8 +91,8 @@ class Hooks:
                 _log_crash(handler, event, exc)
 
     def decide(self, event: E) -> E | Handled | Awaitable[E | Handled]:
-        """Ask the deciders: the event as they leave it, HANDLED when one of them took it over, or an awaitable of either
-        when a coroutine is among them. Raises StanzaError when a handler refuses or crashes."""
+        """Ask the deciders: the event as they leave it, HANDLED when one of them took it over, or an awaitable of
+        either when a coroutine is among them. Raises StanzaError when a handler refuses or crashes."""
         handlers = self._handlers.get(type(event))
         if handlers is None:
             return event
@@ -104,10 +104,10 @@ class Hooks:
             except Exception as exc:
                 _refuse(handler, event, exc)
                 continue
-            if result is HANDLED:
-                return HANDLED
+            if isinstance(result, Handled):
+                return result
             if result is not None:
-                event = result
+                event = cast(E, result)
         return event
 
     async def _decide_rest(self, event: E, handlers: list[Handler]) -> E | Handled:
@@ -119,10 +119,10 @@ class Hooks:
             except Exception as exc:
                 _refuse(handler, event, exc)
                 continue
-            if result is HANDLED:
-                return HANDLED
+            if isinstance(result, Handled):
+                return result
             if result is not None:
-                event = result
+                event = cast(E, result)
         return event
 
 

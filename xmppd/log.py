@@ -7,10 +7,10 @@ so tests and libraries see ordinary records. Values come from clients: what coul
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
-from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -166,8 +166,8 @@ class Formatter(logging.Formatter):
             self._second, self._stamp = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         if isinstance(record, Record):
             tag, message = record.tag, record.getMessage()
-        else:  # a library's
-            tag, message = record.name, escape(record.getMessage())
+        else:  # from logging itself: a library's, or one that was logged below this room
+            tag, message = record.name.removeprefix("xmppd."), escape(record.getMessage())
         label = _LABELS.get(record.levelno) or escape(record.levelname)
         milliseconds = int((record.created - second) * 1000)
         line = f"{self._stamp}.{milliseconds:03d}Z {label:5} {escape(tag):11} {message}"
@@ -181,34 +181,90 @@ class Formatter(logging.Formatter):
         return line
 
 
-class _Patient(logging.Handler):
-    """A handler that counts what it could not write (a full disk, a closed pipe) and says so when it can again."""
+class _Handler(logging.Handler):
+    """Counts what it could not write (a full disk, a closed pipe) and says so once it can again.
+
+    The server goes on without its log, and nothing is printed elsewhere for each lost line.
+    """
 
     lost = 0
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        """The server goes on without its log; nothing is printed elsewhere for each lost line."""
-        self.lost += 1
+    def write(self, text: str) -> None:
+        """Writes whole lines; any exception means that they are lost."""
+        raise NotImplementedError
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes the record, and before it how many were lost."""
-        if self.lost:
-            count, self.lost = self.lost, 0
-            note = Record("xmppd.log", logging.WARNING, "", 0, "log lines lost", None, None)
-            note.tag, note.fields = "log", {"count": count}
-            super().emit(note)
-            if self.lost:  # still nothing
-                self.lost += count
-                return
-        super().emit(record)
+        try:
+            text = self._format(record)
+            if self.lost:
+                text = f"{self.format(_note(logging.WARNING, 'log lines lost', count=self.lost))}\n{text}"
+            self.write(f"{text}\n")
+            self.lost = 0
+        except Exception:
+            self.lost += 1
+
+    def _format(self, record: logging.LogRecord) -> str:
+        try:
+            return self.format(record)
+        except Exception as exc:  # a value that cannot be turned into text, a library's wrong format string
+            fault = _note(logging.ERROR, "log line failed", logger=record.name, phrase=str(record.msg), error=repr(exc))
+            return self.format(fault)
 
 
-class _StreamHandler(_Patient, logging.StreamHandler[TextIO]):
-    pass
+def _note(level: int, phrase: str, /, **fields: object) -> Record:
+    record = Record("xmppd.log", level, "", 0, phrase, None, None)
+    record.tag, record.fields = "log", fields
+    return record
 
 
-class _FileHandler(_Patient, WatchedFileHandler):
-    pass
+class _StreamHandler(_Handler):
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        self._stream.write(text.encode("utf-8", "backslashreplace").decode())
+        self._stream.flush()
+
+
+class _FileHandler(_Handler):
+    """Appends to a file, unbuffered; when it has been moved away (logrotate) the next line starts a new one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path.absolute()
+        self._file, self._identity = self._open()
+        self._torn = False  # the last write ended inside a line
+
+    def _open(self) -> tuple[int, tuple[int, int]]:
+        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        status = os.fstat(file)
+        return file, (status.st_dev, status.st_ino)
+
+    def write(self, text: str) -> None:
+        try:
+            status = os.stat(self._path)
+            moved = (status.st_dev, status.st_ino) != self._identity
+        except FileNotFoundError:
+            moved = True
+        if moved:
+            former = self._file
+            self._file, self._identity = self._open()
+            self._torn = False
+            os.close(former)
+        data = ("\n" if self._torn else "").encode() + text.encode("utf-8", "backslashreplace")
+        while data:
+            written = os.write(self._file, data)
+            self._torn = written < len(data)
+            data = data[written:]
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        super().close()
 
 
 def setup(level: str = "info", *, stream: TextIO | None = None, path: Path | None = None) -> None:
@@ -219,11 +275,7 @@ def setup(level: str = "info", *, stream: TextIO | None = None, path: Path | Non
     """
     global _handler
     number = LEVELS[level]
-    handler: logging.Handler
-    if path is not None:
-        handler = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    else:
-        handler = _StreamHandler(stream or sys.stderr)
+    handler: logging.Handler = _FileHandler(path) if path is not None else _StreamHandler(stream or sys.stderr)
     handler.setFormatter(Formatter())
     root = logging.getLogger()
     if _handler is not None:

@@ -5,7 +5,7 @@ negative; NONNEG all that are not negative; OFF means MessageUndeliverable, wher
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -120,6 +120,10 @@ class SessionManager:
     def sessions(self, user: JID) -> list[LiveSession]:
         """The live sessions of a bare JID on this node."""
         return [row.session for row in self._table.rows(user.bare).values() if row.session is not None]
+
+    def local(self) -> Iterator[LiveSession]:
+        """Every live session of this node."""
+        return (row.session for row in self._table.all() if row.session is not None)
 
     def is_bound(self, jid: JID) -> bool:
         return jid.resource in self._table.rows(jid.bare)

@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from slixmpp.jid import JID, InvalidJID
 
 from xmppd.config.hosts import normalise_host
 from xmppd.config.types import (
@@ -18,6 +17,7 @@ from xmppd.config.types import (
     parse_rate,
     parse_size,
 )
+from xmppd.protocol import jid
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_networks_are_read_in_both_families(text: str) -> None:
 
 
 def test_an_address_inside_a_network_is_taken_for_a_slip() -> None:
-    with pytest.raises(ValueError, match="Did you mean 10.0.0.0/8"):
+    with pytest.raises(ValueError, match=r"Did you mean 10\.0\.0\.0/8"):
         parse_network("10.0.0.1/8")
 
 
@@ -150,11 +150,31 @@ DOMAINS = [
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_a_domain_is_normalised_as_the_addresses_of_stanzas_are(domain: str) -> None:
-    assert normalise_host(domain) == JID(domain).domain
+    assert normalise_host(domain) == jid.parse(domain.removesuffix(".")).domain
 
 
 @pytest.mark.parametrize(
-    "domain", ["", ".", "a..b", ".a", "-a.b", "a-.b", "::1", "a b", "a" * 64, "a@b", "a/b", "a\tb", "\u00ad.x"]
+    "domain",
+    [
+        *(
+            "",
+            ".",
+            "..",
+            "a..b",
+            ".a",
+            "-a.b",
+            "a-.b",
+            "::1",
+            "a b",
+            "a" * 64,
+            "a@b",
+            "a/b",
+            "../a",
+            "a\tb",
+            "\u00ad.x",
+        ),
+        *('a"b', "a'b", "a&b", "a%b", "a\\b", "a.b" * 100, "a\nb", "*.example.net"),
+    ],
 )
 def test_what_is_no_domain_is_refused(domain: str) -> None:
     with pytest.raises(ValueError, match="expected a domain"):
@@ -167,9 +187,6 @@ def test_every_accepted_domain_is_one_a_stanza_can_be_sent_to(domain: str) -> No
         host = normalise_host(domain)
     except ValueError:
         return
-    try:
-        jid = JID(host)
-    except InvalidJID:
-        pytest.fail(f"{domain!r} was accepted as {host!r}")
-    assert jid.full == host
+    assert jid.parse(f"juliet@{host}/balcony").domain == host
     assert normalise_host(host) == host
+    assert host.isprintable()

@@ -282,6 +282,21 @@ def test_a_client_that_believes_we_cannot_bind(mechanism):
     assert caught.value.condition == "not-authorized"
 
 
+@pytest.mark.parametrize(
+    ("mechanism", "flag"),
+    [("SCRAM-SHA-1", "p=tls-unique"), ("SCRAM-SHA-1-PLUS", "p=tls-exporter"), ("SCRAM-SHA-1-PLUS", "p=moon")],
+)
+def test_channel_binding_that_was_not_agreed_on_is_malformed(mechanism, flag):
+    attempt = start(mechanism, [*PLUS, *OFFERED], BINDING)
+    assert condition(attempt, f"{flag},,n=juliet,r=nonce".encode()) == "malformed-request"
+
+
+@pytest.mark.parametrize("flag", ["n", "y"])
+def test_plus_needs_the_binding(flag):
+    attempt = start("SCRAM-SHA-1-PLUS", [*PLUS, *OFFERED], BINDING)
+    assert condition(attempt, f"{flag},,n=juliet,r=nonce".encode()) == "not-authorized"
+
+
 FIRST = b"n,,n=juliet,r=nonce"
 MALFORMED_FIRST = [
     b"n,,",

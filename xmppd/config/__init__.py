@@ -1,7 +1,7 @@
 """The configuration: `load` finds and validates xmppd.yml, `diff` says what a reload would change.
 
-DESIGN of the dialect: words are ejabberd's where ejabberd has one, everything is validated before anything starts.
-All options stand in schema.py, their meaning in docs/configuration.md.
+Words are ejabberd's where ejabberd has one, and everything is validated before anything starts. All options stand
+in schema.py, their meaning in docs/configuration.md.
 """
 
 from xmppd.errors import ConfigError

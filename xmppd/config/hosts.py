@@ -1,44 +1,24 @@
-"""Names of the domains we serve, in the form addresses are compared in (RFC 7622 3.2)."""
+"""Names of the domains we serve."""
 
-from encodings.idna import ToASCII, nameprep
-from ipaddress import AddressValueError, IPv4Address, IPv6Address
+import re
+from typing import Final
+
+from xmppd.errors import JidError
+from xmppd.protocol.jid import make
+
+_WORDS: Final = "expected a domain such as example.net"
+# Addresses may hold more, but these names also become files (certs/HOST.pem) and names in certificates.
+_SERVABLE: Final = re.compile(r"(?:[A-Za-z0-9_-]|[^\x00-\x7f])+(?:\.(?:[A-Za-z0-9_-]|[^\x00-\x7f])+)*|\[[0-9a-f:.]+\]")
 
 
 def normalise_host(value: object) -> str:
-    """`example.net` for `Example.NET.`; ValueError says what is wrong with it.
-
-    The result is the one our JID type gives for the same domain; `tests/unit/test_config_types.py` holds it to that.
-    """
+    """`example.net` for `Example.NET.`, as the addresses of stanzas are prepared; ValueError for what is no domain."""
     if not isinstance(value, str):
-        raise ValueError("expected a domain such as example.net")
-    name = value.strip().removesuffix(".")
-    if name.startswith("[") and name.endswith("]"):
-        try:
-            IPv6Address(name[1:-1])
-        except AddressValueError:
-            raise ValueError("expected a domain such as example.net") from None
-        return name.lower()
+        raise ValueError(_WORDS)
     try:
-        IPv4Address(name)
-    except AddressValueError:
-        labels = [_label(label) for label in name.split(".")]
-    else:
-        return name
-    host = ".".join(labels)
-    if len(host.encode()) > 1023:
-        raise ValueError("expected a domain of at most 1023 bytes")
+        host = make("", value.strip().removesuffix(".")).domain
+    except JidError:
+        raise ValueError(f"{_WORDS}: labels of letters, digits and hyphens") from None
+    if not _SERVABLE.fullmatch(host):
+        raise ValueError(f"{_WORDS}: labels of letters, digits and hyphens")
     return host
-
-
-def _label(label: str) -> str:
-    if not label:
-        raise ValueError("expected a domain such as example.net, without empty labels")
-    try:
-        prepared: str = nameprep(label)
-        ToASCII(prepared)
-    except UnicodeError:
-        raise ValueError("expected a domain whose labels are letters, digits and hyphens, 1 to 63 each") from None
-    allowed = all(char.isalnum() or char in "-_" or not char.isascii() for char in prepared)
-    if not prepared or not allowed or prepared.startswith("-") or prepared.endswith("-"):
-        raise ValueError("expected a domain whose labels are letters, digits and hyphens, 1 to 63 each")
-    return prepared

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
+from operator import attrgetter
 from pathlib import Path, PurePath
 from typing import Any, Final, TypeVar
 
@@ -22,6 +23,7 @@ from .schema import (
     NO_EFFECT_YET,
     AuthMethod,
     AuthScram,
+    C2SListen,
     HttpListen,
     ResourceConflict,
     Schema,
@@ -93,18 +95,25 @@ class Config(Schema):
         return "default"
 
     def without_effect(self) -> list[str]:
-        """Paths somebody has set although nothing acts on them yet, to be warned about at start."""
-        given = {re.sub(r"\[\d+\]", "[]", path) for path in self._origins}
-        found = [path for path in NO_EFFECT_YET if path in given]
-        if "anonymous" in self.auth_method:
-            found.append("auth_method: anonymous")
-        if "listen" in given and any(isinstance(listener, HttpListen) for listener in self.listen):
-            found.append("listen[].request_handlers")
-        return sorted(set(found))
+        """Paths set to something else than the default although nothing acts on them yet; the server warns of them."""
+        default = parse({}, source=BUILT_IN)
+        return [path for path in NO_EFFECT_YET if _differs(self, default, path)]
 
     def module_options(self, name: str, kind: type[T]) -> T:
         """The validated options of a module listed under `modules:`; ConfigError names what is wrong with them."""
         return validate_dataclass(kind, self.modules[name], f"modules.{name}", source=self._source)
+
+
+def _differs(config: Config, default: Config, path: str) -> bool:
+    if path == "listen[].request_handlers":  # all there is of http
+        return any(isinstance(listener, HttpListen) and listener not in default.listen for listener in config.listen)
+    if path.startswith("listen[]."):
+        name = path.removeprefix("listen[].")
+        usual = C2SListen.model_fields[name].default
+        return any(getattr(listener, name) != usual for listener in config.listen if isinstance(listener, C2SListen))
+    path, _, value = path.partition(": ")
+    get = attrgetter(path)
+    return value in get(config) if value else get(config) != get(default)
 
 
 def validate_dataclass(kind: type[T], options: Mapping[str, Any], path: str, *, source: str = "xmppd.yml") -> T:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, 
 
 from pydantic import BaseModel, ValidationError
 
-_USERINFO: Final = re.compile(r"([a-z][a-z0-9+.-]*://[^:/?#\s]*:)[^\s]*@", re.IGNORECASE)
+_USERINFO: Final = re.compile(r"([a-z][a-z0-9+.-]*://[^:/?#\s]*:).*@", re.IGNORECASE | re.DOTALL)
 _SECRET: Final = re.compile(r"pass(word|wd|phrase)?|secret|token|cookie|api_?key|private_?key", re.IGNORECASE)
 
 # What each kind of fault expected; the value is added behind it.

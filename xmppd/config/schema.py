@@ -113,7 +113,8 @@ def _database_url(value: object) -> str:
         parts = urlsplit(value)
         valid_port = parts.port != 0
     except ValueError:
-        raise ValueError("the host or the port of this URL is not valid") from None
+        words = "the host or the port of this URL is not valid (in a password / is written %2F, @ is %40)"
+        raise ValueError(words) from None
     if parts.scheme == "sqlite":
         if parts.netloc or not parts.path.strip("/") or ":memory:" in value:
             raise ValueError("expected a file: sqlite:///{data_dir}/xmppd.db")
@@ -331,5 +332,5 @@ DEFAULT_NAMES: Final[dict[str, dict[str, Any]]] = {
     },
 }
 DEFAULT_MODULES: Final = (
-    *("roster", "presence", "offline", "disco", "caps", "ping", "version", "time", "last", "private", "vcard"),
+    *("roster", "presence", "offline", "disco", "ping", "version", "time", "last", "private", "vcard"),
 )

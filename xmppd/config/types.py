@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, PlainSerializer, PlainVali
 from pydantic_core import core_schema
 
 _DURATION: Final = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,6}))?\s*(ms|s|m|h|d)?", re.ASCII)
-_SIZE: Final = re.compile(r"([0-9]{1,18})\s*(B|KiB|MiB|GiB)?", re.ASCII)
+_SIZE: Final = re.compile(r"([0-9]{1,19})\s*(B|KiB|MiB|GiB)?", re.ASCII)
 _RATE: Final = re.compile(r"([0-9]{1,9})\s*/\s*([0-9]{1,6})?(ms|s|m|h|d)", re.ASCII)
 _HOST_PORT: Final = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})", re.ASCII)
 

@@ -164,7 +164,8 @@ def _compose(text: str) -> Node | None:
         raise _plain_words(exc) from None
     except yaml.reader.ReaderError as exc:
         before = text[: exc.position] if isinstance(exc.position, int) else ""
-        raise _Fault(before.count("\n"), f"the character {exc.character!r} may not stand in YAML") from None
+        character = chr(exc.character) if isinstance(exc.character, int) else exc.character
+        raise _Fault(before.count("\n"), f"the character {character!r} may not stand in YAML") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
         raise _Fault(0, "not valid YAML") from None
 

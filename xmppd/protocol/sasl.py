@@ -16,9 +16,9 @@ from scramp import ScramException, ScramMechanism  # type: ignore[import-untyped
 from scramp.core import Gs2Header, ScramServer  # type: ignore[import-untyped]
 from scramp.utils import ServerError  # type: ignore[import-untyped]
 from scramp.utils import saslprep as _saslprep
-from slixmpp.jid import JID, InvalidJID
 
 from xmppd.errors import JidError, XmppdError
+from xmppd.protocol.jid import parse, prepare_local
 
 CONDITIONS: Final = frozenset(  # RFC 6120 6.5
     {
@@ -130,12 +130,9 @@ def saslprep(text: str) -> str:
 def prep_username(text: str) -> str:
     """A SASL user name as the local part of an address: SASLprep, then nodeprep. Raises `JidError`."""
     try:
-        prepared = saslprep(text)
-        if not prepared or any(c in "\"&'/:<>@" for c in prepared):
-            raise JidError(f"{text!r} is no local part of an address")
-        return str(JID(f"{prepared}@localhost").node)
-    except (ValueError, InvalidJID) as exc:
-        raise JidError(f"{text!r} is no local part of an address: {exc}") from exc
+        return prepare_local(saslprep(text))
+    except ValueError as exc:
+        raise JidError(f"{text[:80]!r} is no local part of an address: {exc}") from exc
 
 
 def prep_password(password: str) -> bytes:
@@ -268,8 +265,8 @@ class Exchange:
             raise SaslError("not-authorized", "no user can have this name") from exc
         if authzid:
             try:
-                asked = str(JID(authzid))
-            except InvalidJID:
+                asked = parse(authzid).full
+            except JidError:
                 asked = ""
             if asked != f"{prepared}@{self.host}":
                 raise SaslError("invalid-authzid", "users may act for themselves only")
