@@ -15,7 +15,7 @@ import pytest
 
 from tests.golden.memory import NODE, Node
 from xmppd.admin.registry import Arg, command, commands_of
-from xmppd.admin.results import List, Rescode, Restuple, string
+from xmppd.admin.results import List, Rescode, Restuple, integer, string
 from xmppd.admin.socket import ControlSocket, short_path
 from xmppd.errors import DataFolderInUse
 
@@ -104,8 +104,8 @@ async def test_another_user_is_refused_even_where_the_file_lets_him_in():
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
         path = Path(folder, "xmppd.sock")
         async with serving(path) as node:
-            path.parent.chmod(0o755)
-            path.chmod(0o666)
+            os.chmod(folder, 0o755)
+            os.chmod(path, 0o666)
             other = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(path), stdout=subprocess.PIPE)
             out, _ = await other.communicate()
             assert json.loads(out)["code"] == 1
@@ -239,6 +239,11 @@ class Big:
             await call.progress(f"{step + 1} of {n}")
         return "done"
 
+    @command("break", result=List("l", integer("n")), doc="Fails while it is printed")
+    def break_(self):
+        yield 1
+        yield 1 // 0
+
     @command("hang", result=Rescode(), doc="Never ends")
     async def hang(self):
         await asyncio.Event().wait()
@@ -277,6 +282,18 @@ async def test_a_long_list_arrives_whole_and_progress_before_the_result(tmp_path
         peer.close()
 
 
+async def test_a_list_that_breaks_while_it_is_printed_is_an_error_and_the_connection_lives_on(tmp_path):
+    async with serving(tmp_path / "xmppd.sock") as node:
+        node.registry.register("big", commands_of(Big()))
+        peer = await Peer.connect(tmp_path / "xmppd.sock")
+        for as_json in (False, True):
+            text, code = await peer.text("break", json=as_json)
+            assert "the command 'break' failed (ZeroDivisionError), see the log" in text
+            assert code == 1
+        assert (await peer.text("registered_vhosts"))[1] == 0
+        peer.close()
+
+
 async def test_a_command_that_hangs_does_not_keep_the_node_from_stopping(tmp_path):
     path = tmp_path / "xmppd.sock"
     node = Node()
@@ -295,11 +312,34 @@ async def test_a_command_that_hangs_does_not_keep_the_node_from_stopping(tmp_pat
     peer.close()
 
 
+async def test_a_node_that_stops_does_not_wait_for_idle_connections(tmp_path):
+    node = Node()
+    control = ControlSocket(tmp_path / "xmppd.sock", node.registry, node=NODE)
+    await control.start()
+    peer, slow = await Peer.connect(tmp_path / "xmppd.sock"), await Peer.connect(tmp_path / "xmppd.sock")
+    node.registry.register("big", commands_of(Big()))
+    assert (await peer.text("registered_vhosts"))[1] == 0
+    assert (await slow.text("registered_vhosts"))[1] == 0
+    slow.send(argv=["slow", "50"])
+    assert await slow.frame() == {"progress": "1 of 50"}
+    began = asyncio.get_running_loop().time()
+    await control.close(grace=30)
+    assert asyncio.get_running_loop().time() - began < 10
+    assert await peer.frame() is None
+    while "code" not in (frame := await slow.frame()):  # what had begun is answered
+        pass
+    assert frame["code"] == 0
+    assert await slow.frame() is None
+    peer.close()
+    slow.close()
+
+
 async def test_the_socket_of_a_dead_process_is_replaced(tmp_path):
     path = tmp_path / "xmppd.sock"
     code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()"
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
-    assert path.is_socket()
+    dead = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(path))
+    assert await dead.wait() == 0
+    assert stat.S_ISSOCK(path.lstat().st_mode)
     async with serving(path):
         peer = await Peer.connect(path)
         assert (await peer.text("registered_vhosts"))[1] == 0
