@@ -6,6 +6,7 @@ negative; NONNEG all that are not negative; OFF means MessageUndeliverable, wher
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -170,7 +171,8 @@ class SessionManager:
                 addressed = stanza.addressed(user)
                 for row in rows.values():
                     if row.priority is not None:
-                        self._deliver(row, addressed)
+                        with suppress(StanzaError):  # this one may not see it; the others may
+                            self._deliver(row, addressed)
 
     def _deliver(self, row: SessionRow, stanza: Stanza) -> Outcome:
         outcome: Outcome = row.session.deliver(stanza)
