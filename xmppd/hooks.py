@@ -5,7 +5,6 @@ said in words ("after these modules") and sorted once, when a handler is added. 
 dict look-up: `if hooks.wants(MessageRouting): ...`.
 """
 
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -14,8 +13,9 @@ from typing import Any, TypeVar, cast
 
 from xmppd.errors import ConfigError, StanzaError, StorageError
 from xmppd.events import Handled
+from xmppd.log import get_logger
 
-_log = logging.getLogger("xmppd.hooks")
+_log = get_logger("xmppd.hooks")
 E = TypeVar("E")
 
 
@@ -158,9 +158,9 @@ def _refuse(handler: Handler, event: object, exc: Exception) -> None:
 def _log_crash(handler: Handler, event: object, exc: Exception) -> None:
     if isinstance(exc, StorageError):
         # Trouble with the database is the operator's, not a bug; the storage room has logged it.
-        _log.warning("hook could not store owner=%s event=%s error=%s", handler.owner, event_name(type(event)), exc)
+        _log.warning("hook could not store", module=handler.owner, event=event_name(type(event)), error=exc)
         return
-    _log.error("hook failed owner=%s event=%s", handler.owner, event_name(type(event)), exc_info=exc)
+    _log.error("hook failed", module=handler.owner, event=event_name(type(event)), exc=exc)
 
 
 def event_name(event: type) -> str:

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from xmppd.admin.registry import Arg, command
-from xmppd.admin.results import integer
+from xmppd.admin.results import List, Rescode, Tuple, integer, string
 from xmppd.cluster.tables import Owner
 from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, sized
 from xmppd.delivery import SAFE, Outcome, Pending, as_stanza_error
@@ -28,9 +28,11 @@ from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 from xmppd.spool import Holder, QuotaReached, SpoolRow
+from xmppd.storage import Storage
 from xmppd.storage.ids import new_id
-from xmppd.storage.sql import by_host, upsert
+from xmppd.storage.sql import by_host, insert_new, upsert
 from xmppd.storage.tables import (
+    FULL_BYTES,
     Stamp,
     Utf8,
     fixed_bytes,
@@ -47,9 +49,9 @@ if TYPE_CHECKING:
 
     from xmppd.log import Logger
     from xmppd.spool import Spool
-    from xmppd.storage import Storage
 
 __all__ = [
+    "FULL_BYTES",
     "NO_REPLY",
     "SAFE",
     "Arg",
@@ -57,6 +59,7 @@ __all__ = [
     "Duration",
     "Holder",
     "IqRequest",
+    "List",
     "Module",
     "NoReply",
     "OptionalRate",
@@ -65,6 +68,7 @@ __all__ = [
     "Pending",
     "QuotaReached",
     "Rate",
+    "Rescode",
     "RosterService",
     "Routing",
     "ServerInfo",
@@ -72,6 +76,8 @@ __all__ = [
     "Size",
     "SpoolRow",
     "Stamp",
+    "Storage",
+    "Tuple",
     "Utf8",
     "as_stanza_error",
     "between",
@@ -80,6 +86,7 @@ __all__ = [
     "fixed_bytes",
     "hook",
     "host_column",
+    "insert_new",
     "integer",
     "iq",
     "key_hash",
@@ -89,6 +96,7 @@ __all__ = [
     "module_table",
     "new_id",
     "sized",
+    "string",
     "upsert",
     "user_column",
 ]
@@ -223,7 +231,7 @@ class Context:
 
     name: str
     owner: Owner
-    storage: "Storage"
+    storage: Storage
     spool: "Spool"
     sessions: Sessions
     accounts: AccountsInfo

@@ -238,7 +238,7 @@ class ModuleLoader:
         instance = cls(context, config)
         loaded = Loaded(name, self._source(name), instance, tasks)
         try:
-            if cls.tables:
+            if cls.tables and loaded.source != "bundled":  # the bundled ones are in the migrations
                 await context.storage.ensure_tables(cls.tables)
             self._register(name, instance)
             self._loaded[name] = loaded

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import os
 import signal
 import time
 import uuid
@@ -30,9 +31,10 @@ from xmppd.c2s.sweeper import RecordSweeper
 from xmppd.c2s.tls import Certificates
 from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
 from xmppd.config import Config
+from xmppd.config.changes import RESTART
 from xmppd.config.schema import C2SListen
 from xmppd.delivery import Gate
-from xmppd.errors import CommandError, StanzaError
+from xmppd.errors import CommandError
 from xmppd.events import ConfigReloaded, ServerStarted, UserDeleted, UserRegistered
 from xmppd.hooks import Hooks
 from xmppd.identity import DataFolder
@@ -43,7 +45,6 @@ from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, make
-from xmppd.protocol.stanza import Stanza
 from xmppd.protocol.stream import Limits
 from xmppd.router import Router
 from xmppd.s2s_manager import S2SManager
@@ -108,7 +109,7 @@ class Accountant:
 
 
 class Server:
-    """One node. Fulfils admin.commands.Server and Router, and module_api.ServerInfo."""
+    """One node. Fulfils the admin commands' Server and module_api.ServerInfo."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -162,17 +163,6 @@ class Server:
 
     def loaded(self, module: str) -> bool:
         return self.loader.loaded(module)
-
-    def inject(self, from_jid: str, to_jid: str, xml: bytes) -> None:
-        """Route a stanza as if its sender were connected here; JidError, StanzaError."""
-        try:
-            stanza = Stanza.from_bytes(xml)
-        except ValueError as exc:
-            raise StanzaError("bad-request", str(exc)) from exc
-        stanza = stanza.replace(from_=from_jid, to=to_jid)
-        if stanza.to is None:
-            raise StanzaError("bad-request", "no recipient")
-        self.router.route(stanza)
 
     # -- life
 
@@ -310,7 +300,7 @@ class Server:
             accounts=self.accounts,
             auth=self.accountant,
             sessions=self.sessions,
-            router=self,
+            router=self.router,
             loader=self.loader,
         )
         try:
@@ -404,7 +394,8 @@ class Server:
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
         self._status = "started"
-        self.folder.write_ready({"node": self.node, "hosts": list(self.hosts), "listen": self._addresses})
+        ready = {"node": self.node, "pid": os.getpid(), "hosts": list(self.hosts), "listen": self._addresses}
+        self.folder.write_ready(ready)
         waiting = self.hooks.notify(ServerStarted())
         if waiting is not None:
             self.spawn(_await(waiting), name="server started")
@@ -437,8 +428,7 @@ class Server:
         self.auth.config = self.config
 
     def _keep_what_needs_a_restart(self, new: Config) -> Config:
-        kept = {name: getattr(self.config, name) for name in ("node", "data_dir", "hosts", "listen", "database")}
-        return new.model_copy(update=kept)
+        return new.model_copy(update={name: getattr(self.config, name) for name in RESTART})
 
 
 def _settings(listen: C2SListen) -> Settings:

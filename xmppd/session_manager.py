@@ -6,6 +6,7 @@ negative; NONNEG all that are not negative; OFF means MessageUndeliverable, wher
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,8 +28,8 @@ class LiveSession(Protocol):
 
     jid: JID
 
-    def send(self, stanza: Stanza) -> Outcome:
-        """Write to its client."""
+    def deliver(self, stanza: Stanza) -> Outcome:
+        """Write to its client, behind what was stored for it. Raises StanzaError."""
         ...
 
     def replaced(self) -> None:
@@ -106,6 +107,7 @@ class SessionManager:
     def close(self, row: SessionRow) -> bool:
         """Take a session's row out; True when it was the user's last one."""
         self._table.remove(row)
+        row.session = None
         return not self._table.rows(row.jid.bare)
 
     def set_priority(self, row: SessionRow, priority: int | None) -> None:
@@ -169,10 +171,11 @@ class SessionManager:
                 addressed = stanza.addressed(user)
                 for row in rows.values():
                     if row.priority is not None:
-                        self._deliver(row, addressed)
+                        with suppress(StanzaError):  # this one may not see it; the others may
+                            self._deliver(row, addressed)
 
     def _deliver(self, row: SessionRow, stanza: Stanza) -> Outcome:
-        outcome: Outcome = row.session.send(stanza)
+        outcome: Outcome = row.session.deliver(stanza)
         return outcome
 
     def _deliver_all(self, rows: list[SessionRow], stanza: Stanza) -> Outcome:

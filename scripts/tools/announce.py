@@ -2,8 +2,8 @@
 
     announce.py DATA_DIR PID
 
-Waits for DATA_DIR/ready.json to name process PID (a file left by a killed server names another one), prints, and ends.
-Ends silently when that process is gone. Standard library only.
+Waits until process PID holds DATA_DIR and serves, prints, and ends. Ends silently when that process is gone. Standard
+library only.
 """
 
 import json
@@ -29,11 +29,12 @@ def alive(pid: int) -> bool:
 def wait_until_ready(data_dir: Path, pid: int) -> dict[str, Any] | None:
     while alive(pid):
         try:
-            ready: dict[str, Any] = json.loads((data_dir / "ready.json").read_text())
-            if ready.get("pid") == pid:
+            # A starting server removes the ready.json that a killed one left behind before it writes its pid.
+            if int((data_dir / "pid").read_text()) == pid:
+                ready: dict[str, Any] = json.loads((data_dir / "ready.json").read_text())
                 return ready
         except (OSError, ValueError):
-            pass  # not there yet, or half written
+            pass  # not there yet
         time.sleep(PAUSE)
     return None
 

@@ -147,12 +147,16 @@ class Node:
         return pid if runs(pid, self.config) else None
 
     def ready(self) -> dict[str, Any] | None:
-        """What the running server says of itself, once it serves."""
+        """What the running server says of itself, once it serves. A starting server removes what a killed one left
+        behind before it writes its pid, hence the order."""
+        pid = self.pid()
+        if pid is None:
+            return None
         try:
             ready: dict[str, Any] = json.loads((self.path / "ready.json").read_text())
         except (OSError, ValueError):
             return None
-        return ready if ready.get("pid") == self.pid() is not None else None
+        return ready | {"pid": pid}
 
     def xmppctl(self) -> list[str]:
         """The argv prefix that talks to this node, from any folder."""
@@ -241,7 +245,7 @@ def up(folder: Path, arguments: argparse.Namespace) -> None:
         cluster = Cluster(folder, [Node(name, str(folder / name), arguments.cpus) for name in names])
         with free_ports() as next_port:
             for node in cluster.nodes:
-                node.path.mkdir(exist_ok=True)
+                node.path.mkdir(mode=0o700, exist_ok=True)  # secrets will stand in it
                 config = configuration(node, over, plain=arguments.plain, next_port=next_port)
                 node.config.write_text(yaml.safe_dump(config, sort_keys=False))
         cluster.save()

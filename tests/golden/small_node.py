@@ -3,9 +3,10 @@
 It ends when `stop` has been asked for. With --refuse it says why it does not start, as the server does.
 """
 
-import asyncio
 import sys
 from pathlib import Path
+
+import uvloop
 
 from tests.golden.memory import Node
 from xmppd.admin.socket import ControlSocket
@@ -22,4 +23,4 @@ async def main(folder: str) -> None:
 if __name__ == "__main__":
     if "--refuse" in sys.argv:
         sys.exit("etc/xmppd.yml: hots: unknown option. Did you mean hosts?")
-    asyncio.run(main(sys.argv[1]))
+    uvloop.run(main(sys.argv[1]))

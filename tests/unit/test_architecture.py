@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"errors", "protocol"},
     {"events", "hooks", "config", "log", "metrics"},
-    {"storage", "cluster"},
+    {"storage", "cluster", "identity"},
     {"spool", "delivery", "outbox", "auth"},
     {"iq", "router", "local_router", "session_manager", "s2s_manager"},
     {"admin", "module_api", "module_loader"},

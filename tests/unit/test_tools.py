@@ -108,7 +108,8 @@ def test_a_pid_that_belongs_to_another_process_by_now_is_not_our_node(tmp_path):
 
 def test_what_a_killed_node_said_of_itself_is_not_believed(tmp_path):
     node = devcluster.Node("xmppd@node01", str(tmp_path))
-    (tmp_path / "ready.json").write_text('{"pid": 1, "listen": []}')
+    (tmp_path / "ready.json").write_text('{"hosts": ["localhost"], "listen": []}')
+    (tmp_path / "pid").write_text("1")
 
     assert node.ready() is None
 
@@ -137,9 +138,17 @@ def test_the_announcement_names_the_ports_the_server_took():
 def test_nothing_is_announced_for_a_server_that_ended(tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    (tmp_path / "ready.json").write_text(f'{{"pid": {os.getpid()}}}')
+    (tmp_path / "ready.json").write_text('{"hosts": ["localhost"]}')
+    (tmp_path / "pid").write_text(str(ended.pid))
 
     assert announce.wait_until_ready(tmp_path, ended.pid) is None
+
+
+def test_a_server_is_announced_when_it_holds_the_folder_and_serves(tmp_path):
+    (tmp_path / "ready.json").write_text('{"hosts": ["localhost"]}')
+    (tmp_path / "pid").write_text(str(os.getpid()))
+
+    assert announce.wait_until_ready(tmp_path, os.getpid()) == {"hosts": ["localhost"]}
 
 
 def test_a_sample_counts_a_process_with_its_descendants():

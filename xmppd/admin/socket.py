@@ -39,6 +39,7 @@ MAX_LINE: Final = 1 << 20  # a request; an answer is cut into parts and has no s
 MAX_CONNECTIONS: Final = 64
 IDLE: Final = 600.0  # seconds between requests, and for typing a password
 SLOW: Final = 15.0  # seconds in which a client must take what was written
+LINGER: Final = 1.0  # seconds a refused client has to read why
 _SUN_PATH: Final = 100  # sockaddr_un holds 104 to 108 bytes, depending on the system
 
 NOT_REACHABLE: Final = 3
@@ -93,6 +94,7 @@ class ControlSocket:
         self._server: asyncio.Server | None = None
         self._inode = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._connections: set[_Connection] = set()
 
     async def start(self) -> None:
         """Listen. A socket that a dead process left is replaced."""
@@ -111,6 +113,8 @@ class ControlSocket:
                 self.path.unlink()
         except OSError:
             pass
+        for connection in self._connections:
+            connection.finish()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=grace)
@@ -150,10 +154,10 @@ class ControlSocket:
             listener.setblocking(False)
             self._inode = draft.lstat().st_ino
             draft.rename(self.path)
-        except BaseException:
+        except OSError as exc:
             listener.close()
             draft.unlink(missing_ok=True)
-            raise
+            raise OSError(exc.errno, exc.strerror, str(self.path)) from exc  # bind() does not say which file
         return listener
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -168,11 +172,15 @@ class ControlSocket:
             if uid not in (0, os.geteuid()):
                 log.warning("control socket refused", uid=uid, pid=pid)
                 await connection.end("only root and the user of the node may control it")
-            elif len(self._tasks) > self._max_connections:
+            elif len(self._connections) >= self._max_connections:
                 log.warning("control socket full", connections=self._max_connections, pid=pid)
                 await connection.end(f"more than {self._max_connections} control connections; try again later")
             else:
-                await connection.serve(Caller("ctl", f"uid={uid}"))
+                self._connections.add(connection)
+                try:
+                    await connection.serve(Caller("ctl", f"uid={uid}"))
+                finally:
+                    self._connections.discard(connection)
         except (ConnectionError, TimeoutError):
             pass  # the client left, or did not take its answer in time
         except Exception as exc:
@@ -197,6 +205,14 @@ class _Connection:
         self._registry, self._node = registry, node
         self._idle, self._slow = idle, slow
         self.stuck = False
+        self._finishing = False
+        self._wait: asyncio.Timeout | None = None  # while the next request is awaited
+
+    def finish(self) -> None:
+        """Take no further request; the one that runs is answered first."""
+        self._finishing = True
+        if self._wait is not None and not self._wait.expired():
+            self._wait.reschedule(asyncio.get_running_loop().time())
 
     async def send(self, frame: dict[str, Any]) -> None:
         """Write a frame; TimeoutError when the client does not read."""
@@ -209,15 +225,22 @@ class _Connection:
             raise
 
     async def end(self, text: str, code: int = 1) -> None:
+        """Refuse, and take what the client still sends for a moment: to close with it unread would reset the answer."""
         await self.send({"out": "", "err": f"Error: {text}\n", "code": code})
+        self._writer.write_eof()
+        async with asyncio.timeout(LINGER):
+            while await self._reader.read(65536):
+                pass
 
     async def _frame(self) -> dict[str, Any] | None:
         """The next line; None at the end of the connection. Raises UsageError for what is no request."""
         try:
-            async with asyncio.timeout(self._idle):
+            async with asyncio.timeout(self._idle) as self._wait:
                 line = await self._reader.readline()
         except ValueError:
             raise UsageError("the request is too long") from None
+        finally:
+            self._wait = None
         if not line.endswith(b"\n"):
             return None
         try:
@@ -230,7 +253,7 @@ class _Connection:
 
     async def serve(self, caller: Caller) -> None:
         """Answer requests until the client leaves; a line that is no request ends the connection."""
-        while True:
+        while not self._finishing:
             try:
                 frame = await self._frame()
             except UsageError as exc:
@@ -262,8 +285,8 @@ class _Connection:
         args = await self._with_secret(spec, list(args), frame.get("secret"))
         call = Call(caller, local=frame.get("local") is True, progress=self._progress)
         result = await self._registry.call(spec.name, args, caller=caller, call=call)
-        parts = iter([result.json()]) if as_json else result.chunks()
-        for part in parts:
+        parts = (result.json() for _ in range(1)) if as_json else result.chunks()
+        while part := _next(parts, spec.name):
             for start in range(0, len(part), MAX_LINE):
                 await self.send({"out": part[start : start + MAX_LINE]})
             await asyncio.sleep(0)  # other streams want their turn while a long list is printed
@@ -295,3 +318,12 @@ class _Connection:
                 raise UsageError(f"no {spec.args[place].name} was given")
             args[place] = secret
         return args
+
+
+def _next(parts: Iterator[str], command: str) -> str:
+    """The next piece of an output, "" at its end; lists are walked here, so what fails in a handler's may fail now."""
+    try:
+        return next(parts, "")
+    except Exception as exc:
+        log.error("command failed", exc=exc, command=command)
+        raise CommandError(f"the command '{command}' failed ({type(exc).__name__}), see the log") from exc

@@ -316,7 +316,7 @@ class StanzaCommands:
         except StreamError as exc:
             raise CommandError(f"invalid xml: {exc.text}") from exc
         if isinstance(outcome, Pending) and not outcome.decided:
-            # what is sent next must not overtake it; whether it is kept or refused, its sender is told, not the operator
+            # what is sent next must not overtake it; what became of it is told to its sender, not to the operator
             decided = asyncio.Event()
             outcome.when_decided(decided.set)
             try:

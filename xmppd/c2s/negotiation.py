@@ -3,6 +3,7 @@
 import base64
 import binascii
 import secrets
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -35,7 +36,7 @@ _MADE_UP_TRIES: Final = 8
 class TlsContexts(Protocol):
     """The certificates of the hosts."""
 
-    def context(self, alpn: bool) -> Any: ...
+    def context(self, alpn: bool = False, host: str | None = None) -> ssl.SSLContext: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +138,9 @@ class Negotiation:
             connection.end(StreamError("policy-violation", "TLS was not offered"))
             return None
         connection.write(f"<proceed xmlns='{ns.TLS}'/>".encode())
-        self._host = ""
+        host, self._host = self._host, ""
         self._exchange = None
-        return connection.start_tls(self._tls.context(False))
+        return connection.start_tls(self._tls.context(False, host))
 
     def _sasl(self, name: str, element: _Element) -> Coroutine[Any, Any, None] | None:
         if self._user is not None:

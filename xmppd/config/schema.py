@@ -63,6 +63,7 @@ NO_EFFECT_YET: Final = (
     "listen[].shaper",
     "listen[].trusted_proxies",
     "listen[].use_proxy_protocol",
+    "login_limits",
     "shaper",
     "shaper_rules",
 )

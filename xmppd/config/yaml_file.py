@@ -31,7 +31,7 @@ class _Fault(Exception):
 class _Loader(yaml.SafeLoader):
     """Composes nodes only; the implicit types are ours, and nesting has an end."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 -- PyYAML's own attribute
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     depth = 0
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:

@@ -3,7 +3,7 @@
 import shlex
 import sys
 
-from xmppd.ctl.client import Client, write
+from xmppd.ctl.client import Client, NotReachable
 from xmppd.ctl.main import USAGE, Options, frame_of, refuse, timeout_of
 from xmppd.ctl.settings import Settings
 from xmppd.errors import CommandError
@@ -22,19 +22,25 @@ def run(options: Options, settings: Settings) -> int:
         raise CommandError("in a batch the password stands in its line", USAGE)
     client = Client(settings.socket, settings.node, timeout=timeout_of(options))
     worst = 0
-    for number, raw in enumerate(sys.stdin.buffer, 1):
-        try:
-            argv = words(raw, number)
-            code = client.request(frame_of(argv, options, settings)) if argv else 0
-        except CommandError as exc:
-            if exc.code != USAGE:
-                write(f"line {number}:\n" if not options.json else "")
-                raise
-            code = refuse(exc, options.json)
-        sys.stdout.flush()  # whoever reads along wants each answer when it is there
-        worst = max(worst, code)
-    client.close()
+    try:
+        for number, raw in enumerate(sys.stdin.buffer, 1):
+            worst = max(worst, _line(client, raw, number, options, settings))
+            sys.stdout.flush()  # whoever reads along wants each answer when it is there
+    finally:
+        client.close()
     return worst
+
+
+def _line(client: Client, raw: bytes, number: int, options: Options, settings: Settings) -> int:
+    try:
+        argv = words(raw, number)
+        return client.request(frame_of(argv, options, settings)) if argv else 0
+    except NotReachable as exc:
+        raise NotReachable(settings.node, f"line {number}: {exc.hint}") from None
+    except CommandError as exc:
+        if exc.code != USAGE:  # no answer came in time; the next one would be this one's
+            raise CommandError(f"line {number}: {exc.text}", exc.code) from None
+        return refuse(exc, options.json)
 
 
 def words(raw: bytes, number: int) -> list[str]:

@@ -41,9 +41,9 @@ def state(settings: Settings) -> int:
         client.close()
 
 
-def wait_for(wanted: int, settings: Settings, seconds: float = WAIT) -> int:
+def wait_for(wanted: int, settings: Settings) -> int:
     """0 as soon as the state is the wanted one, 1 when the time is over."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + WAIT
     while state(settings) != wanted:
         if time.monotonic() > deadline:
             return 1

@@ -124,10 +124,13 @@ def one(options: Options, settings: Settings) -> int:
             write(USAGE_TEXT)
             return 0
         raise
-    frame = frame_of(options.argv, options, settings)
-    if "password_stdin" in options.flags:
-        frame["secret"] = typed_secret("password")
-    return client.request(frame, ask=typed_secret)
+    try:
+        frame = frame_of(options.argv, options, settings)
+        if "password_stdin" in options.flags:
+            frame["secret"] = typed_secret("password")
+        return client.request(frame, ask=typed_secret)
+    finally:
+        client.close()
 
 
 def timeout_of(options: Options) -> float | None:

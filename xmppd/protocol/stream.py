@@ -14,7 +14,7 @@ lxml's pull parser (libxml2) does the parsing. Four things about it shape this f
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import Any, Final
 
 from lxml import etree
 from lxml.etree import _Element
@@ -23,13 +23,15 @@ from xmppd.errors import JidError, StreamError
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, parse
 from xmppd.protocol.names import KNOWN_NAMES
-from xmppd.protocol.stanza import KINDS, Stanza, default_type, neutral
+from xmppd.protocol.stanza import DEFAULT_TYPES, KINDS, Stanza, neutral
 
 _STREAM_TAG: Final = f"{{{ns.STREAMS}}}stream"
 _XML_LANG: Final = f"{{{ns.XML}}}lang"
 _BLANKS: Final = b" \t\r\n"
 _BLANK_BYTES: Final = frozenset(_BLANKS)
-_EVENTS: Final = ("start", "end", "start-ns", "comment", "pi")
+# Not "comment" and "pi", which double the cost of parsing: they are looked for where "<!" or "<?" is seen.
+_EVENTS: Final = ("start", "end", "start-ns")
+_TAGS: Final = {kind: (f"<{kind}".encode(), (b"/>", f"</{kind}>".encode())) for kind in KINDS.values()}
 _DECLARATION: Final = re.compile(rb"""<\?xml[ \t\r\n](?:[^?"']++|"[^"]*+"|'[^']*+')*+\?>""")
 _ENCODING: Final = re.compile(rb"""[ \t\r\n]encoding[ \t\r\n]*=[ \t\r\n]*["']([^"']*)["']""")
 _TAG: Final = re.compile(rb"""<!\[CDATA\[(?:.*?\]\]>|.*)|<(?!!)(?:[^<>"']++|"[^"]*+"|'[^']*+')*+>""", re.DOTALL)
@@ -94,6 +96,7 @@ class Stream:
     """
 
     __slots__ = (
+        "_deepest",
         "_depth",
         "_elements",
         "_ended",
@@ -109,6 +112,7 @@ class Stream:
         "_root",
         "_simple",
         "_stamp",
+        "_suspect",
         "_total",
     )
 
@@ -126,7 +130,9 @@ class Stream:
         self._root: _Element | None = None
         self._prolog: bytes | None = b""
         self._depth = 0
-        self._elements = 0
+        self._deepest = 0  # for the root's start to be noticed
+        self._elements = 0  # started since the last finished stanza
+        self._suspect = False  # "<!" or "<?" was seen: CDATA, or something forbidden
         self._pending = 0  # bytes since the last finished stanza
         self._held: list[bytes] = []  # those bytes
         self._ended = False
@@ -137,6 +143,8 @@ class Stream:
     def set_limits(self, limits: Limits) -> None:
         """Other limits from here on (after authentication)."""
         self._limits = limits
+        if self._root is not None:
+            self._deepest = limits.depth + 1
 
     def bind(self, jid: JID) -> None:
         """From now on each stanza's `from` must be this address (or its bare form, or absent) and becomes it."""
@@ -205,6 +213,8 @@ class Stream:
 
     def _read(self, data: bytes) -> list[Event]:
         whole = self._depth == 1 and not self._held  # the chunk begins where a stanza begins
+        if b"<!" in data or b"<?" in data or (data[0] in b"!?" and self._held and self._held[-1][-1] == 60):
+            self._suspect = True
         failure: StreamError | None = None
         try:
             self._parser.feed(data)
@@ -214,24 +224,33 @@ class Stream:
         header_too = self._depth == 0
         out: list[Event] = []
         try:
+            item: Any  # an element, or for start-ns (prefix, uri)
             for action, item in self._iter:
                 if action == "start":
-                    self._open(cast(_Element, item), out)
+                    self._depth += 1
+                    if item.tag not in KNOWN_NAMES:
+                        self._novel(item.tag)
+                    for name in item.keys():  # noqa: SIM118 -- iterating an element gives its children
+                        if name not in KNOWN_NAMES:
+                            self._novel(name)
+                    self._elements += 1
+                    if self._depth > self._deepest or self._elements > self._limits.elements:
+                        self._too_much(out, item)
                 elif action == "end":
-                    depth = self._depth = self._depth - 1
-                    if depth == 1:
-                        out.append(self._finish(cast(_Element, item), data if whole and not out else b""))
+                    self._depth -= 1
+                    if self._depth == 1:
+                        out.append(self._finish(item, data if whole and not out else b""))
                         self._elements = 0
-                    elif depth == 0:
+                    elif self._depth == 0:
                         self._ended = True
                         out.append(StreamClosed())
                         break
-                elif action == "start-ns":
-                    self._declare(*cast(tuple[str, str], item))
                 else:
-                    raise StreamError("restricted-xml", "comments and processing instructions are not allowed")
+                    self._declare(*item)
             if failure is not None:
                 raise failure
+            if self._suspect:
+                self._look_for_restricted()
             if self._exact:
                 self._exact = False
             else:
@@ -241,27 +260,22 @@ class Stream:
             out.append(error)
         return out
 
-    def _open(self, element: _Element, out: list[Event]) -> None:
-        self._depth += 1
-        tag = element.tag
-        if tag not in KNOWN_NAMES:
-            self._novel(tag)
-        for name in cast(list[str], element.keys()):
-            if name not in KNOWN_NAMES:
-                self._novel(name)
-        if self._depth == 1:
-            out.append(self._open_root(element))
-            return
-        self._elements += 1
+    def _look_for_restricted(self) -> None:
+        root = self._root
+        if root is not None and next(root.iter(etree.Comment, etree.PI), None) is not None:
+            raise _restricted()
+
+    def _too_much(self, out: list[Event], element: _Element) -> None:
+        """The root is open, or a limit is reached."""
         limits = self._limits
-        if self._depth - 1 > limits.depth:
+        if self._root is None:
+            out.append(self._open_root(element))
+            self._elements = 0
+            self._deepest = limits.depth + 1
+        elif self._depth > self._deepest:
             raise StreamError("policy-violation", f"elements nested deeper than {limits.depth}")
-        if self._elements > limits.elements:
+        else:
             raise StreamError("policy-violation", f"more than {limits.elements} elements in one stanza")
-        if limits.total is not None:
-            self._total += 1
-            if self._total > limits.total:
-                raise StreamError("policy-violation", f"more than {limits.total} elements before authentication")
 
     def _open_root(self, element: _Element) -> StreamOpened:
         if element.tag != _STREAM_TAG:
@@ -285,11 +299,15 @@ class Stream:
         assert root is not None
         if _has_text(root.text) or _has_text(element.tail):
             raise StreamError("bad-format", "text between stanzas")
+        if self._suspect and (root[0] is not element or next(element.iter(etree.Comment, etree.PI), None) is not None):
+            raise _restricted()
+        limits = self._limits
+        if limits.total is not None:
+            self._total += self._elements
+            if self._total > limits.total:
+                raise StreamError("policy-violation", f"more than {limits.total} elements before authentication")
         kind = KINDS.get(element.tag)
-        if kind is None:
-            event: Event = self._nonza(element)
-        else:
-            event = self._stanza(element, kind, chunk)
+        event = self._nonza(element) if kind is None else self._stanza(element, kind, chunk)
         del root[0]
         return event
 
@@ -309,9 +327,7 @@ class Stream:
         changed = False
         if stamp is not None:
             own = stamp.jid
-            if claimed is None:
-                pass
-            elif claimed != own.full:
+            if claimed is not None and claimed != own.full:
                 if not _is_own(claimed, own):
                     raise StreamError("invalid-from", "a stanza's sender must be the address bound to the stream")
                 changed = True
@@ -319,11 +335,10 @@ class Stream:
         if self._lang is not None and get(_XML_LANG) is None:
             element.set(_XML_LANG, self._lang)
             changed = True
-        if chunk and not changed and self._simple and not element.tail:
+        xml = b""
+        if chunk and self._simple and not changed and not element.tail:
             # The usual case, one read that holds one whole stanza: its bytes are neutral as they are.
-            xml = self._raw(chunk, kind, self._elements, None if claimed is not None else stamp)
-        else:
-            xml = b""
+            xml = self._raw(chunk, kind, self._elements, stamp if claimed is None else None)
         if not xml:
             if stamp is not None and claimed is None:
                 element.set("from", stamp.jid.full)
@@ -334,8 +349,9 @@ class Stream:
                 to = parse(to_text)
             except JidError:
                 malformed = True
-        stanza = Stanza(kind, get("type") or default_type(kind), get("id") or "", to, own, xml, element)
-        stanza.malformed = malformed
+        stanza = Stanza(kind, get("type") or DEFAULT_TYPES[kind], get("id") or "", to, own, xml, element)
+        if malformed:
+            stanza.malformed = True
         return stanza
 
     def _raw(self, chunk: bytes, kind: str, elements: int, stamp: _Stamp | None) -> bytes:
@@ -344,16 +360,16 @@ class Stream:
         The parser has accepted these bytes, but an unfinished tag may still wait in it. Whatever is left over begins
         with "<", so then there are more of those than the stanza's start and end tags account for.
         """
-        name = b"<" + kind.encode()
+        start, end = _TAGS[kind]
         if (
-            not chunk.startswith(name)
-            or not (chunk.endswith(b"/>") or chunk.endswith(b"</" + kind.encode() + b">"))
+            not chunk.startswith(start)
+            or not chunk.endswith(end)
             or chunk.count(b"<") != elements + chunk.count(b"</")
             or b"jabber:client" in chunk
         ):
             return b""
         self._exact = len(chunk) <= self._limits.size
-        return chunk if stamp is None else name + stamp.attribute + chunk[len(name) :]
+        return chunk if stamp is None else start + stamp.attribute + chunk[len(start) :]
 
     # -- counting
 
@@ -388,6 +404,8 @@ class Stream:
         rest = held[start:].lstrip(_BLANKS)
         self._pending = len(rest)
         self._held = [rest] if rest else []
+        if not rest:
+            self._suspect = False
         if self._pending > size:
             raise _too_large(size)
 
@@ -407,6 +425,10 @@ def _unit_ends(data: bytes, depth: int) -> Iterator[int]:
                 continue
         if depth == 1:
             yield end
+
+
+def _restricted() -> StreamError:
+    return StreamError("restricted-xml", "comments and processing instructions are not allowed")
 
 
 def _too_large(size: int) -> StreamError:

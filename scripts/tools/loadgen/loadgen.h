@@ -33,7 +33,7 @@ struct options {
     int window;              /* chat: messages in flight per user */
     int body;                /* chat: bytes of the message body */
     int concurrency;         /* sessions being set up at one time */
-    double rate;             /* chat: messages per second in all, sent by the clock; 0: each answer sends the next */
+    double rate;             /* chat: messages per second in all, sent by the clock; 0: each arrival lets the next go */
     double warm;             /* seconds before measuring */
     double time;             /* seconds of measuring */
     double settle;           /* idle: seconds between the last login and the measuring */
