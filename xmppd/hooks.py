@@ -49,9 +49,9 @@ class Hooks:
         handler = Handler(owner, call, tuple(after), optional, iscoroutinefunction(call))
         self._handlers[event] = _sorted(event, [*self._handlers.get(event, ()), handler])
 
-    def remove(self, owner: str) -> None:
-        """Forget every handler of a module."""
-        for event in list(self._handlers):
+    def remove(self, owner: str, event: type | None = None) -> None:
+        """Forget every handler of a module, or those of one event."""
+        for event in list(self._handlers) if event is None else [event] if event in self._handlers else []:
             left = [handler for handler in self._handlers[event] if handler.owner != owner]
             if left:
                 self._handlers[event] = left
