@@ -51,12 +51,12 @@ class Hooks:
 
     def remove(self, owner: str, event: type | None = None) -> None:
         """Forget every handler of a module, or those of one event."""
-        for event in list(self._handlers) if event is None else [event] if event in self._handlers else []:
-            left = [handler for handler in self._handlers[event] if handler.owner != owner]
+        for each in [each for each in self._handlers if event is None or each is event]:
+            left = [handler for handler in self._handlers[each] if handler.owner != owner]
             if left:
-                self._handlers[event] = left
+                self._handlers[each] = left
             else:
-                del self._handlers[event]
+                del self._handlers[each]
 
     def wants(self, event: type) -> bool:
         """Whether anybody listens."""

@@ -35,6 +35,7 @@ from .fanout import PIECE, Fanout
 _STATE: Final = "presence"  # in a session's state: a plain dict, which outlives a reload of this file
 _LAST_KNOWN: Final = 10_000  # users whose last unavailable presence is remembered
 _LAST_SIZE: Final = 1024  # bytes; a longer one is not
+_RETRY: Final = 5.0  # seconds between two looks for a database that is away
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,24 +87,50 @@ class Presence(Module[Config]):
         state = _state(session)
         state["since"], state["digest"] = self.clock(), digest(presence)
         presence.forget_element()
-        first = event.previous is None
-        if first:
+        if event.previous is None:
             self._last.pop(session.user.bare, None)
-        contacts = await self._contacts(session.user)
+            state["complete"] = False
+        try:
+            await self._tell(session, presence)
+        except StorageError as exc:
+            self.log.warning("presence waits for the roster", user=session.user.bare, error=exc)
+            self.spawn(self._tell_later(session, presence), name="presence waits for the roster")
+
+    async def _tell(self, session: Session, presence: Stanza) -> None:
+        user = session.user
+        contacts = self._cached(user)
+        if contacts is None:
+            contacts = await self._contacts(user)
+            if session.presence is not presence:
+                return
+        known = contacts
 
         def wanted(target: JID) -> bool:
             if session.presence is not presence:
                 return False  # it was replaced while it went out
-            item = contacts.get(target.full)
-            return target == session.user or (item is not None and item.sees_user)
+            cached = self._cached(user)
+            item = (known if cached is None else cached).get(target.full)
+            return target == user or (item is not None and item.sees_user)
 
-        sending = self._fanout.send(session.user, presence, self._audience(session.user, contacts), wanted)
+        sending = self._fanout.send(user, presence, self._audience(user, contacts), wanted)
         if sending is not None:
             await sending
-        if first:
-            await self._bring(session, presence, contacts)
+        if not _state(session)["complete"] and session.presence is presence:
+            _state(session)["complete"] = True
+            await self._bring(session, contacts)
 
-    async def _bring(self, session: Session, presence: Stanza, contacts: Mapping[str, Contact]) -> None:
+    async def _tell_later(self, session: Session, presence: Stanza) -> None:
+        """The client has been told that it is available; the others hear of it when the database is back."""
+        while session.presence is presence:
+            await asyncio.sleep(_RETRY)
+            if session.presence is presence:
+                try:
+                    await self._tell(session, presence)
+                    return
+                except StorageError:
+                    pass
+
+    async def _bring(self, session: Session, contacts: Mapping[str, Contact]) -> None:
         """The presence of the user's other resources and of the contacts (RFC 6121 4.3)."""
         self._answer(session.user, session.jid)
         for count, contact in enumerate(_seen(contacts), 1):
@@ -262,16 +289,21 @@ class Presence(Module[Config]):
         """The user's own resources and whoever may see the user."""
         return [user, *(contact.jid for contact in contacts.values() if contact.sees_user)]
 
+    def _roster(self) -> RosterService:
+        """Asked for each time: the module may be loaded again while this one runs."""
+        found: RosterService = self.service(RosterService)  # type: ignore[type-abstract]
+        return found
+
     def _cached(self, user: JID) -> Mapping[str, Contact] | None:
         try:
-            return self.service(RosterService).cached(user)
+            return self._roster().cached(user)
         except LookupError:  # it is just being loaded again
             return None
 
     async def _contacts(self, user: JID) -> Mapping[str, Contact]:
         """Live where it is kept. StorageUnavailable."""
         try:
-            return await self.service(RosterService).contacts(bare(user))
+            return await self._roster().contacts(bare(user))
         except LookupError as exc:
             raise StorageUnavailable("the roster module is being loaded") from exc
 
@@ -281,9 +313,10 @@ def _seen(contacts: Mapping[str, Contact]) -> Iterator[JID]:
 
 
 def _state(session: Session) -> dict[str, Any]:
-    """since: when its presence was broadcast (0: not known); digest: of what; directed: addresses by full JID."""
+    """since: when its presence was broadcast (0: not known); digest: of what; complete: it was brought the presence of
+    others; directed: addresses by full JID."""
     state = session.state.get(_STATE)
     if state is None:
-        state = session.state[_STATE] = {"since": 0.0, "digest": b"", "directed": {}}
+        state = session.state[_STATE] = {"since": 0.0, "digest": b"", "complete": True, "directed": {}}
     assert isinstance(state, dict)
     return state

@@ -52,18 +52,19 @@ class Fanout:
     def send(
         self, user: JID, presence: Stanza, targets: Sequence[JID], wanted: Callable[[JID], bool] | None = None
     ) -> asyncio.Future[None] | None:
-        """Send a presence without `to` of one of the user's resources. `wanted` is asked for each target right before it
-        is sent to. None when all is done, else a future that ends when it is."""
+        """Send a presence without `to` of one of the user's resources. None when all is done, else a future that ends
+        when it is; `wanted` is asked once more for each target that is sent to later than now."""
         queue = self._queues.get(user.bare)
         if queue is None and len(targets) <= PIECE:
-            self._piece(presence, targets, wanted)
+            self._piece(presence, targets)
             return None
         job = _Job(presence, targets, wanted, asyncio.get_running_loop().create_future())
         if queue is not None:
             queue.append(job)
             return job.done
         queue = self._queues[user.bare] = deque([job])
-        self._step(queue)
+        self._piece(presence, targets[:PIECE])
+        job.next = PIECE
         self._spawn(self._drain(user.bare, queue), name="presence for many")
         return job.done
 
@@ -83,22 +84,22 @@ class Fanout:
     def _step(self, queue: deque[_Job]) -> None:
         job = queue[0]
         some = job.targets[job.next : job.next + PIECE]
-        job.next += len(some)
-        if job.next >= len(job.targets):
+        job.next += PIECE
+        ended = job.next >= len(job.targets)
+        if ended:
             queue.popleft()
         try:
-            self._piece(job.presence, some, job.wanted)
+            self._piece(job.presence, some if job.wanted is None else [jid for jid in some if job.wanted(jid)])
         finally:
-            if job.next >= len(job.targets) and not job.done.done():
+            if ended and not job.done.done():
                 job.done.set_result(None)
 
-    def _piece(self, presence: Stanza, targets: Sequence[JID], wanted: Callable[[JID], bool] | None) -> None:
-        if wanted is not None:
-            targets = [target for target in targets if wanted(target)]
-        near = [target for target in targets if self._is_local(target)]
+    def _piece(self, presence: Stanza, targets: Sequence[JID]) -> None:
+        near: list[JID] = []
+        far: list[JID] = []
+        for target in targets:
+            (near if self._is_local(target) else far).append(target)
         if near:
             self._multicast(presence, near)
-        if len(near) < len(targets):
-            for target in targets:
-                if not self._is_local(target):
-                    self._route(presence.addressed(target))
+        for target in far:
+            self._route(presence.addressed(target))
