@@ -13,7 +13,7 @@ from typing import Protocol
 from xmppd.cluster.tables import Owner, SessionRow, SessionTable
 from xmppd.delivery import SAFE, Bounce, Gate, Outcome, Pending, Record, Spawn, first_of
 from xmppd.errors import StanzaError
-from xmppd.events import MessageUndeliverable, ProbeReceiving, SubscriptionReceiving
+from xmppd.events import MessageUndeliverable, PresenceBounced, ProbeReceiving, SubscriptionReceiving
 from xmppd.hooks import Hooks
 from xmppd.iq import IqDispatcher
 from xmppd.protocol.jid import JID, bare
@@ -261,6 +261,8 @@ class SessionManager:
             return self._gate.ask(SubscriptionReceiving(bare(to), stanza), stanza, lambda event: SAFE)
         if stanza.type == "probe":
             return self._gate.ask(ProbeReceiving(bare(to), stanza), stanza, lambda event: SAFE)
+        if stanza.type == "error":
+            self._hooks.notify(PresenceBounced(to, stanza))
         if to.resource:
             row = rows.get(to.resource)
             return SAFE if row is None else self._deliver(row, stanza)

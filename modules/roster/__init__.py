@@ -6,7 +6,7 @@ store.py the database, cache.py the rosters of the users who are here.
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final

@@ -13,6 +13,7 @@ from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Records, Spawn, 
 from xmppd.errors import JidError, StanzaError, StreamError
 from xmppd.events import (
     DirectedPresenceSending,
+    PresenceChanged,
     PresenceSending,
     SessionBecameAvailable,
     SessionBecameUnavailable,
@@ -189,21 +190,24 @@ class Session:
         if presence.type == "unavailable":
             self._become_unavailable(presence)
             return SAFE
-        old, new = self.priority, _priority(presence)
-        self.priority, self.presence = new, presence
+        old, new, hooks = self.priority, _priority(presence), self._parts.hooks
+        previous, self.priority, self.presence = self.presence, new, presence
         presence.forget_element()
         self._parts.manager.set_priority(self._row, new)
+        changed = hooks.notify(PresenceChanged(self, presence, previous))
+        came = None
         if old is None or (old < 0 <= new):
-            waiting = self._parts.hooks.notify(SessionBecameAvailable(self, new, old))
-            if waiting is not None:
+            came = hooks.notify(SessionBecameAvailable(self, new, old))
+            if came is not None:
                 # What was kept for the user comes before what arrives from here on.
                 self._held = []
-                return self._parts.gate.wait(presence, self._until_flushed(waiting))
-        return SAFE
+        waiting = [each for each in (changed, came) if each is not None]
+        return self._parts.gate.wait(presence, self._until_told(waiting)) if waiting else SAFE
 
-    async def _until_flushed(self, waiting: Awaitable[None]) -> Outcome:
+    async def _until_told(self, waiting: list[Awaitable[None]]) -> Outcome:
         try:
-            await waiting
+            for each in waiting:
+                await each
         finally:
             held, self._held = self._held or [], None
             for stanza, pending in held:
