@@ -36,7 +36,7 @@ class LiveSession(Protocol):
         """Another stream bound the same resource: end with `conflict`."""
         ...
 
-    def kick(self, reason: str) -> None:
+    def kick(self, reason: str, condition: str) -> None:
         """An operator ends it."""
         ...
 
@@ -282,13 +282,15 @@ class SessionManager:
             rows = (row for row in self._table.all() if host is None or row.jid.domain == host)
         return [row.session.info() for row in sorted(rows, key=lambda row: row.jid.full) if row.session is not None]
 
-    def kick(self, user: str, host: str, resource: str | None, reason: str) -> int:
-        """End sessions of a user; how many there were."""
+    def kick(
+        self, user: str, host: str, resource: str | None, reason: str, *, condition: str = "policy-violation"
+    ) -> int:
+        """End sessions of a user (one resource, or None for all) with a stream error; how many there were."""
         rows = list(self._table.rows(f"{user}@{host}").values())
         chosen = [row for row in rows if resource is None or row.jid.resource == resource]
         for row in chosen:
             if row.session is not None:
-                row.session.kick(reason)
+                row.session.kick(reason, condition)
         return len(chosen)
 
 

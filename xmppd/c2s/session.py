@@ -299,9 +299,9 @@ class Session:
         """Another stream bound this resource (requirements ST-01)."""
         self._end(StreamError("conflict", "Replaced by new connection"))
 
-    def kick(self, reason: str) -> None:
-        """An operator ends the session."""
-        self._end(StreamError("policy-violation", reason or "Kicked"))
+    def kick(self, reason: str, condition: str) -> None:
+        """An operator ends the session, with the stream error condition that goes with the reason."""
+        self._end(StreamError(condition, reason or "Kicked"))
 
     def unreachable(self) -> None:
         """The client does not answer; what it has not acknowledged goes elsewhere."""
