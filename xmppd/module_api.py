@@ -242,8 +242,8 @@ class Context:
     clock: Callable[[], float]
     route: Callable[[Stanza], Outcome]
     spawn: Callable[..., object]
-    switch: Callable[[type, bool], None]
     service: Callable[[type], Any]
+    switch: Callable[[type, bool], None] = lambda event, on: None  # the loader puts in its own
 
 
 class Module(Generic[C]):

@@ -322,7 +322,6 @@ class Server:
             clock=time.time,
             route=self.router.route,
             spawn=self.spawn,
-            switch=lambda event, on: None,  # the loader puts in its own
             service=self.loader.service,
         )
 

@@ -176,8 +176,9 @@ class Session:
             raise StanzaError("bad-request", f"presence of type {kind[:20]!r} needs a recipient")
         if kind in SUBSCRIPTIONS:
             plain = stanza.replace(from_=self.user.full, to=to.bare)
+            # A refusal is for this resource: with the stanza as it came, not as it goes out.
             return self._parts.gate.ask(
-                SubscriptionSending(self, plain), plain, lambda event: self._parts.router.route(event.stanza)
+                SubscriptionSending(self, plain), stanza, lambda event: self._parts.router.route(event.stanza)
             )
         if kind not in ("error", "probe"):
             raise StanzaError("bad-request", f"{kind[:20]!r} is no presence type")
