@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from .problems import suggest
+from .problems import key, suggest
 from .rules import Rule
 from .schema import SCRAM_MECHANISMS, C2SListen, Schema
 from .types import format_size
