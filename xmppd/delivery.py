@@ -11,7 +11,6 @@ that turns out to be dead loses nothing: the records are routed again.
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import Any, Final, Protocol, TypeVar
@@ -19,9 +18,10 @@ from typing import Any, Final, Protocol, TypeVar
 from xmppd.errors import StanzaError, StorageError
 from xmppd.events import Handled
 from xmppd.hooks import Hooks
+from xmppd.log import get_logger
 from xmppd.protocol.stanza import Stanza
 
-_log = logging.getLogger("xmppd.delivery")
+_log = get_logger("xmppd.delivery")
 E = TypeVar("E")
 
 
@@ -141,7 +141,7 @@ def as_stanza_error(error: BaseException) -> StanzaError:
         return error
     if isinstance(error, StorageError):
         return StanzaError("internal-server-error", "the server cannot store this now", type="wait")
-    _log.error("stanza failed", exc_info=error)
+    _log.error("stanza failed", exc=error)
     return StanzaError("internal-server-error")
 
 

@@ -40,6 +40,15 @@ class Session(Protocol):
         """Write a stanza to this session's client; what became of it comes back (delivery.Outcome)."""
         ...
 
+    @property
+    def idle_seconds(self) -> float:
+        """How long nothing has come from its client."""
+        ...
+
+    def unreachable(self) -> None:
+        """Its client does not answer: the stream ends with `connection-timeout` (RFC 6120 4.9.3.4)."""
+        ...
+
 
 class PendingOutcome(Protocol):
     """The outcome of a stanza that somebody still works on (delivery.Pending)."""
@@ -102,6 +111,16 @@ class PresenceSending:
     presence: Stanza
 
 
+@dataclass(frozen=True, slots=True)
+class PresenceChanged:
+    """A session's own available presence took effect: `session.presence` and its row have changed; on its node, before
+    SessionBecameAvailable. The stream waits for the handlers."""
+
+    session: Session
+    presence: Stanza
+    previous: Stanza | None  # what it replaced; None when the session was not available
+
+
 @dataclass(slots=True)
 class DirectedPresenceSending:
     """A client sends available or unavailable presence to somebody; on its node. Unhandled: it is routed."""
@@ -133,6 +152,14 @@ class ProbeReceiving:
 
     user: JID
     stanza: Stanza
+
+
+@dataclass(frozen=True, slots=True)
+class PresenceBounced:
+    """A presence of type error has come for an address of one of our hosts, and is about to be delivered."""
+
+    to: JID
+    error: Stanza
 
 
 # -- sessions

@@ -5,17 +5,17 @@ said in words ("after these modules") and sorted once, when a handler is added. 
 dict look-up: `if hooks.wants(MessageRouting): ...`.
 """
 
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from inspect import iscoroutinefunction
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from xmppd.errors import ConfigError, StanzaError, StorageError
-from xmppd.events import HANDLED, Handled
+from xmppd.events import Handled
+from xmppd.log import get_logger
 
-_log = logging.getLogger("xmppd.hooks")
+_log = get_logger("xmppd.hooks")
 E = TypeVar("E")
 
 
@@ -49,14 +49,14 @@ class Hooks:
         handler = Handler(owner, call, tuple(after), optional, iscoroutinefunction(call))
         self._handlers[event] = _sorted(event, [*self._handlers.get(event, ()), handler])
 
-    def remove(self, owner: str) -> None:
-        """Forget every handler of a module."""
-        for event in list(self._handlers):
-            left = [handler for handler in self._handlers[event] if handler.owner != owner]
+    def remove(self, owner: str, event: type | None = None) -> None:
+        """Forget every handler of a module, or those of one event."""
+        for each in [each for each in self._handlers if event is None or each is event]:
+            left = [handler for handler in self._handlers[each] if handler.owner != owner]
             if left:
-                self._handlers[event] = left
+                self._handlers[each] = left
             else:
-                del self._handlers[event]
+                del self._handlers[each]
 
     def wants(self, event: type) -> bool:
         """Whether anybody listens."""
@@ -91,8 +91,8 @@ class Hooks:
                 _log_crash(handler, event, exc)
 
     def decide(self, event: E) -> E | Handled | Awaitable[E | Handled]:
-        """Ask the deciders: the event as they leave it, HANDLED when one of them took it over, or an awaitable of either
-        when a coroutine is among them. Raises StanzaError when a handler refuses or crashes."""
+        """Ask the deciders: the event as they leave it, HANDLED when one of them took it over, or an awaitable of
+        either when a coroutine is among them. Raises StanzaError when a handler refuses or crashes."""
         handlers = self._handlers.get(type(event))
         if handlers is None:
             return event
@@ -104,10 +104,10 @@ class Hooks:
             except Exception as exc:
                 _refuse(handler, event, exc)
                 continue
-            if result is HANDLED:
-                return HANDLED
+            if isinstance(result, Handled):
+                return result
             if result is not None:
-                event = result
+                event = cast(E, result)
         return event
 
     async def _decide_rest(self, event: E, handlers: list[Handler]) -> E | Handled:
@@ -119,10 +119,10 @@ class Hooks:
             except Exception as exc:
                 _refuse(handler, event, exc)
                 continue
-            if result is HANDLED:
-                return HANDLED
+            if isinstance(result, Handled):
+                return result
             if result is not None:
-                event = result
+                event = cast(E, result)
         return event
 
 
@@ -158,9 +158,9 @@ def _refuse(handler: Handler, event: object, exc: Exception) -> None:
 def _log_crash(handler: Handler, event: object, exc: Exception) -> None:
     if isinstance(exc, StorageError):
         # Trouble with the database is the operator's, not a bug; the storage room has logged it.
-        _log.warning("hook could not store owner=%s event=%s error=%s", handler.owner, event_name(type(event)), exc)
+        _log.warning("hook could not store", module=handler.owner, event=event_name(type(event)), error=exc)
         return
-    _log.error("hook failed owner=%s event=%s", handler.owner, event_name(type(event)), exc_info=exc)
+    _log.error("hook failed", module=handler.owner, event=event_name(type(event)), exc=exc)
 
 
 def event_name(event: type) -> str:

@@ -1,7 +1,8 @@
 """The one door for plug-ins.
 
-A module is a page: a docstring, a frozen `Config` dataclass, one subclass of `Module` whose decorated methods are hooks,
-IQ handlers and admin commands, and the tables it needs. It declares; the loader registers and, on unload, unregisters.
+A module is a page: a docstring, a frozen `Config` dataclass, one subclass of `Module` whose decorated methods are
+hooks, IQ handlers and admin commands, and the tables it needs. It declares; the loader registers and, on unload,
+unregisters.
 
     class Pong(Module[Config]):
         xeps = {199: "2.0"}
@@ -17,37 +18,87 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
-from xmppd.admin.registry import command
-from xmppd.delivery import SAFE, Outcome
+from xmppd.admin.registry import Arg, command
+from xmppd.admin.results import List, Rescode, Tuple, integer, string
+from xmppd.cluster.tables import Owner
+from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, sized
+from xmppd.delivery import SAFE, Outcome, Pending, as_stanza_error
 from xmppd.events import Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
-from xmppd.storage.tables import module_table
+from xmppd.spool import Holder, QuotaReached, SpoolRow
+from xmppd.storage import Storage
+from xmppd.storage.ids import new_id
+from xmppd.storage.sql import by_host, insert_new, upsert
+from xmppd.storage.tables import (
+    FULL_BYTES,
+    Stamp,
+    Utf8,
+    fixed_bytes,
+    host_column,
+    key_hash,
+    long_bytes,
+    long_text,
+    module_table,
+    user_column,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
 
     from xmppd.log import Logger
     from xmppd.spool import Spool
-    from xmppd.storage import Storage
 
 __all__ = [
+    "FULL_BYTES",
     "NO_REPLY",
     "SAFE",
+    "Arg",
     "Contact",
+    "Duration",
+    "Holder",
     "IqRequest",
+    "List",
     "Module",
     "NoReply",
+    "OptionalRate",
     "Outcome",
+    "Owner",
+    "Pending",
+    "QuotaReached",
+    "Rate",
+    "Rescode",
     "RosterService",
     "Routing",
     "ServerInfo",
     "Session",
+    "Size",
+    "SpoolRow",
+    "Stamp",
+    "Storage",
+    "Tuple",
+    "Utf8",
+    "as_stanza_error",
+    "between",
+    "by_host",
     "command",
+    "fixed_bytes",
     "hook",
+    "host_column",
+    "insert_new",
+    "integer",
     "iq",
+    "key_hash",
+    "lasting",
+    "long_bytes",
+    "long_text",
     "module_table",
+    "new_id",
+    "sized",
+    "string",
+    "upsert",
+    "user_column",
 ]
 
 C = TypeVar("C")
@@ -60,6 +111,7 @@ class HookMark:
     event: type
     after: tuple[str, ...]
     optional: bool
+    switched: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +122,15 @@ class IqMark:
     targets: tuple[Literal["account", "host"], ...]
 
 
-def hook(event: type, *, after: Sequence[str] = (), optional: bool = False) -> Callable[[F], F]:
+def hook(event: type, *, after: Sequence[str] = (), optional: bool = False, switched: bool = False) -> Callable[[F], F]:
     """Mark a method as a handler of an event (xmppd/events.py), behind those of the modules named in `after`.
 
-    optional: when the handler of an `-ing` event crashes, the stanza goes on (it fails closed otherwise)."""
+    optional: when the handler of an `-ing` event crashes, the stanza goes on (it fails closed otherwise).
+    switched: it listens only while the module wants it to (`Module.switch`), for events of every stanza."""
 
     def mark(function: F) -> F:
         marks = function.__dict__.setdefault("_xmppd_hooks", [])
-        marks.append(HookMark(event, tuple(after), optional))
+        marks.append(HookMark(event, tuple(after), optional, switched))
         return function
 
     return mark
@@ -109,6 +162,10 @@ class Sessions(Protocol):
         """The live sessions of a bare JID on this node."""
         ...
 
+    def local(self) -> Iterable[Session]:
+        """Every live session of this node, of which there may be many: for background work, in pieces."""
+        ...
+
     def is_available(self, user: JID) -> bool: ...
 
     def multicast(self, stanza: Stanza, users: Iterable[JID]) -> None:
@@ -121,18 +178,31 @@ class Sessions(Protocol):
 class Routing(Protocol):
     """The `routing:` section of the configuration."""
 
-    profile: str
-    iq_needs_presence: bool
-    presence_coalesce: float  # seconds
+    @property
+    def profile(self) -> str:
+        """compat or rfc6121."""
+        ...
+
+    @property
+    def iq_needs_presence(self) -> bool: ...
+
+    @property
+    def presence_coalesce(self) -> float:
+        """Seconds."""
+        ...
 
 
 class ServerInfo(Protocol):
     """What a module may know about the server."""
 
     version: str
-    hosts: tuple[str, ...]
     started_at: float  # Unix time
-    routing: Routing
+
+    @property
+    def hosts(self) -> tuple[str, ...]: ...
+
+    @property
+    def routing(self) -> Routing: ...
 
     def features(self) -> list[str]:
         """Service discovery features that the loaded modules declare, sorted."""
@@ -152,7 +222,9 @@ class AccountsInfo(Protocol):
 
     async def set_password(self, host: str, username: str, password: str) -> bool: ...
 
-    async def remove(self, host: str, username: str) -> bool: ...
+    async def remove(self, host: str, username: str, *, removed: Callable[[], None] | None = None) -> bool:
+        """False when there is no such account. `removed` is called when it is gone and before its sessions end."""
+        ...
 
 
 @dataclass(slots=True)
@@ -160,7 +232,8 @@ class Context:
     """Everything the loader hands to a module."""
 
     name: str
-    storage: "Storage"
+    owner: Owner
+    storage: Storage
     spool: "Spool"
     sessions: Sessions
     accounts: AccountsInfo
@@ -169,6 +242,7 @@ class Context:
     clock: Callable[[], float]
     route: Callable[[Stanza], Outcome]
     spawn: Callable[..., object]
+    switch: Callable[[type, bool], None]
     service: Callable[[type], Any]
 
 
@@ -185,6 +259,7 @@ class Module(Generic[C]):
     def __init__(self, context: Context, config: C) -> None:
         self.config = config
         self.name = context.name
+        self.owner = context.owner
         self.storage = context.storage
         self.spool = context.spool
         self.sessions = context.sessions
@@ -209,10 +284,28 @@ class Module(Generic[C]):
         """Run a task that ends with the module; a crash is logged."""
         self._context.spawn(coroutine, name=name)
 
+    def switch(self, event: type, on: bool) -> None:
+        """Let the module's `switched` handlers of an event listen, or not."""
+        self._context.switch(event, on)
+
     def service(self, protocol: type[T]) -> T:
         """The loaded module that provides a service; LookupError when none does."""
         found: T = self._context.service(protocol)
         return found
+
+    async def sees_presence(self, asker: JID, user: JID) -> bool:
+        """Whether `asker` is the user, or gets the user's presence (subscription from or both); StorageUnavailable."""
+        if asker.bare == user.bare:
+            return True
+        try:
+            roster = self.service(RosterService)  # type: ignore[type-abstract]
+        except LookupError:
+            return False
+        contacts = roster.cached(user)
+        if contacts is None:
+            contacts = await roster.contacts(user)
+        contact = contacts.get(asker.bare)
+        return contact is not None and contact.sees_user
 
 
 # -- services that modules offer each other

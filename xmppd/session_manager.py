@@ -5,14 +5,15 @@ negative; NONNEG all that are not negative; OFF means MessageUndeliverable, wher
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from xmppd.cluster.tables import Owner, SessionRow, SessionTable
 from xmppd.delivery import SAFE, Bounce, Gate, Outcome, Pending, Record, Spawn, first_of
 from xmppd.errors import StanzaError
-from xmppd.events import MessageUndeliverable, ProbeReceiving, SubscriptionReceiving
+from xmppd.events import MessageUndeliverable, PresenceBounced, ProbeReceiving, SubscriptionReceiving
 from xmppd.hooks import Hooks
 from xmppd.iq import IqDispatcher
 from xmppd.protocol.jid import JID, bare
@@ -27,15 +28,15 @@ class LiveSession(Protocol):
 
     jid: JID
 
-    def send(self, stanza: Stanza) -> Outcome:
-        """Write to its client."""
+    def deliver(self, stanza: Stanza) -> Outcome:
+        """Write to its client, behind what was stored for it. Raises StanzaError."""
         ...
 
     def replaced(self) -> None:
         """Another stream bound the same resource: end with `conflict`."""
         ...
 
-    def kick(self, reason: str) -> None:
+    def kick(self, reason: str, condition: str) -> None:
         """An operator ends it."""
         ...
 
@@ -106,6 +107,7 @@ class SessionManager:
     def close(self, row: SessionRow) -> bool:
         """Take a session's row out; True when it was the user's last one."""
         self._table.remove(row)
+        row.session = None
         return not self._table.rows(row.jid.bare)
 
     def set_priority(self, row: SessionRow, priority: int | None) -> None:
@@ -120,6 +122,10 @@ class SessionManager:
     def sessions(self, user: JID) -> list[LiveSession]:
         """The live sessions of a bare JID on this node."""
         return [row.session for row in self._table.rows(user.bare).values() if row.session is not None]
+
+    def local(self) -> Iterator[LiveSession]:
+        """Every live session of this node."""
+        return (row.session for row in self._table.all() if row.session is not None)
 
     def is_bound(self, jid: JID) -> bool:
         return jid.resource in self._table.rows(jid.bare)
@@ -165,10 +171,11 @@ class SessionManager:
                 addressed = stanza.addressed(user)
                 for row in rows.values():
                     if row.priority is not None:
-                        self._deliver(row, addressed)
+                        with suppress(StanzaError):  # this one may not see it; the others may
+                            self._deliver(row, addressed)
 
     def _deliver(self, row: SessionRow, stanza: Stanza) -> Outcome:
-        outcome: Outcome = row.session.send(stanza)
+        outcome: Outcome = row.session.deliver(stanza)
         return outcome
 
     def _deliver_all(self, rows: list[SessionRow], stanza: Stanza) -> Outcome:
@@ -254,6 +261,8 @@ class SessionManager:
             return self._gate.ask(SubscriptionReceiving(bare(to), stanza), stanza, lambda event: SAFE)
         if stanza.type == "probe":
             return self._gate.ask(ProbeReceiving(bare(to), stanza), stanza, lambda event: SAFE)
+        if stanza.type == "error":
+            self._hooks.notify(PresenceBounced(to, stanza))
         if to.resource:
             row = rows.get(to.resource)
             return SAFE if row is None else self._deliver(row, stanza)
@@ -273,13 +282,15 @@ class SessionManager:
             rows = (row for row in self._table.all() if host is None or row.jid.domain == host)
         return [row.session.info() for row in sorted(rows, key=lambda row: row.jid.full) if row.session is not None]
 
-    def kick(self, user: str, host: str, resource: str | None, reason: str) -> int:
-        """End sessions of a user; how many there were."""
+    def kick(
+        self, user: str, host: str, resource: str | None, reason: str, *, condition: str = "policy-violation"
+    ) -> int:
+        """End sessions of a user (one resource, or None for all) with a stream error; how many there were."""
         rows = list(self._table.rows(f"{user}@{host}").values())
         chosen = [row for row in rows if resource is None or row.jid.resource == resource]
         for row in chosen:
             if row.session is not None:
-                row.session.kick(reason)
+                row.session.kick(reason, condition)
         return len(chosen)
 
 

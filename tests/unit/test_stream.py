@@ -666,7 +666,7 @@ def meant_by(children: list[Node], bound: bool) -> list[Node]:
     return [with_attribute(node, "from", ROMEO.full) if bound else node for node in stanzas]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(soup=SOUP, cuts=CUTS, bound=st.booleans(), start_apart=st.booleans())
 @example(soup=b"<message to='x'/>foo/>", cuts=[], bound=True, start_apart=True)
 @example(soup=b"<messagex:message xmlns:messagex='jabber:&#99;lient'/>", cuts=[], bound=True, start_apart=True)
@@ -685,7 +685,7 @@ def test_a_second_parser_sees_the_same_stanzas(soup, cuts, bound, start_apart):
         assert seen == expected
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(soup=SOUP, cuts=CUTS, bound=st.booleans())
 def test_cutting_changes_no_event(soup, cuts, bound):
     whole = shapes(events(HEADER + soup, bound=bound))

@@ -21,6 +21,8 @@ from xmppd.protocol.jid import JID, parse
 MESSAGE: Final = f"{{{ns.CLIENT}}}message"
 PRESENCE: Final = f"{{{ns.CLIENT}}}presence"
 IQ: Final = f"{{{ns.CLIENT}}}iq"
+# The type of a stanza without the attribute (RFC 6121 5.2.2, 4.7.1).
+DEFAULT_TYPES: Final[dict[str, str]] = {"message": "normal", "presence": "available", "iq": ""}
 KINDS: Final[dict[str, str]] = {MESSAGE: "message", PRESENCE: "presence", IQ: "iq"}
 
 _DECLARED: Final = b' xmlns="' + ns.CLIENT.encode() + b'"'
@@ -86,7 +88,7 @@ class Stanza:
         to, from_ = element.get("to"), element.get("from")
         return cls(
             kind,
-            element.get("type") or default_type(kind),
+            element.get("type") or DEFAULT_TYPES[kind],
             element.get("id") or "",
             parse(to) if to else None,
             parse(from_) if from_ else None,
@@ -178,11 +180,6 @@ class Stanza:
         return start.group().decode("utf-8", "replace") if start else f"<{self.kind}>"
 
 
-def default_type(kind: str) -> str:
-    """The type of a stanza without the attribute (RFC 6121 5.2.2, 4.7.1)."""
-    return {"message": "normal", "presence": "available", "iq": ""}[kind]
-
-
 def _parse_neutral(xml: bytes) -> _Element:
     try:
         wrapper = etree.fromstring(_WRAP % xml, _PARSER)
@@ -214,7 +211,7 @@ def build(kind: str, attrs: Mapping[str, str | None], inner: bytes = b"") -> Sta
     to, from_ = attrs.get("to"), attrs.get("from")
     return Stanza(
         kind,
-        attrs.get("type") or default_type(kind),
+        attrs.get("type") or DEFAULT_TYPES[kind],
         attrs.get("id") or "",
         parse(to) if to else None,
         parse(from_) if from_ else None,

@@ -20,7 +20,7 @@ lxml's pull parser (libxml2) does the parsing. Seven things about it shape this 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from lxml import etree
 from lxml.etree import _Element
@@ -29,7 +29,7 @@ from xmppd.errors import JidError, StreamError
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, parse
 from xmppd.protocol.names import KNOWN_NAMES
-from xmppd.protocol.stanza import KINDS, Stanza, default_type, is_namespace, neutral
+from xmppd.protocol.stanza import DEFAULT_TYPES, KINDS, Stanza, is_namespace, neutral
 
 _STREAM_TAG: Final = f"{{{ns.STREAMS}}}stream"
 _XML_LANG: Final = f"{{{ns.XML}}}lang"
@@ -37,7 +37,9 @@ _BOM: Final = b"\xef\xbb\xbf"
 _BLANKS: Final = b" \t\r\n"
 _AFTER_NAME: Final = frozenset(b" \t\r\n/>")
 _BLANK_BYTES: Final = frozenset(_BLANKS)
-_EVENTS: Final = ("start", "end", "start-ns", "comment", "pi")
+# Not "comment" and "pi", which double the cost of parsing: they are looked for where "<!" or "<?" is seen.
+_EVENTS: Final = ("start", "end", "start-ns")
+_TAGS: Final = {kind: (f"<{kind}".encode(), f"</{kind}>".encode()) for kind in KINDS.values()}
 _DECLARATION: Final = re.compile(rb"""<\?xml[ \t\r\n](?:[^?"']++|"[^"]*+"|'[^']*+')*+\?>""")
 _ENCODING: Final = re.compile(rb"""[ \t\r\n]encoding[ \t\r\n]*=[ \t\r\n]*["']([^"']*)["']""")
 _TAG: Final = re.compile(rb"""<!\[CDATA\[(?:.*?\]\]>|.*)|<(?![!?])(?:[^<>"']++|"[^"]*+"|'[^']*+')*+>|<""", re.DOTALL)
@@ -103,6 +105,7 @@ class Stream:
     """
 
     __slots__ = (
+        "_deepest",
         "_depth",
         "_elements",
         "_ended",
@@ -117,6 +120,7 @@ class Stream:
         "_root",
         "_simple",
         "_stamp",
+        "_suspect",
         "_total",
     )
 
@@ -134,7 +138,9 @@ class Stream:
         self._root: _Element | None = None
         self._prolog: bytes | None = b""
         self._depth = 0
-        self._elements = 0
+        self._deepest = 0  # for the root's start to be noticed
+        self._elements = 0  # started since the last finished stanza
+        self._suspect = False  # "<!" or "<?" was seen: CDATA, or something forbidden
         self._held = bytearray()  # the bytes since the last finished stanza
         self._ended = False
         self._simple = False  # the root declares nothing but the two usual namespaces
@@ -144,6 +150,8 @@ class Stream:
     def set_limits(self, limits: Limits) -> None:
         """Other limits from here on (after authentication)."""
         self._limits = limits
+        if self._root is not None:
+            self._deepest = limits.depth + 1
 
     def bind(self, jid: JID) -> None:
         """From now on each stanza's `from` must be this address (or its bare form, or absent) and becomes it."""
@@ -206,6 +214,8 @@ class Stream:
 
     def _read(self, data: bytes) -> list[Event]:
         whole = self._depth == 1 and not self._held  # the chunk begins where a stanza begins
+        if b"<!" in data or b"<?" in data or (data[0] in b"!?" and self._held and self._held[-1] == 60):
+            self._suspect = True
         failure: StreamError | None = None
         try:
             self._parser.feed(data)
@@ -215,24 +225,31 @@ class Stream:
         header_too = self._depth == 0
         out: list[Event] = []
         try:
+            item: Any  # an element, or for start-ns (prefix, uri)
             for action, item in self._iter:
                 if action == "start":
-                    self._open(cast(_Element, item), out)
+                    self._depth += 1
+                    if item.tag not in KNOWN_NAMES:
+                        self._novel_name(item.tag)
+                    for name in item.keys():  # noqa: SIM118 -- iterating an element gives its children
+                        if name not in KNOWN_NAMES:
+                            self._novel_attribute(name, item)
+                    self._elements += 1
+                    if self._depth > self._deepest or self._elements > self._limits.elements:
+                        self._too_much(out, item)
                 elif action == "end":
-                    depth = self._depth = self._depth - 1
-                    if depth == 1:
-                        self._finish(cast(_Element, item), data if whole and not out else b"", out)
-                    elif depth == 0:
-                        if _has_text(cast(_Element, item).text):
+                    self._depth -= 1
+                    if self._depth == 1:
+                        self._finish(item, data if whole and not out else b"", out)
+                    elif self._depth == 0:
+                        if _has_text(item.text):
                             raise _stray_text()
                         self._ended = True
                         out.append(StreamClosed())
                         failure = None  # of what comes behind the end
                         break
-                elif action == "start-ns":
-                    self._declare(*cast(tuple[str, str], item))
                 else:
-                    raise StreamError("restricted-xml", "comments and processing instructions are not allowed")
+                    self._declare(*item)
             if failure is not None:
                 raise failure
         except StreamError as error:
@@ -261,34 +278,21 @@ class Stream:
                 break
             start = end
         else:
-            if _begins_stray(data[start:].lstrip(_BLANKS)):
-                error = _stray_text()
+            if self._root is not None:
+                error = _misplaced(data[start:].lstrip(_BLANKS)) or error
         out.append(error)
 
-    def _open(self, element: _Element, out: list[Event]) -> None:
-        self._depth += 1
-        tag = element.tag
-        if tag not in KNOWN_NAMES:
-            self._novel_name(tag)
-        names = cast(list[str], element.keys())
-        for name in names:
-            if name not in KNOWN_NAMES:
-                self._novel_name(name)
-                if names.count(name) > 1:
-                    raise StreamError("not-well-formed", f"two attributes {name}")
-        if self._depth == 1:
-            out.append(self._open_root(element))
-            return
-        self._elements += 1
+    def _too_much(self, out: list[Event], element: _Element) -> None:
+        """The root is open, or a limit is reached."""
         limits = self._limits
-        if self._depth - 1 > limits.depth:
+        if self._root is None:
+            out.append(self._open_root(element))
+            self._elements = 0
+            self._deepest = limits.depth + 1
+        elif self._depth > self._deepest:
             raise StreamError("policy-violation", f"elements nested deeper than {limits.depth}")
-        if self._elements > limits.elements:
+        else:
             raise StreamError("policy-violation", f"more than {limits.elements} elements in one stanza")
-        if limits.total is not None:
-            self._total += 1
-            if self._total > limits.total:
-                raise StreamError("policy-violation", f"more than {limits.total} elements before authentication")
 
     def _open_root(self, element: _Element) -> StreamOpened:
         if element.tag != _STREAM_TAG:
@@ -315,6 +319,13 @@ class Stream:
             if _has_text(before):
                 raise _stray_text()
             root.text = None  # at the latest before the stanza goes: see above
+        if self._suspect and (root[0] is not element or next(element.iter(etree.Comment, etree.PI), None) is not None):
+            raise _restricted()
+        limits = self._limits
+        if limits.total is not None:
+            self._total += self._elements
+            if self._total > limits.total:
+                raise StreamError("policy-violation", f"more than {limits.total} elements before authentication")
         kind = KINDS.get(element.tag)
         out.append(self._nonza(element) if kind is None else self._stanza(element, kind, chunk))
         self._elements = 0
@@ -339,9 +350,7 @@ class Stream:
         changed = False
         if stamp is not None:
             own = stamp.jid
-            if claimed is None:
-                pass
-            elif claimed != own.full:
+            if claimed is not None and claimed != own.full:
                 if not _is_own(claimed, own):
                     raise StreamError("invalid-from", "a stanza's sender must be the address bound to the stream")
                 changed = True
@@ -349,11 +358,10 @@ class Stream:
         if self._lang is not None and get(_XML_LANG) is None:
             element.set(_XML_LANG, self._lang)
             changed = True
-        if chunk and not changed and self._simple and not element.tail:
+        xml = b""
+        if chunk and self._simple and not changed and not element.tail:
             # The usual case, one read that holds one whole stanza: its bytes are neutral as they are.
-            xml = self._raw(chunk, kind, self._elements, None if claimed is not None else stamp)
-        else:
-            xml = b""
+            xml = self._raw(chunk, kind, self._elements, stamp if claimed is None else None)
         if not xml:
             if stamp is not None and claimed is None:
                 element.set("from", stamp.jid.full)
@@ -364,8 +372,9 @@ class Stream:
                 to = parse(to_text)
             except JidError:
                 malformed = True
-        stanza = Stanza(kind, get("type") or default_type(kind), get("id") or "", to, own, xml, element)
-        stanza.malformed = malformed
+        stanza = Stanza(kind, get("type") or DEFAULT_TYPES[kind], get("id") or "", to, own, xml, element)
+        if malformed:
+            stanza.malformed = True
         return stanza
 
     def _raw(self, chunk: bytes, kind: str, elements: int, stamp: _Stamp | None) -> bytes:
@@ -375,11 +384,11 @@ class Stream:
         begins with "<", so then there are more of those than the stanza's start and end tags account for. A text is
         left over when the chunk does not end with the stanza's own last tag.
         """
-        name = b"<" + kind.encode()
+        start, end = _TAGS[kind]
         if (
-            not chunk.startswith(name)
-            or chunk[len(name)] not in _AFTER_NAME  # else the rest of a prefix: <message:message/>
-            or not (chunk.endswith(b"</" + kind.encode() + b">") or chunk.find(b">") == len(chunk) - 1)
+            not chunk.startswith(start)
+            or chunk[len(start)] not in _AFTER_NAME  # else the rest of a prefix: <message:message/>
+            or not (chunk.endswith(end) or chunk.find(b">") == len(chunk) - 1)
             or chunk.count(b"<") != elements + chunk.count(b"</")
             or b"jabber:client" in chunk
             or b"&#" in chunk  # a namespace could be spelled with it
@@ -389,7 +398,7 @@ class Stream:
         ):
             return b""
         self._exact = len(chunk) <= self._limits.size
-        return chunk if stamp is None else name + stamp.attribute + chunk[len(name) :]
+        return chunk if stamp is None else start + stamp.attribute + chunk[len(start) :]
 
     # -- counting
 
@@ -405,6 +414,11 @@ class Stream:
         if name.find(":", name.rfind("}") + 1) >= 0:
             raise StreamError("not-well-formed", f"the prefix of {name} is not declared")
         self._novel(name)
+
+    def _novel_attribute(self, name: str, element: _Element) -> None:
+        self._novel_name(name)
+        if cast(list[str], element.keys()).count(name) > 1:
+            raise StreamError("not-well-formed", f"two attributes {name}")
 
     def _novel(self, name: str | bytes) -> None:
         names = self._names
@@ -433,8 +447,12 @@ class Stream:
             for run in _BLANK_RUN.findall(data, 0, start):
                 self._novel(run)
             rest = self._held = bytearray(data[start:].lstrip(_BLANKS))
-        if _begins_stray(rest):
-            raise _stray_text()
+        if not rest:
+            self._suspect = False
+            return
+        misplaced = _misplaced(rest) if self._root is not None else None
+        if misplaced is not None:
+            raise misplaced
         if len(rest) > self._limits.size:
             raise _too_large(self._limits.size)
 
@@ -442,7 +460,7 @@ class Stream:
         """What is wrong with a finished stanza and the white space before it: text there, or its size."""
         if data[start] != 60 or end - start > self._limits.size:
             unit = data[start:end].lstrip(_BLANKS)
-            if _begins_stray(unit):
+            if unit[0] != 60:
                 return _stray_text()
             if len(unit) > self._limits.size:
                 return _too_large(self._limits.size)
@@ -498,6 +516,10 @@ def _unit_ends(data: bytes, depth: int) -> Iterator[int]:
                 yield end
 
 
+def _restricted() -> StreamError:
+    return StreamError("restricted-xml", "comments and processing instructions are not allowed")
+
+
 def _too_large(size: int) -> StreamError:
     return StreamError("policy-violation", f"a stanza larger than {size} bytes")
 
@@ -506,9 +528,13 @@ def _stray_text() -> StreamError:
     return StreamError("bad-format", "text between stanzas")
 
 
-def _begins_stray(rest: bytes | bytearray) -> bool:
-    """Whether what comes behind a stanza, without leading blanks, is text."""
-    return bool(rest) and (rest[0] != 60 or rest[:3] == b"<![")
+def _misplaced(rest: bytes | bytearray) -> StreamError | None:
+    """What is wrong when this, without leading blanks, comes behind a stanza."""
+    if not rest or rest[0] != 60:
+        return _stray_text() if rest else None
+    if rest[1:2] == b"?" or rest[1:3] == b"!-":
+        return _restricted()
+    return _stray_text() if rest[1:3] == b"![" else None
 
 
 def _has_text(text: str | None) -> bool:

@@ -1,0 +1,172 @@
+"""A private MariaDB for tests: a free loopback port, a folder of its own, ended by its pid."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pymysql
+
+USER = "xmppd"
+PASSWORD = "open, sesame: @/%"  # every character that a URL and a shell could get wrong
+START_SECONDS = 30.0
+
+
+def missing() -> str | None:
+    """Why there is no MariaDB here, or None when there is."""
+    if _binary("mariadbd") is None:
+        return "mariadbd is not installed"
+    if _binary("mariadb-install-db") is None:
+        return "mariadb-install-db is not installed"
+    return None
+
+
+def required() -> bool:
+    return os.environ.get("XMPPD_REQUIRE_MARIADB") == "1"
+
+
+class MariaDB:
+    """`start`, `stop` and `kill` may be repeated; the data stay. Made durable as an operator would run it."""
+
+    def __init__(self, options: tuple[str, ...] = ()) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="xmppd-mariadb-"))
+        self.port = _free_port()
+        self.options = options
+        self._process: subprocess.Popen[bytes] | None = None
+        self._install()
+        self.start()
+        self.query(f"CREATE USER '{USER}'@'127.0.0.1' IDENTIFIED BY '{PASSWORD}'")
+        self.query(f"GRANT ALL ON *.* TO '{USER}'@'127.0.0.1'")
+
+    def new_database(self) -> str:
+        """A fresh database; the URL that leads to it."""
+        name = f"t_{secrets.token_hex(6)}"
+        self.query(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+    def drop_database(self, url: str) -> None:
+        self.query(f"DROP DATABASE {url.rsplit('/', 1)[1].split('?')[0]}")
+
+    def url(self, name: str) -> str:
+        quoted = PASSWORD.replace("%", "%25").replace(" ", "%20").replace("/", "%2F").replace("@", "%40")
+        return f"mysql://{USER}:{quoted.replace(':', '%3A').replace(',', '%2C')}@127.0.0.1:{self.port}/{name}"
+
+    def query(self, sql: str, database: str | None = None) -> list[tuple[object, ...]]:
+        """One statement as root."""
+        with pymysql.connect(
+            unix_socket=str(self.folder / "my.sock"), user="root", database=database, autocommit=True
+        ) as connection:
+            cursor = connection.cursor()
+            cursor.execute(sql)
+            return list(cursor.fetchall())
+
+    def start(self) -> None:
+        if self._process is not None:
+            return
+        log = (self.folder / "out.log").open("ab")
+        with log:
+            self._process = subprocess.Popen(
+                [
+                    _binary("mariadbd"),
+                    "--no-defaults",
+                    *_as_root(),
+                    f"--datadir={self.folder / 'data'}",
+                    f"--socket={self.folder / 'my.sock'}",
+                    f"--pid-file={self.folder / 'my.pid'}",
+                    "--bind-address=127.0.0.1",
+                    f"--port={self.port}",
+                    "--skip-name-resolve",
+                    "--innodb-buffer-pool-size=64M",
+                    "--innodb-log-file-size=16M",
+                    "--innodb-flush-log-at-trx-commit=1",
+                    "--max-connections=200",
+                    "--performance-schema=OFF",
+                    *self.options,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._wait_until_it_answers()
+
+    def stop(self) -> None:
+        """An orderly shutdown."""
+        self._end(kill=False)
+
+    def kill(self) -> None:
+        """As a power cut would."""
+        self._end(kill=True)
+
+    def pause(self) -> None:
+        """The process stands still; its connections stay open and nobody answers."""
+        if self._process is not None:
+            self._process.send_signal(19)
+
+    def go_on(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(18)
+
+    def destroy(self) -> None:
+        self._end(kill=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _end(self, *, kill: bool) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if kill:
+            process.kill()
+        else:
+            process.terminate()
+        process.wait(timeout=START_SECONDS)
+
+    def _install(self) -> None:
+        if os.geteuid() == 0:
+            shutil.chown(self.folder, "mysql")
+        subprocess.run(
+            [
+                _binary("mariadb-install-db"),
+                "--no-defaults",
+                *_as_root(),
+                f"--datadir={self.folder / 'data'}",
+                "--auth-root-authentication-method=normal",
+                "--skip-test-db",
+                "--innodb-log-file-size=16M",
+            ],
+            check=True,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def _wait_until_it_answers(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not self._listens():
+            assert self._process is not None
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError((self.folder / "out.log").read_text()[-2000:])
+            time.sleep(0.05)
+        self.query("SELECT 1")
+
+    def _listens(self) -> bool:
+        """pymysql leaves a socket open when it is refused, so a plain one knocks first."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.folder / "my.sock")) == 0
+
+
+def _binary(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+
+
+def _as_root() -> list[str]:
+    return ["--user=mysql"] if os.geteuid() == 0 else []
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,487 @@
+"""The spool: messages that nobody has acknowledged yet, which is also the offline storage. One table, one row each.
+
+A row with a holder waits for the acknowledgement of that session; a row without one is an offline message. Quota and
+counts see rows without holder only. A row is deleted by its id, after its recipient's client has acknowledged it.
+"""
+
+import asyncio
+import enum
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Integer,
+    TextClause,
+    bindparam,
+    case,
+    delete,
+    func,
+    null,
+    or_,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.types import TypeEngine
+
+from xmppd.errors import StorageError, StorageUnavailable
+from xmppd.storage import Stamp, Storage, Utf8, by_host, fixed_bytes, insert_new, new_id
+from xmppd.storage.tables import HOST_BYTES, PART_BYTES
+from xmppd.storage.tables import spool as table
+
+log = logging.getLogger("xmppd.spool")
+
+KEEP: Final = "spool keep"
+FREE: Final = "spool free"
+DELETE: Final = "spool delete"
+_CHUNK: Final = 500  # ids in one IN (…)
+_FREE_AT_ONCE: Final = 1000
+
+User = tuple[str, str]  # server_host, username
+
+
+class QuotaReached(StorageError):
+    """The user has as many offline messages as they may have; nothing was stored."""
+
+
+class Kept(enum.Enum):
+    STORED = "stored"
+    DUPLICATE = "duplicate"  # the same message is there already: it is as safe as that row
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who waits for an acknowledgement: a session of one life (incarnation) of one member of the cluster."""
+
+    member: bytes  # 16 bytes, the member id
+    incarnation: int
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolRow:
+    id: bytes
+    created_at: float
+    sender: str
+    stanza: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KeepItem:
+    """One row to be stored; `Spool.keep_item` makes it."""
+
+    id: bytes
+    host: str
+    username: str
+    sender: str
+    stanza: bytes
+    created_at: float
+    expires_at: float | None
+    dedup: bytes | None
+    quota: int | None
+    holder: Holder | None
+
+
+@dataclass(frozen=True, slots=True)
+class _FreeItem:
+    """The rows `ids` held by `holder`, or those which the take `take_id` of `user` got."""
+
+    ids: tuple[bytes, ...] = ()
+    holder: Holder | None = None
+    user: User | None = None
+    take_id: bytes | None = None
+
+
+class Spool:
+    """`clock` gives seconds since 1970; `dedup_window` in seconds. Everything raises StorageUnavailable."""
+
+    def __init__(
+        self, storage: Storage, *, clock: Callable[[], float] = time.time, dedup_window: float = 600.0
+    ) -> None:
+        self._storage = storage
+        self._clock = clock
+        self._dedup_window = dedup_window
+        self._untakes: set[asyncio.Future[Any]] = set()
+        # In this order within a transaction: a row that is stored and acknowledged in one tick has to be gone after it.
+        storage.batcher.define(KEEP, self._write_keeps, size=lambda item: 512 + len(item.stanza))
+        storage.batcher.define(FREE, self._write_frees, size=lambda item: 64 + 16 * len(item.ids))
+        storage.batcher.define(DELETE, _write_deletes, size=lambda ids: 16 * len(ids))
+        storage.loader.define("spool waiting", _fetch_waiting)
+
+    # -- storing -----------------------------------------------------------------------------------------------------
+
+    def keep(
+        self,
+        host: str,
+        username: str,
+        sender_bare: str,
+        stanza: bytes,
+        *,
+        dedup: bytes | None,
+        quota: int | None,
+        expires_at: float | None = None,
+        holder: Holder | None = None,
+        row_id: bytes | None = None,
+    ) -> "asyncio.Future[Kept]":
+        """Stores one message; the future is resolved when it is committed.
+
+        `dedup`: 32 bytes; the same within the window, for the same user, gives DUPLICATE. `quota` never refuses a row
+        with a holder, else the future raises QuotaReached. `row_id`: from `new_id()`, made just now, for a caller that
+        will have to delete or release the row. `take` gives rows back in the order of these calls.
+        Raises StorageUnavailable at once when the write queue is full.
+        """
+        kind, item = self.keep_item(
+            host,
+            username,
+            sender_bare,
+            stanza,
+            dedup=dedup,
+            quota=quota,
+            expires_at=expires_at,
+            holder=holder,
+            row_id=row_id,
+        )
+        return self._storage.batcher.submit(kind, item)
+
+    def keep_item(
+        self,
+        host: str,
+        username: str,
+        sender_bare: str,
+        stanza: bytes,
+        *,
+        dedup: bytes | None,
+        quota: int | None,
+        expires_at: float | None = None,
+        holder: Holder | None = None,
+        row_id: bytes | None = None,
+    ) -> tuple[str, KeepItem]:
+        """As `keep`, for `Batcher.submit_unit`: a row that commits together with rows of other tables."""
+        if dedup is not None:  # the column is unique in the whole table, so the user has to be part of it
+            dedup = hashlib.sha256(b"\0".join((host.encode(), username.encode(), dedup))).digest()
+        item = KeepItem(
+            row_id or new_id(), host, username, sender_bare, stanza, self._clock(), expires_at, dedup, quota, holder
+        )
+        return KEEP, item
+
+    async def _write_keeps(self, connection: AsyncConnection, items: list[KeepItem]) -> list[Kept | QuotaReached]:
+        now = self._clock()
+        repeated = await self._find_repeated(connection, items, now)
+        free = await self._count_free(connection, items, now)
+        results: dict[bytes, Kept | QuotaReached] = {}
+        seen: set[bytes] = set()
+        for item in items:
+            if item.dedup is not None and (item.dedup in seen or repeated.get(item.dedup, item.id) != item.id):
+                results[item.id] = Kept.DUPLICATE
+                continue
+            if item.holder is None:
+                user = (item.host, item.username)
+                if item.quota is not None and free[user] >= item.quota and not await _is_there(connection, item.id):
+                    results[item.id] = QuotaReached(f"{item.username}@{item.host} has {free[user]} offline messages")
+                    continue
+                if user in free:
+                    free[user] += 1
+            if item.dedup is not None:
+                seen.add(item.dedup)
+            results[item.id] = Kept.STORED
+        await self._insert(connection, [item for item in items if results[item.id] is Kept.STORED], results)
+        return [results[item.id] for item in items]
+
+    async def _find_repeated(
+        self, connection: AsyncConnection, items: list[KeepItem], now: float
+    ) -> dict[bytes, bytes]:
+        """The ids of rows stored before, by key. A row past the window, or expired, gives its key up."""
+        own = {item.id for item in items}
+        found = {}
+        stale = []
+        columns = (table.c.id, table.c.dedup_key, table.c.created_at, table.c.expires_at)
+        for some in _chunks(sorted({item.dedup for item in items if item.dedup is not None})):
+            for row in await connection.execute(select(*columns).where(table.c.dedup_key.in_(some))):
+                recent = row.created_at > now - self._dedup_window
+                if row.id in own or (recent and (row.expires_at is None or row.expires_at > now)):
+                    found[row.dedup_key] = row.id
+                else:
+                    stale.append(row.id)
+        for some in _chunks(sorted(stale)):
+            await connection.execute(update(table).where(table.c.id.in_(some)).values(dedup_key=null()))
+        return found
+
+    async def _count_free(self, connection: AsyncConnection, items: list[KeepItem], now: float) -> dict[User, int]:
+        """How many offline messages the users have whose quota matters; their expired ones are deleted."""
+        users = {(item.host, item.username) for item in items if item.holder is None and item.quota is not None}
+        counts = dict.fromkeys(users, 0)
+        expired = case((table.c.expires_at <= now, 1), else_=0)
+        for host, names in by_host(sorted(users)).items():
+            query = (
+                select(table.c.username, func.count().label("rows_"), func.sum(expired).label("expired"))
+                .where(table.c.server_host == host, table.c.username.in_(names), table.c.holder_member.is_(None))
+                .group_by(table.c.username)
+            )
+            for row in (await connection.execute(query)).all():
+                counts[host, row.username] = row.rows_ - int(row.expired)
+                if row.expired:
+                    await _delete_expired(connection, host, row.username, now)
+        return counts
+
+    async def _insert(
+        self, connection: AsyncConnection, items: list[KeepItem], results: dict[bytes, Kept | QuotaReached]
+    ) -> None:
+        if not items:
+            return
+        await connection.execute(insert_new(table, connection.dialect), [_row(item) for item in items])
+        # Another node may have stored the same message a moment ago: its key then kept ours out.
+        doubtful = [item.id for item in items if item.dedup is not None]
+        for some in _chunks(doubtful):
+            there = set((await connection.execute(select(table.c.id).where(table.c.id.in_(some)))).scalars())
+            results.update({row_id: Kept.DUPLICATE for row_id in some if row_id not in there})
+
+    # -- taking and giving back --------------------------------------------------------------------------------------
+
+    async def take(self, host: str, username: str, holder: Holder, *, limit: int = 1000) -> list[SpoolRow]:
+        """Makes `holder` the holder of the user's free rows, the oldest `limit` of them, and returns them in order.
+
+        One conditional UPDATE: no row is ever given to two takers. Expired rows are deleted.
+        """
+        if not await self._storage.loader.get("spool waiting", (host, username)):
+            return []  # what most logins find, in a merged look-up
+        take_id = new_id()
+
+        async def work(connection: AsyncConnection) -> list[SpoolRow]:
+            now = self._clock()
+            await connection.execute(
+                _TAKE[connection.dialect.name],
+                {
+                    "host": host,
+                    "username": username,
+                    "member": holder.member,
+                    "incarnation": holder.incarnation,
+                    "session": holder.session,
+                    "take_id": take_id,
+                    "now": now,
+                    "limit": limit,
+                },
+            )
+            query = (
+                select(table.c.id, table.c.created_at, table.c.sender, table.c.stanza)
+                .where(*_of(host, username), table.c.holder_member == holder.member, table.c.take_id == take_id)
+                .order_by(table.c.id)
+            )
+            rows = (await connection.execute(query)).all()
+            await _delete_expired(connection, host, username, now)
+            return [SpoolRow(row.id, row.created_at, row.sender, row.stanza) for row in rows]
+
+        try:
+            return await self._storage.run(work, repeatable=True)
+        except BaseException:  # it may have been committed all the same: then these rows must not be held for ever
+            self._untake(_FreeItem(user=(host, username), take_id=take_id))
+            raise
+
+    def release(self, ids: Iterable[bytes], holder: Holder) -> "asyncio.Future[None]":
+        """Makes those of the rows free which `holder` still holds."""
+        return self._storage.batcher.submit(FREE, _FreeItem(tuple(ids), holder))
+
+    def delete(self, ids: Iterable[bytes]) -> "asyncio.Future[None]":
+        """The recipient's client has acknowledged these rows."""
+        return self._storage.batcher.submit(DELETE, tuple(ids))
+
+    async def free_stale(self, member: bytes, incarnation: int) -> int:
+        """Frees the rows that older incarnations of the member hold; how many they were."""
+
+        async def work(connection: AsyncConnection) -> int:
+            result = await connection.execute(
+                _FREE_STALE[connection.dialect.name],
+                {"member": member, "incarnation": incarnation, "now": self._clock(), "limit": _FREE_AT_ONCE},
+            )
+            return result.rowcount
+
+        total = 0
+        while True:  # in pieces, so that no transaction is long
+            freed = await self._storage.run(work)
+            total += freed
+            if freed < _FREE_AT_ONCE:
+                return total
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    async def count(self, host: str, username: str) -> int:
+        """The user's offline messages: rows without holder that have not expired."""
+        query = (
+            select(func.count())
+            .select_from(table)
+            .where(*_of(host, username), table.c.holder_member.is_(None), _lives(self._clock()))
+        )
+
+        async def work(connection: AsyncConnection) -> int:
+            return int((await connection.execute(query)).scalar_one())
+
+        return await self._storage.read(work)
+
+    async def freed_since(self, when: float, *, limit: int = 10_000) -> list[User]:
+        """The users with rows that were stored without holder, or released, at or after `when`, and are free now.
+
+        For the promise that no message waits while its recipient is available. `when` is on the clocks of the nodes
+        that wrote: ask with an overlap that covers how far these are apart and how long a commit may take.
+        """
+        query = (
+            select(table.c.server_host, table.c.username)
+            .where(table.c.free_since >= when)
+            .group_by(table.c.server_host, table.c.username)
+            .limit(limit)
+        )
+
+        async def work(connection: AsyncConnection) -> list[User]:
+            return [(row.server_host, row.username) for row in await connection.execute(query)]
+
+        return await self._storage.read(work)
+
+    # -- writing in batches ------------------------------------------------------------------------------------------
+
+    async def _write_frees(self, connection: AsyncConnection, items: list[_FreeItem]) -> list[None]:
+        free: dict[str, Any] = {
+            "holder_member": null(),
+            "holder_incarnation": null(),
+            "holder_session": null(),
+            "take_id": null(),
+            "free_since": self._clock(),
+        }
+        by_holder: dict[Holder, list[bytes]] = {}
+        for item in items:
+            if item.holder is not None:
+                by_holder.setdefault(item.holder, []).extend(item.ids)
+            elif item.user is not None:
+                await connection.execute(
+                    update(table).where(*_of(*item.user), table.c.take_id == item.take_id).values(**free)
+                )
+        for holder, ids in by_holder.items():
+            for some in _chunks(sorted(ids)):
+                still_held = (
+                    table.c.holder_member == holder.member,
+                    table.c.holder_incarnation == holder.incarnation,
+                    table.c.holder_session == holder.session,
+                )
+                await connection.execute(update(table).where(table.c.id.in_(some), *still_held).values(**free))
+        return [None] * len(items)
+
+    def _untake(self, item: _FreeItem) -> None:
+        try:
+            future = self._storage.batcher.submit(FREE, item)
+        except StorageUnavailable as exc:
+            log.error("spooled messages may stay held until this node restarts user=%s reason=%s", item.user, exc)
+            return
+        self._untakes.add(future)
+        future.add_done_callback(self._untaken)
+
+    def _untaken(self, future: "asyncio.Future[Any]") -> None:
+        self._untakes.discard(future)
+        if not future.cancelled() and (exc := future.exception()):
+            log.error("spooled messages may stay held until this node restarts reason=%s", exc)
+
+
+def _row(item: KeepItem) -> dict[str, Any]:
+    holder = item.holder
+    return {
+        "id": item.id,
+        "server_host": item.host,
+        "username": item.username,
+        "created_at": item.created_at,
+        "expires_at": item.expires_at,
+        "dedup_key": item.dedup,
+        "sender": item.sender,
+        "stanza": item.stanza,
+        "holder_member": holder.member if holder else None,
+        "holder_incarnation": holder.incarnation if holder else None,
+        "holder_session": holder.session if holder else None,
+        "free_since": None if holder else item.created_at,
+    }
+
+
+async def _write_deletes(connection: AsyncConnection, items: list[tuple[bytes, ...]]) -> list[None]:
+    for some in _chunks(sorted({row_id for ids in items for row_id in ids})):
+        await connection.execute(delete(table).where(table.c.id.in_(some)))
+    return [None] * len(items)
+
+
+async def _fetch_waiting(connection: AsyncConnection, users: list[User]) -> dict[User, bool]:
+    """Which of the users have rows without holder."""
+    found = {}
+    for host, names in by_host(users).items():
+        query = (
+            select(table.c.username)
+            .where(table.c.server_host == host, table.c.username.in_(names), table.c.holder_member.is_(None))
+            .distinct()
+        )
+        found.update({(host, username): True for username in (await connection.execute(query)).scalars()})
+    return found
+
+
+async def _is_there(connection: AsyncConnection, row_id: bytes) -> bool:
+    """Whether a try before this one was committed after all."""
+    return (await connection.execute(select(table.c.id).where(table.c.id == row_id))).first() is not None
+
+
+async def _delete_expired(connection: AsyncConnection, host: str, username: str, now: float) -> None:
+    await connection.execute(
+        delete(table).where(*_of(host, username), table.c.holder_member.is_(None), table.c.expires_at <= now)
+    )
+
+
+def _of(host: str, username: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return table.c.server_host == host, table.c.username == username
+
+
+def _lives(now: float) -> ColumnElement[bool]:
+    return or_(table.c.expires_at.is_(None), table.c.expires_at > now)
+
+
+def _chunks(ids: Sequence[bytes]) -> list[Sequence[bytes]]:
+    return [ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK)]
+
+
+# UPDATE … ORDER BY … LIMIT is MySQL's; SQLite as usually built does without, and has the write lock anyway.
+_TAKE_SET: Final = (
+    "UPDATE spool SET holder_member = :member, holder_incarnation = :incarnation, holder_session = :session,"
+    " take_id = :take_id, free_since = NULL"
+)
+_TAKE_WHERE: Final = (
+    "server_host = :host AND username = :username AND holder_member IS NULL"
+    " AND (expires_at IS NULL OR expires_at > :now) ORDER BY id LIMIT :limit"
+)
+_FREE_SET: Final = (
+    "UPDATE spool SET holder_member = NULL, holder_incarnation = NULL, holder_session = NULL,"
+    " take_id = NULL, free_since = :now"
+)
+_FREE_WHERE: Final = "holder_member = :member AND holder_incarnation < :incarnation ORDER BY id LIMIT :limit"
+_TYPES: Final[dict[str, TypeEngine[Any]]] = {
+    "host": Utf8(HOST_BYTES),
+    "username": Utf8(PART_BYTES),
+    "member": fixed_bytes(16),
+    "incarnation": BigInteger(),
+    "session": Utf8(PART_BYTES),
+    "take_id": fixed_bytes(16),
+    "now": Stamp(),
+    "limit": Integer(),
+}
+
+
+def _limited_update(changes: str, where: str) -> dict[str, TextClause]:
+    """The statement for each database."""
+    spelt = {
+        "mysql": f"{changes} WHERE {where}",
+        "sqlite": f"{changes} WHERE id IN (SELECT id FROM spool WHERE {where})",
+    }
+    names = [name for name in _TYPES if f":{name}" in spelt["mysql"]]
+    return {
+        dialect: text(sql).bindparams(*(bindparam(name, type_=_TYPES[name]) for name in names))
+        for dialect, sql in spelt.items()
+    }
+
+
+_TAKE: Final = _limited_update(_TAKE_SET, _TAKE_WHERE)
+_FREE_STALE: Final = _limited_update(_FREE_SET, _FREE_WHERE)

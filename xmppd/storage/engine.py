@@ -1,0 +1,165 @@
+"""SQLAlchemy engines for both databases, set up so that the rules of this room hold on every connection.
+
+Connections are in the server's own autocommit mode: a read leaves no transaction behind, and a transaction begins and
+ends with plain statements that `Storage.run` sends. SQLAlchemy's own begin, commit and rollback send nothing.
+"""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import aiomysql
+from pymysql.constants import CLIENT
+from sqlalchemy import URL, event, exc
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from xmppd.errors import StorageUnavailable
+from xmppd.storage.url import MysqlTarget, SqliteTarget
+
+CONNECT_TIMEOUT: Final = 5.0
+STATEMENT_TIMEOUT: Final = 15.0
+_PING_AFTER: Final = 1.0  # seconds a connection may rest before it is tried with a ping
+
+
+class MysqlConnection(aiomysql.Connection):  # type: ignore[misc]
+    """aiomysql's connection with an end to every wait, and with TLS that is refused rather than silently left out."""
+
+    statement_timeout: float | None = STATEMENT_TIMEOUT
+
+    async def _request_authentication(self) -> None:
+        # Before this runs nothing secret has been sent; aiomysql would go on in clear text here.
+        if self._ssl_context is not None and not self.server_capabilities & CLIENT.SSL:
+            raise aiomysql.OperationalError(2026, "TLS was asked for, but the server does not offer it")
+        await super()._request_authentication()
+        if self._ssl_context is not None and self._writer.get_extra_info("ssl_object") is None:
+            raise aiomysql.OperationalError(2026, "TLS was asked for, but the connection is not encrypted")
+
+    def escape(self, obj: object) -> str:
+        """Bytes go as hexadecimal literals, which mean the same in every sql_mode, character set and proxy."""
+        if isinstance(obj, bytes | bytearray | memoryview):
+            return f"x'{obj.hex()}'"
+        escaped: str = super().escape(obj)
+        return escaped
+
+    async def query(self, sql: str | bytes, unbuffered: bool = False) -> int:
+        try:
+            async with asyncio.timeout(self.statement_timeout):
+                affected: int = await super().query(sql, unbuffered)
+                return affected
+        except TimeoutError as exc:
+            self.close()
+            raise aiomysql.OperationalError(2013, f"no answer within {self.statement_timeout:g} s") from exc
+
+    async def ping(self, reconnect: bool = True) -> None:
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await super().ping(reconnect)
+        except TimeoutError as exc:
+            self.close()
+            raise aiomysql.OperationalError(2013, "no answer to a ping") from exc
+
+    @classmethod
+    async def open(cls, *, statement_timeout: float | None, **options: Any) -> "MysqlConnection":
+        connection = cls(**options)
+        connection.statement_timeout = statement_timeout
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):  # aiomysql's own ends with the TCP handshake
+                await connection._connect()
+        except TimeoutError as exc:
+            connection.close()
+            raise aiomysql.OperationalError(2003, f"no greeting within {CONNECT_TIMEOUT:g} s") from exc
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def mysql_engine(
+    target: MysqlTarget, *, pool_size: int, pool_timeout: float, sql_mode: str | None, statement_timeout: float | None
+) -> AsyncEngine:
+    """`sql_mode`: set on each connection when the server's own is not strict; None sends nothing.
+
+    `pool_size` 0: no pool, a connection for each use.
+    """
+    options: dict[str, Any] = {
+        "host": target.host,
+        "port": target.port,
+        "user": target.user,
+        "password": target.password,
+        "db": target.database,
+        "unix_socket": target.unix_socket,
+        "charset": "utf8mb4",
+        "autocommit": True,
+        "ssl": target.ssl_context(),
+        "connect_timeout": CONNECT_TIMEOUT,
+        "client_flag": CLIENT.FOUND_ROWS,  # an UPDATE counts the rows it matched, as SQLite does
+        "sql_mode": None if sql_mode is None else f"'{sql_mode}'",
+        "program_name": "xmppd",
+    }
+
+    async def connect(**ignored: Any) -> MysqlConnection:  # SQLAlchemy's arguments come from an empty URL
+        return await MysqlConnection.open(statement_timeout=statement_timeout, **options)
+
+    engine = _engine(URL.create("mysql+aiomysql"), pool_size, pool_timeout, {"async_creator_fn": connect})
+    if pool_size:
+        event.listen(engine.sync_engine, "checkin", _note_rest)
+        event.listen(engine.sync_engine, "checkout", _ping_after_rest)
+    return engine
+
+
+def _note_rest(dbapi_connection: Any, record: Any) -> None:
+    record.info["rests_since"] = time.monotonic()
+
+
+def _ping_after_rest(dbapi_connection: Any, record: Any, fairy: Any) -> None:
+    """A restarted server shows here, not in the caller's statement; under load nothing is sent."""
+    since = record.info.get("rests_since")
+    if since is None or time.monotonic() - since < _PING_AFTER:
+        return
+    try:
+        dbapi_connection.ping(False)
+    except Exception as error:
+        raise exc.DisconnectionError("the server closed the connection") from error
+
+
+def sqlite_engine(target: SqliteTarget, *, pool_size: int, pool_timeout: float) -> AsyncEngine:
+    """A writer waits `pool_timeout` seconds for another process's write lock."""
+    engine = _engine(
+        URL.create("sqlite+aiosqlite", database=str(target.path)), pool_size, pool_timeout, {"timeout": pool_timeout}
+    )
+    event.listen(engine.sync_engine, "connect", _sqlite_pragmas)
+    return engine
+
+
+def _sqlite_pragmas(dbapi_connection: Any, record: Any) -> None:
+    cursor = dbapi_connection.cursor()
+    # With NORMAL a commit in WAL mode survives a crash of the process but not a power cut; FULL syncs the log at each
+    # commit. What we report as committed has to be there.
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()
+
+
+def create_sqlite_file(path: Path) -> None:
+    """Created for our eyes only; SQLite gives its -wal and -shm files the same mode. Raises StorageUnavailable."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as exc:
+        raise StorageUnavailable(f"sqlite {path}: {exc.strerror or exc}") from exc
+
+
+def _engine(url: URL, pool_size: int, pool_timeout: float, connect_args: dict[str, Any]) -> AsyncEngine:
+    pool: dict[str, Any] = {"poolclass": NullPool}
+    if pool_size:
+        pool = {"pool_size": pool_size, "max_overflow": 0, "pool_timeout": pool_timeout, "pool_use_lifo": True}
+    return create_async_engine(
+        url,
+        connect_args=connect_args,
+        isolation_level="AUTOCOMMIT",
+        skip_autocommit_rollback=True,
+        hide_parameters=True,  # stanzas and keys have no place in exceptions and logs
+        **pool,
+    )

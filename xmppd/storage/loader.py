@@ -1,0 +1,155 @@
+"""The loader: look-ups made at the same time become one SELECT … IN (…)."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Final, Protocol, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from xmppd.errors import StorageError, StorageUnavailable
+
+log = logging.getLogger("xmppd.storage")
+K = TypeVar("K")
+V = TypeVar("V")
+T = TypeVar("T")
+
+MAX_KEYS: Final = 500  # in one query
+MAX_WAITING: Final = 100_000  # look-ups of one kind; one more is refused with StorageUnavailable
+
+Fetch = Callable[[AsyncConnection, list[Any]], Awaitable[dict[Any, Any]]]
+
+
+class Reader(Protocol):
+    def __call__(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> Awaitable[T]: ...
+
+
+@dataclass(slots=True)
+class _Kind:
+    name: str
+    fetch: Fetch | None
+    waiting: dict[Any, list[asyncio.Future[Any]]] = field(default_factory=dict)
+    task: asyncio.Task[None] | None = None
+
+
+class Loader:
+    """One query of a kind runs at a time; what is asked for meanwhile goes into the next one.
+
+    A look-up never joins a query that has begun: it sees everything that was committed before it was made.
+    """
+
+    def __init__(self, read: Reader) -> None:
+        self._read = read
+        self._kinds: dict[str, _Kind] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def define(self, name: str, fetch: Callable[[AsyncConnection, list[K]], Awaitable[dict[K, V]]]) -> None:
+        """`fetch` gets at most 500 distinct keys and answers with those that exist. Defining again replaces it."""
+        kind = self._kinds.get(name)
+        if kind is None:
+            self._kinds[name] = _Kind(name, fetch)
+        else:
+            kind.fetch = fetch
+
+    def undefine(self, name: str) -> None:
+        """Look-ups that wait for a query of this kind fail with StorageError."""
+        kind = self._kinds.pop(name, None)
+        if kind is not None:
+            kind.fetch = None
+
+    async def get(self, name: str, key: Any) -> Any:
+        """The value, or None when there is no such row. Raises StorageError, StorageUnavailable."""
+        kind = self._kinds.get(name)
+        if kind is None:
+            raise StorageError(f"nobody loads {name}: its module is not running")
+        if self._closed:
+            raise StorageUnavailable("the storage is closed")
+        waiters = kind.waiting.get(key)
+        if waiters is None:
+            if len(kind.waiting) >= MAX_WAITING:
+                raise StorageUnavailable(f"{MAX_WAITING} look-ups of {name} wait already")
+            waiters = kind.waiting[key] = []
+        future = asyncio.get_running_loop().create_future()
+        waiters.append(future)
+        if kind.task is None:
+            kind.task = asyncio.create_task(self._serve(kind), name=f"load {name}")
+            self._tasks.add(kind.task)
+            kind.task.add_done_callback(self._tasks.discard)
+        return await future
+
+    async def close(self) -> None:
+        """Look-ups that still wait fail with StorageUnavailable."""
+        self._closed = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _serve(self, kind: _Kind) -> None:
+        batch: dict[Any, list[asyncio.Future[Any]]] = {}
+        try:
+            while kind.waiting:
+                batch = _cut(kind.waiting)
+                if batch:
+                    await self._load(kind, batch)
+        finally:
+            kind.task = None
+            for waiters in (*batch.values(), *kind.waiting.values()):
+                _fail(waiters, StorageUnavailable("the storage is closing"))
+            kind.waiting.clear()
+
+    async def _load(self, kind: _Kind, batch: dict[Any, list[asyncio.Future[Any]]]) -> None:
+        fetch, keys = kind.fetch, list(batch)
+        if fetch is None:
+            for waiters in batch.values():
+                _fail(waiters, StorageError(f"nobody loads {kind.name} any more: its module was unloaded"))
+            return
+        try:
+            found = await self._read(lambda connection: fetch(connection, keys))
+        except StorageUnavailable as exc:
+            for waiters in batch.values():
+                _fail(waiters, exc)
+        except Exception as exc:
+            await self._find_culprit(kind, batch, exc)
+        else:
+            for key, waiters in batch.items():
+                value = found.get(key)
+                for future in waiters:
+                    if not future.done():
+                        future.set_result(value)
+
+    async def _find_culprit(self, kind: _Kind, batch: dict[Any, list[asyncio.Future[Any]]], exc: Exception) -> None:
+        """One key that cannot be looked up must not fail the others: halve until it is alone."""
+        if len(batch) == 1:
+            if not isinstance(exc, StorageError):
+                log.error("look-up failed kind=%s", kind.name, exc_info=exc)
+            for waiters in batch.values():
+                _fail(waiters, exc)
+            return
+        items = list(batch.items())
+        middle = len(items) // 2
+        await self._load(kind, dict(items[:middle]))
+        await self._load(kind, dict(items[middle:]))
+
+
+def _cut(waiting: dict[Any, list[asyncio.Future[Any]]]) -> dict[Any, list[asyncio.Future[Any]]]:
+    """Takes up to MAX_KEYS keys, oldest first, leaving out those whose waiters have all gone."""
+    batch = {}
+    for key in list(islice(waiting, MAX_KEYS)):
+        waiters = waiting.pop(key)
+        if not all(future.done() for future in waiters):
+            batch[key] = waiters
+    return batch
+
+
+def _fail(waiters: list[asyncio.Future[Any]], exc: Exception) -> None:
+    for future in waiters:
+        if not future.done():
+            # One exception object raised in many tasks would collect all their tracebacks.
+            own = type(exc)(str(exc)) if isinstance(exc, StorageError) else StorageError(f"look-up failed: {exc!r}")
+            own.__cause__ = exc
+            future.set_exception(own)

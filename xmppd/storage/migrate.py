@@ -1,0 +1,202 @@
+"""Bringing the schema to this version at the start, by one node at a time.
+
+A lock row says who migrates; the others wait. A migrator that was killed loses the lock when its lease has run out,
+and its half-done work is completed: on SQLite a migration is one transaction, on MySQL (where each DDL statement
+commits by itself) every step looks first at what is there.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import Connection, Table, inspect
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.schema import CreateTable
+
+from xmppd.errors import SchemaTooNew, StorageUnavailable
+from xmppd.storage.faults import classify
+from xmppd.storage.lease import Lease
+from xmppd.storage.tables import db_lock
+
+log = logging.getLogger("xmppd.storage")
+
+LOCK_NAME: Final = "migration"
+LOCK_SECONDS: Final = 30.0  # a killed migrator holds the others up for as long as this
+WAIT_SECONDS: Final = 300.0
+_POLL: Final = 0.2
+_PROGRESS: Final = 5.0
+_SCRIPTS: Final = Path(__file__).parent / "migrations"
+
+
+class Guard:
+    """Tells a migration under way that another node may have taken the lock from it."""
+
+    lost = False
+
+    def check(self) -> None:
+        if self.lost:
+            raise StorageUnavailable("the migration lock was lost to another node; nothing more was changed")
+
+
+async def migrate(engine: AsyncEngine, where: str) -> None:
+    """Raises SchemaTooNew, StorageUnavailable (somebody holds the lock for too long); SQLAlchemy's for the rest."""
+    if await _is_current(engine, where):
+        return
+    async with _migration_lock(engine) as guard:
+        if await _is_current(engine, where):
+            return
+        log.info("migration begins database=%s", where)
+        await _upgrade(engine, guard)
+        log.info("migration done database=%s", where)
+
+
+async def create_missing(engine: AsyncEngine, tables: Sequence[Table]) -> None:
+    """Creates those of `tables` that are not there, with their indexes."""
+
+    def missing(connection: Connection) -> list[Table]:
+        there = set(inspect(connection).get_table_names())
+        return [table for table in tables if table.name not in there]
+
+    def create(connection: Connection) -> None:
+        for table in missing(connection):
+            table.create(connection)
+            log.info("table created name=%s", table.name)
+
+    async with engine.connect() as connection:
+        if not await connection.run_sync(missing):
+            return
+    async with _migration_lock(engine), engine.connect() as connection:
+        await connection.run_sync(create)
+
+
+async def _is_current(engine: AsyncEngine, where: str) -> bool:
+    def revision(connection: Connection) -> str | None:
+        return MigrationContext.configure(connection).get_current_revision()
+
+    async with engine.connect() as connection:
+        current = await connection.run_sync(revision)
+    scripts = ScriptDirectory.from_config(_config())
+    newest = scripts.get_current_head()
+    if current is not None:
+        try:
+            scripts.get_revision(current)
+        except CommandError as exc:
+            raise SchemaTooNew(
+                f"{where}: the schema is at revision {current}, which this version does not know; it knows up to "
+                f"{newest}. The database was made by a newer version: run that one, or go back to a backup."
+            ) from exc
+    return current == newest
+
+
+async def _upgrade(engine: AsyncEngine, guard: Guard) -> None:
+    def upgrade(connection: Connection) -> None:
+        config = _config()
+        config.attributes["connection"] = connection
+        config.attributes["guard"] = guard
+        command.upgrade(config, "head")
+
+    one_transaction = engine.dialect.name == "sqlite"
+    async with _alembic_turn(), engine.connect() as connection:
+        if not one_transaction:
+            await connection.run_sync(upgrade)
+            return
+        await connection.exec_driver_sql("BEGIN IMMEDIATE")
+        try:
+            await connection.run_sync(upgrade)
+            await connection.exec_driver_sql("COMMIT")
+        except BaseException:
+            await connection.invalidate()  # closing it rolls back
+            raise
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_SCRIPTS).replace("%", "%%"))
+    return config
+
+
+@asynccontextmanager
+async def _migration_lock(engine: AsyncEngine) -> AsyncIterator[Guard]:
+    """Waits, with a line of progress every few seconds. Raises StorageUnavailable after `WAIT_SECONDS`."""
+    lease = Lease(engine.connect, LOCK_NAME, f"{socket.gethostname()} process {os.getpid()}", LOCK_SECONDS)
+    await _acquire(engine, lease)
+    guard = Guard()
+    # On SQLite the migration holds the write lock, which is guard enough and would block the renewal.
+    renewal = (
+        None if engine.dialect.name == "sqlite" else asyncio.create_task(_renew(lease, guard), name="migration lock")
+    )
+    try:
+        yield guard
+    finally:
+        if renewal is not None:
+            renewal.cancel()
+            await asyncio.wait([renewal])
+        await lease.release()
+
+
+async def _acquire(engine: AsyncEngine, lease: Lease) -> None:
+    loop = asyncio.get_running_loop()
+    started = said = loop.time()
+    while not await _try_lock(engine, lease):
+        now = loop.time()
+        if now - started >= WAIT_SECONDS:
+            raise StorageUnavailable(
+                f"the migration lock was not free within {WAIT_SECONDS:g} s; {await _holder(lease)}"
+            )
+        if now - said >= _PROGRESS:
+            said = now
+            log.info("waiting for the migration lock waited_s=%d holder=%s", now - started, await _holder(lease))
+        await asyncio.sleep(_POLL)
+
+
+async def _try_lock(engine: AsyncEngine, lease: Lease) -> bool:
+    try:
+        async with engine.connect() as connection:
+            await connection.execute(CreateTable(db_lock, if_not_exists=True))
+        return await lease.acquire()
+    except SQLAlchemyError as exc:
+        fault = classify(exc)
+        if fault is not None and fault.transient:  # SQLite: the other one is in the middle of its migration
+            return False
+        raise
+
+
+async def _holder(lease: Lease) -> str:
+    return await lease.held_by() or "nobody"
+
+
+async def _renew(lease: Lease, guard: Guard) -> None:
+    while True:
+        await asyncio.sleep(LOCK_SECONDS / 3)
+        try:
+            guard.lost = not await lease.renew()
+        except SQLAlchemyError:
+            continue  # the lease may live on; if it does not, the next renewal says so
+        if guard.lost:
+            log.error("migration lock lost")
+            return
+
+
+_alembic_locks: dict[int, asyncio.Lock] = {}
+
+
+@asynccontextmanager
+async def _alembic_turn() -> AsyncIterator[None]:
+    """Alembic keeps its current migration in a global, so a process runs one at a time."""
+    key = id(asyncio.get_running_loop())
+    lock = _alembic_locks.setdefault(key, asyncio.Lock())
+    async with lock:
+        yield
+    if not lock.locked():
+        _alembic_locks.pop(key, None)

@@ -1,0 +1,60 @@
+"""The few statements that the two databases spell differently."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import Dialect, Insert, Table
+from sqlalchemy.dialects import mysql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.expression import ColumnElement
+
+from xmppd.storage.tables import Stamp
+
+
+class db_now(ColumnElement[float]):
+    """The database's clock, fit for comparison with a `Stamp` column."""
+
+    inherit_cache = True
+    type = Stamp()
+
+
+@compiles(db_now, "sqlite")
+def _sqlite_now(element: db_now, compiler: SQLCompiler, **options: Any) -> str:
+    return "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
+
+
+@compiles(db_now, "mysql")
+def _mysql_now(element: db_now, compiler: SQLCompiler, **options: Any) -> str:
+    return "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000)"
+
+
+def insert_new(table: Table, dialect: Dialect) -> Insert:
+    """An INSERT that leaves a row alone which has the same key; right for rows whose id the node made."""
+    if dialect.name == "sqlite":
+        return sqlite.insert(table).on_conflict_do_nothing()
+    first = next(iter(table.primary_key))
+    return mysql.insert(table).on_duplicate_key_update({first.name: first})  # INSERT IGNORE would hide other errors
+
+
+def upsert(table: Table, dialect: Dialect) -> Insert:
+    """An INSERT that overwrites every other column of the row which has the same primary key.
+
+    All columns of the table must be given.
+    """
+    others = [column.name for column in table.columns if not column.primary_key]
+    if dialect.name == "sqlite":
+        lite = sqlite.insert(table)
+        return lite.on_conflict_do_update(
+            index_elements=list(table.primary_key), set_={name: lite.excluded[name] for name in others}
+        )
+    my = mysql.insert(table)
+    return my.on_duplicate_key_update({name: my.inserted[name] for name in others})
+
+
+def by_host(keys: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """(host, username) pairs sorted into one `IN (…)` per host, which both databases answer from the key."""
+    hosts: dict[str, list[str]] = {}
+    for host, username in keys:
+        hosts.setdefault(host, []).append(username)
+    return hosts
