@@ -190,6 +190,15 @@ def _parse_neutral(xml: bytes) -> _Element:
     return wrapper[0]
 
 
+def is_namespace(uri: str) -> bool:
+    """Whether neutral bytes that declare this namespace can be parsed again: libxml2 insists on the syntax of a URI."""
+    try:
+        etree.fromstring(f"<a xmlns={quoteattr(uri)}/>".encode(), _PARSER)
+    except etree.XMLSyntaxError:
+        return False
+    return True
+
+
 def attributes(values: Mapping[str, str | None]) -> str:
     """Attributes as XML text with a leading blank, escaped; None leaves one out."""
     return "".join(f" {name}={quoteattr(value)}" for name, value in values.items() if value is not None)

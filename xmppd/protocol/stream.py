@@ -3,18 +3,24 @@
 What is refused here, with the stream error that names it: document types, comments, processing instructions
 (RFC 6120 11.1), other encodings than UTF-8, wrong namespaces, and whatever goes over a limit.
 
-lxml's pull parser (libxml2) does the parsing. Four things about it shape this file:
+lxml's pull parser (libxml2) does the parsing. Seven things about it shape this file:
 - An element is serialised *before* it is removed from the root, or libxml2 invents prefixes for it.
 - Each finished stanza is removed from the root, so memory stays flat; white space between stanzas never reaches the
   parser, where it would pile up as text of the root.
-- It keeps every name it has ever seen for the life of the process, so names nobody knows are counted per stream.
+- The root must not keep a text of its own while stanzas and what follows them are removed: libxml2 would take it for
+  the text it wrote last, and go on at an offset that belongs to the other one, past the end of its memory.
+- It keeps every name it has ever seen for the life of the process, so names nobody knows are counted per stream. It
+  does so with runs of 16 to 59 blanks between two tags, too, and with the values of xml:id unless told otherwise.
+- It waits for ever at a NUL byte in a CDATA section.
+- It forgives what breaks the rules of namespaces: undeclared prefixes, two attributes of one name, namespaces that are
+  no URI. Others do not: they would end the stream of the client that is sent such a stanza.
 - It would read a DOCTYPE before anybody could object, so the prolog is looked at before it is fed.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from lxml import etree
 from lxml.etree import _Element
@@ -23,18 +29,21 @@ from xmppd.errors import JidError, StreamError
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, parse
 from xmppd.protocol.names import KNOWN_NAMES
-from xmppd.protocol.stanza import DEFAULT_TYPES, KINDS, Stanza, neutral
+from xmppd.protocol.stanza import DEFAULT_TYPES, KINDS, Stanza, is_namespace, neutral
 
 _STREAM_TAG: Final = f"{{{ns.STREAMS}}}stream"
 _XML_LANG: Final = f"{{{ns.XML}}}lang"
+_BOM: Final = b"\xef\xbb\xbf"
 _BLANKS: Final = b" \t\r\n"
+_AFTER_NAME: Final = frozenset(b" \t\r\n/>")
 _BLANK_BYTES: Final = frozenset(_BLANKS)
 # Not "comment" and "pi", which double the cost of parsing: they are looked for where "<!" or "<?" is seen.
 _EVENTS: Final = ("start", "end", "start-ns")
-_TAGS: Final = {kind: (f"<{kind}".encode(), (b"/>", f"</{kind}>".encode())) for kind in KINDS.values()}
+_TAGS: Final = {kind: (f"<{kind}".encode(), f"</{kind}>".encode()) for kind in KINDS.values()}
 _DECLARATION: Final = re.compile(rb"""<\?xml[ \t\r\n](?:[^?"']++|"[^"]*+"|'[^']*+')*+\?>""")
 _ENCODING: Final = re.compile(rb"""[ \t\r\n]encoding[ \t\r\n]*=[ \t\r\n]*["']([^"']*)["']""")
-_TAG: Final = re.compile(rb"""<!\[CDATA\[(?:.*?\]\]>|.*)|<(?!!)(?:[^<>"']++|"[^"]*+"|'[^']*+')*+>""", re.DOTALL)
+_TAG: Final = re.compile(rb"""<!\[CDATA\[(?:.*?\]\]>|.*)|<(?![!?])(?:[^<>"']++|"[^"]*+"|'[^']*+')*+>|<""", re.DOTALL)
+_BLANK_RUN: Final = re.compile(rb">([ \t\r\n]{16,59})(?=<)")
 _UNDECLARED_ENTITY: Final = 26  # libxml2's XML_ERR_UNDECLARED_ENTITY
 _PLAIN_NAMESPACES: Final = {None: ns.CLIENT, "stream": ns.STREAMS}
 
@@ -46,7 +55,7 @@ class Limits:
     size: int  # bytes since the last finished stanza
     depth: int = 64  # elements inside each other, the stanza being the first
     elements: int = 10_000  # in one stanza
-    names: int = 1000  # element, attribute, prefix and namespace names that are not in KNOWN_NAMES, per stream
+    names: int = 1000  # different names of any kind that are not in KNOWN_NAMES, and long runs of blanks, per stream
     total: int | None = None  # elements in the whole stream (before authentication)
 
 
@@ -107,7 +116,6 @@ class Stream:
         "_limits",
         "_names",
         "_parser",
-        "_pending",
         "_prolog",
         "_root",
         "_simple",
@@ -118,14 +126,14 @@ class Stream:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._names: set[str] = set()
+        self._names: set[str | bytes] = set()
         self._stamp: _Stamp | None = None
         self._total = 0
         self.restart()
 
     def restart(self) -> None:
         """Expect a new stream header; what was counted as novel names stays counted."""
-        self._parser = etree.XMLPullParser(events=_EVENTS)
+        self._parser = etree.XMLPullParser(events=_EVENTS, collect_ids=False)
         self._iter = self._parser.read_events()
         self._root: _Element | None = None
         self._prolog: bytes | None = b""
@@ -133,8 +141,7 @@ class Stream:
         self._deepest = 0  # for the root's start to be noticed
         self._elements = 0  # started since the last finished stanza
         self._suspect = False  # "<!" or "<?" was seen: CDATA, or something forbidden
-        self._pending = 0  # bytes since the last finished stanza
-        self._held: list[bytes] = []  # those bytes
+        self._held = bytearray()  # the bytes since the last finished stanza
         self._ended = False
         self._simple = False  # the root declares nothing but the two usual namespaces
         self._exact = False  # the last read held one whole stanza and nothing else
@@ -164,6 +171,9 @@ class Stream:
             data = data.lstrip(_BLANKS)
             if not data:
                 return []
+        nul = data.find(0)
+        if nul >= 0:
+            return self._receive_nul(data, nul)
         try:
             if self._prolog is not None:
                 data = self._read_prolog(data)
@@ -174,46 +184,37 @@ class Stream:
             self._ended = True
             return [error]
 
+    def _receive_nul(self, data: bytes, nul: int) -> list[Event]:
+        events = self.receive(data[:nul])
+        if not self._ended:
+            self._ended = True
+            utf16 = self._prolog is not None and len(self._prolog) < 2
+            condition = "unsupported-encoding" if utf16 else "not-well-formed"
+            events.append(StreamError(condition, "a NUL byte"))
+        return events
+
     # -- the prolog: everything before the root element's name
 
     def _read_prolog(self, data: bytes) -> bytes:
         """Hold back what comes before the root, until it is sure that it is no DOCTYPE, comment or foreign encoding."""
         assert self._prolog is not None
         prolog = self._prolog + data
-        if prolog[:3] == b"\xef\xbb\xbf":
-            prolog = prolog[3:]
-        if prolog[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in prolog[:4]:
+        if prolog[:1] in (b"\xff", b"\xfe"):
             raise StreamError("unsupported-encoding", "only UTF-8 is spoken here")
-        if len(prolog) > self._limits.size:
-            raise StreamError("policy-violation", f"more than {self._limits.size} bytes without a stream header")
-        rest = prolog
-        if b"<?xml"[: len(rest)] == rest[:5]:
-            declaration = _DECLARATION.match(rest)
-            if declaration is None:
-                if b"?>" in rest:
-                    raise StreamError("not-well-formed", "the XML declaration is not well-formed")
-                self._prolog = prolog
-                return b""
-            encoding = _ENCODING.search(declaration.group())
-            if encoding is not None and encoding.group(1).lower() != b"utf-8":
-                raise StreamError("unsupported-encoding", "only UTF-8 is spoken here")
-            rest = rest[declaration.end() :]
-        rest = rest.lstrip(_BLANKS)
-        if len(rest) < 2 and rest[:1] in (b"", b"<"):
+        rest = prolog[len(_BOM) :] if prolog.startswith(_BOM) else prolog
+        if _BOM.startswith(rest) or _is_undecided(rest):
             self._prolog = prolog
+            if len(prolog) > self._limits.size:
+                raise StreamError("policy-violation", f"more than {self._limits.size} bytes without a stream header")
             return b""
-        if rest[:1] != b"<":
-            raise StreamError("not-well-formed", "a stream begins with <stream:stream>")
-        if rest[1:2] in (b"!", b"?"):
-            raise StreamError("restricted-xml", "document types, comments and processing instructions are not allowed")
         self._prolog = None
-        return prolog if prolog[:1] == b"<" else prolog.lstrip(_BLANKS)
+        return rest if rest[:1] == b"<" else rest.lstrip(_BLANKS)
 
     # -- the stream itself
 
     def _read(self, data: bytes) -> list[Event]:
         whole = self._depth == 1 and not self._held  # the chunk begins where a stanza begins
-        if b"<!" in data or b"<?" in data or (data[0] in b"!?" and self._held and self._held[-1][-1] == 60):
+        if b"<!" in data or b"<?" in data or (data[0] in b"!?" and self._held and self._held[-1] == 60):
             self._suspect = True
         failure: StreamError | None = None
         try:
@@ -229,41 +230,57 @@ class Stream:
                 if action == "start":
                     self._depth += 1
                     if item.tag not in KNOWN_NAMES:
-                        self._novel(item.tag)
+                        self._novel_name(item.tag)
                     for name in item.keys():  # noqa: SIM118 -- iterating an element gives its children
                         if name not in KNOWN_NAMES:
-                            self._novel(name)
+                            self._novel_attribute(name, item)
                     self._elements += 1
                     if self._depth > self._deepest or self._elements > self._limits.elements:
                         self._too_much(out, item)
                 elif action == "end":
                     self._depth -= 1
                     if self._depth == 1:
-                        out.append(self._finish(item, data if whole and not out else b""))
-                        self._elements = 0
+                        self._finish(item, data if whole and not out else b"", out)
                     elif self._depth == 0:
+                        if _has_text(item.text):
+                            raise _stray_text()
                         self._ended = True
                         out.append(StreamClosed())
+                        failure = None  # of what comes behind the end
                         break
                 else:
                     self._declare(*item)
             if failure is not None:
                 raise failure
-            if self._suspect:
-                self._look_for_restricted()
-            if self._exact:
-                self._exact = False
-            else:
-                self._count_bytes(data, header_too, out)
+        except StreamError as error:
+            self._end(error, data, header_too, out)
+            return out
+        if self._exact:
+            self._exact = False
+            return out
+        try:
+            self._count_bytes(data, header_too, out)
         except StreamError as error:
             self._ended = True
             out.append(error)
         return out
 
-    def _look_for_restricted(self) -> None:
-        root = self._root
-        if root is not None and next(root.iter(etree.Comment, etree.PI), None) is not None:
-            raise _restricted()
+    def _end(self, error: StreamError, data: bytes, header_too: bool, out: list[Event]) -> None:
+        """Let the error be the last event. A stanza that was finished before it may be too large: that comes first."""
+        self._ended = True
+        data = bytes(self._held) + data
+        start = 0
+        for done, end in zip(range(len(out)), _unit_ends(data, 0 if header_too else 1), strict=False):
+            fault = self._fault(data, start, end)
+            if fault is not None:
+                del out[done:]
+                error = fault
+                break
+            start = end
+        else:
+            if self._root is not None:
+                error = _misplaced(data[start:].lstrip(_BLANKS)) or error
+        out.append(error)
 
     def _too_much(self, out: list[Event], element: _Element) -> None:
         """The root is open, or a limit is reached."""
@@ -294,11 +311,14 @@ class Stream:
             element.get("to"), element.get("from"), element.get("version"), self._lang, element.get("id")
         )
 
-    def _finish(self, element: _Element, chunk: bytes) -> Event:
+    def _finish(self, element: _Element, chunk: bytes, out: list[Event]) -> None:
         root = self._root
         assert root is not None
-        if _has_text(root.text) or _has_text(element.tail):
-            raise StreamError("bad-format", "text between stanzas")
+        before = root.text
+        if before is not None:
+            if _has_text(before):
+                raise _stray_text()
+            root.text = None  # at the latest before the stanza goes: see above
         if self._suspect and (root[0] is not element or next(element.iter(etree.Comment, etree.PI), None) is not None):
             raise _restricted()
         limits = self._limits
@@ -307,9 +327,12 @@ class Stream:
             if self._total > limits.total:
                 raise StreamError("policy-violation", f"more than {limits.total} elements before authentication")
         kind = KINDS.get(element.tag)
-        event = self._nonza(element) if kind is None else self._stanza(element, kind, chunk)
+        out.append(self._nonza(element) if kind is None else self._stanza(element, kind, chunk))
+        self._elements = 0
+        stray = _has_text(element.tail)
         del root[0]
-        return event
+        if stray:
+            raise _stray_text()
 
     def _nonza(self, element: _Element) -> Nonza:
         namespace = etree.QName(element).namespace
@@ -357,15 +380,21 @@ class Stream:
     def _raw(self, chunk: bytes, kind: str, elements: int, stamp: _Stamp | None) -> bytes:
         """The chunk as a stanza's neutral bytes, stamped; b"" when it is not exactly that one stanza.
 
-        The parser has accepted these bytes, but an unfinished tag may still wait in it. Whatever is left over begins
-        with "<", so then there are more of those than the stanza's start and end tags account for.
+        The parser has accepted these bytes, but an unfinished tag or a text may still wait in it. A tag left over
+        begins with "<", so then there are more of those than the stanza's start and end tags account for. A text is
+        left over when the chunk does not end with the stanza's own last tag.
         """
         start, end = _TAGS[kind]
         if (
             not chunk.startswith(start)
-            or not chunk.endswith(end)
+            or chunk[len(start)] not in _AFTER_NAME  # else the rest of a prefix: <message:message/>
+            or not (chunk.endswith(end) or chunk.find(b">") == len(chunk) - 1)
             or chunk.count(b"<") != elements + chunk.count(b"</")
             or b"jabber:client" in chunk
+            or b"&#" in chunk  # a namespace could be spelled with it
+            or b"xmlns:" in chunk  # the parser drops declarations that are against the rules, and says nothing
+            or b"http://www.w3.org/" in chunk
+            or _BLANK_RUN.search(chunk) is not None
         ):
             return b""
         self._exact = len(chunk) <= self._limits.size
@@ -377,9 +406,21 @@ class Stream:
         if prefix and prefix not in KNOWN_NAMES:
             self._novel(prefix)
         if uri not in KNOWN_NAMES:
+            if uri not in self._names and not is_namespace(uri):
+                raise StreamError("not-well-formed", f"{uri[:80]!r} is no URI")
             self._novel(uri)
 
-    def _novel(self, name: str) -> None:
+    def _novel_name(self, name: str) -> None:
+        if name.find(":", name.rfind("}") + 1) >= 0:
+            raise StreamError("not-well-formed", f"the prefix of {name} is not declared")
+        self._novel(name)
+
+    def _novel_attribute(self, name: str, element: _Element) -> None:
+        self._novel_name(name)
+        if cast(list[str], element.keys()).count(name) > 1:
+            raise StreamError("not-well-formed", f"two attributes {name}")
+
+    def _novel(self, name: str | bytes) -> None:
         names = self._names
         names.add(name)
         if len(names) > self._limits.names:
@@ -387,44 +428,92 @@ class Stream:
 
     def _count_bytes(self, data: bytes, header_too: bool, out: list[Event]) -> None:
         """Hold every stanza, finished or not, to its size; bytes are counted exactly, wherever the reads were cut."""
-        size = self._limits.size
+        held = self._held
         if not out:
-            self._held.append(data)
-            self._pending += len(data)
-            if self._pending > size:
-                raise _too_large(size)
-            return
-        held = b"".join((*self._held, data))
-        start = 0
-        for done, end in enumerate(_unit_ends(held, 0 if header_too else 1)):
-            if end - start > size:
-                del out[done:]
-                raise _too_large(size)
-            start = end
-        rest = held[start:].lstrip(_BLANKS)
-        self._pending = len(rest)
-        self._held = [rest] if rest else []
+            held += data
+            rest = held
+        else:
+            if held:
+                data = bytes(held) + data
+            start = 0
+            for done, end in enumerate(_unit_ends(data, 0 if header_too else 1)):
+                fault = self._fault(data, start, end)
+                if fault is not None:
+                    del out[done:]
+                    raise fault
+                start = end
+            if self._ended:
+                return
+            for run in _BLANK_RUN.findall(data, 0, start):
+                self._novel(run)
+            rest = self._held = bytearray(data[start:].lstrip(_BLANKS))
         if not rest:
             self._suspect = False
-        if self._pending > size:
-            raise _too_large(size)
+            return
+        misplaced = _misplaced(rest) if self._root is not None else None
+        if misplaced is not None:
+            raise misplaced
+        if len(rest) > self._limits.size:
+            raise _too_large(self._limits.size)
+
+    def _fault(self, data: bytes, start: int, end: int) -> StreamError | None:
+        """What is wrong with a finished stanza and the white space before it: text there, or its size."""
+        if data[start] != 60 or end - start > self._limits.size:
+            unit = data[start:end].lstrip(_BLANKS)
+            if unit[0] != 60:
+                return _stray_text()
+            if len(unit) > self._limits.size:
+                return _too_large(self._limits.size)
+        return None
+
+
+def _is_undecided(prolog: bytes) -> bool:
+    """Whether more bytes are needed to see that the root element comes now; StreamError when something else does."""
+    rest = prolog
+    if b"<?xml"[: len(rest)] == rest[:5]:
+        declaration = _DECLARATION.match(rest)
+        if declaration is None:
+            if b"?>" in rest:
+                raise StreamError("not-well-formed", "the XML declaration is not well-formed")
+            return True
+        encoding = _ENCODING.search(declaration.group())
+        if encoding is not None and encoding.group(1).lower() != b"utf-8":
+            raise StreamError("unsupported-encoding", "only UTF-8 is spoken here")
+        rest = rest[declaration.end() :]
+    rest = rest.lstrip(_BLANKS)
+    if len(rest) < 2 and rest[:1] in (b"", b"<"):
+        return True
+    if rest[:1] != b"<":
+        raise StreamError("not-well-formed", "a stream begins with <stream:stream>")
+    if rest[1:2] in (b"!", b"?"):
+        raise StreamError("restricted-xml", "document types, comments and processing instructions are not allowed")
+    return False
 
 
 def _unit_ends(data: bytes, depth: int) -> Iterator[int]:
     """Where the stream header (depth 0) and each stanza end in bytes that the parser has accepted."""
     for tag in _TAG.finditer(data):
         start, end = tag.span()
+        if end - start == 1:
+            if depth == 0 and data[end : end + 1] == b"?":
+                continue  # the XML declaration
+            return  # a tag that is not finished, or something that will be refused
         second = data[start + 1]
-        if second in b"!?":
+        if second == 33:  # "!": CDATA
             continue
         if second == 47:  # "/"
             depth -= 1
-        elif data[end - 2] != 47:
+            if depth == 1:
+                yield end
+            elif depth == 0:
+                return
+        elif data[end - 2] == 47:
+            if depth == 1:
+                yield end
+        else:
             depth += 1
-            if depth > 1:
-                continue
-        if depth == 1:
-            yield end
+            if depth == 1:
+                yield end
 
 
 def _restricted() -> StreamError:
@@ -433,6 +522,19 @@ def _restricted() -> StreamError:
 
 def _too_large(size: int) -> StreamError:
     return StreamError("policy-violation", f"a stanza larger than {size} bytes")
+
+
+def _stray_text() -> StreamError:
+    return StreamError("bad-format", "text between stanzas")
+
+
+def _misplaced(rest: bytes | bytearray) -> StreamError | None:
+    """What is wrong when this, without leading blanks, comes behind a stanza."""
+    if not rest or rest[0] != 60:
+        return _stray_text() if rest else None
+    if rest[1:2] == b"?" or rest[1:3] == b"!-":
+        return _restricted()
+    return _stray_text() if rest[1:3] == b"![" else None
 
 
 def _has_text(text: str | None) -> bool:
