@@ -482,3 +482,31 @@ async def test_a_name_that_no_stream_can_carry_is_refused(friends):
         await friends.command("add_rosteritem", "juliet", HOST, "romeo", HOST, "Ro\x01meo", "", "both")
 
     assert await friends.roster("juliet") == {}
+
+
+async def test_a_roster_of_several_pages_is_whole(friends, monkeypatch):
+    monkeypatch.setattr("modules.roster.store._PAGE", 2)
+    monkeypatch.setattr("modules.roster._WITHOUT_PAUSE", 2)
+    for name in ("juliet", "romeo"):
+        for number in range(5):
+            await friends.command("add_rosteritem", name, HOST, f"friend{number}", HOST, "", "", "both")
+
+    juliet, romeo = await asyncio.gather(friends.enter("juliet"), friends.enter("romeo"))
+
+    for client in (juliet, romeo):
+        items = (await client.query("get", QUERY)).findall(ITEM)
+        assert sorted(item.get("jid") for item in items) == [f"friend{number}@{HOST}" for number in range(5)]
+
+
+async def test_a_change_while_a_long_roster_is_written_is_in_it(friends, monkeypatch):
+    monkeypatch.setattr("modules.roster._WITHOUT_PAUSE", 1)
+    phone, laptop = await friends.enter("juliet", "phone"), await friends.enter("juliet", "laptop", interested=False)
+    for number in range(4):
+        await phone.ask("set", put(f"friend{number}@{HOST}"))
+
+    query, _ = await asyncio.gather(laptop.query("get", QUERY), phone.ask("set", remove(f"friend3@{HOST}")))
+
+    listed = {item.get("jid") for item in query.findall(ITEM)}
+    for item in pushes(laptop):
+        listed = listed - {item["jid"]} if item["subscription"] == "remove" else listed | {item["jid"]}
+    assert listed == {f"friend{number}@{HOST}" for number in range(3)}
