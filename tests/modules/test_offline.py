@@ -248,11 +248,10 @@ async def test_a_large_backlog_is_delivered_in_pieces_while_others_go_on(world):
         if number % 500 == 0:
             await world.settled(last)
     await world.settled(last)
-    juliet, most, turns, before = world.login("juliet"), 0, 0, 0
+    juliet, turns, before = world.login("juliet"), 0, 0
 
     coming = asyncio.create_task(juliet.available())
     while not coming.done():
-        most = max(most, sum(len(record.stanza.xml) for record in juliet.session.records._fresh))
         turns += 1
         await asyncio.sleep(0)
         if turns % 20 == 0:
@@ -262,7 +261,6 @@ async def test_a_large_backlog_is_delivered_in_pieces_while_others_go_on(world):
     await coming
 
     assert [stanza.id for stanza in juliet.received] == [f"m{number}" for number in range(5000)]
-    assert most < 600 * 1024
     assert turns > 50
     world.sweep()
     await world.until_true(lambda: no_rows(world))
