@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from xmppd.errors import XmppdError
+from xmppd.errors import ConfigError, DataFolderInUse, XmppdError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         again = uvloop.run(_serve(Server, loaded))
     except XmppdError as exc:
         print(f"xmppd: {exc}", file=sys.stderr)
-        return 1
+        return {ConfigError: 10, DataFolderInUse: 16}.get(type(exc), 1)  # docs/exit-codes.md
     except KeyboardInterrupt:
         return 130
     if again:

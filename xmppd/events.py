@@ -111,6 +111,16 @@ class PresenceSending:
     presence: Stanza
 
 
+@dataclass(frozen=True, slots=True)
+class PresenceChanged:
+    """A session's own available presence took effect: `session.presence` and its row have changed; on its node, before
+    SessionBecameAvailable. The stream waits for the handlers."""
+
+    session: Session
+    presence: Stanza
+    previous: Stanza | None  # what it replaced; None when the session was not available
+
+
 @dataclass(slots=True)
 class DirectedPresenceSending:
     """A client sends available or unavailable presence to somebody; on its node. Unhandled: it is routed."""
@@ -142,6 +152,14 @@ class ProbeReceiving:
 
     user: JID
     stanza: Stanza
+
+
+@dataclass(frozen=True, slots=True)
+class PresenceBounced:
+    """A presence of type error has come for an address of one of our hosts, and is about to be delivered."""
+
+    to: JID
+    error: Stanza
 
 
 # -- sessions

@@ -49,14 +49,14 @@ class Hooks:
         handler = Handler(owner, call, tuple(after), optional, iscoroutinefunction(call))
         self._handlers[event] = _sorted(event, [*self._handlers.get(event, ()), handler])
 
-    def remove(self, owner: str) -> None:
-        """Forget every handler of a module."""
-        for event in list(self._handlers):
-            left = [handler for handler in self._handlers[event] if handler.owner != owner]
+    def remove(self, owner: str, event: type | None = None) -> None:
+        """Forget every handler of a module, or those of one event."""
+        for each in [each for each in self._handlers if event is None or each is event]:
+            left = [handler for handler in self._handlers[each] if handler.owner != owner]
             if left:
-                self._handlers[event] = left
+                self._handlers[each] = left
             else:
-                del self._handlers[event]
+                del self._handlers[each]
 
     def wants(self, event: type) -> bool:
         """Whether anybody listens."""

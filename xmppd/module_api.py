@@ -111,6 +111,7 @@ class HookMark:
     event: type
     after: tuple[str, ...]
     optional: bool
+    switched: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +122,15 @@ class IqMark:
     targets: tuple[Literal["account", "host"], ...]
 
 
-def hook(event: type, *, after: Sequence[str] = (), optional: bool = False) -> Callable[[F], F]:
+def hook(event: type, *, after: Sequence[str] = (), optional: bool = False, switched: bool = False) -> Callable[[F], F]:
     """Mark a method as a handler of an event (xmppd/events.py), behind those of the modules named in `after`.
 
-    optional: when the handler of an `-ing` event crashes, the stanza goes on (it fails closed otherwise)."""
+    optional: when the handler of an `-ing` event crashes, the stanza goes on (it fails closed otherwise).
+    switched: it listens only while the module wants it to (`Module.switch`), for events of every stanza."""
 
     def mark(function: F) -> F:
         marks = function.__dict__.setdefault("_xmppd_hooks", [])
-        marks.append(HookMark(event, tuple(after), optional))
+        marks.append(HookMark(event, tuple(after), optional, switched))
         return function
 
     return mark
@@ -241,6 +243,7 @@ class Context:
     route: Callable[[Stanza], Outcome]
     spawn: Callable[..., object]
     service: Callable[[type], Any]
+    switch: Callable[[type, bool], None] = lambda event, on: None  # the loader puts in its own
 
 
 class Module(Generic[C]):
@@ -280,6 +283,10 @@ class Module(Generic[C]):
     def spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> None:
         """Run a task that ends with the module; a crash is logged."""
         self._context.spawn(coroutine, name=name)
+
+    def switch(self, event: type, on: bool) -> None:
+        """Let the module's `switched` handlers of an event listen, or not."""
+        self._context.switch(event, on)
 
     def service(self, protocol: type[T]) -> T:
         """The loaded module that provides a service; LookupError when none does."""

@@ -7,6 +7,7 @@ shadow anything.
 
 import asyncio
 import difflib
+import functools
 import importlib
 import importlib.util
 import sys
@@ -236,6 +237,7 @@ class ModuleLoader:
 
         context.spawn = spawn_owned
         instance = cls(context, config)
+        context.switch = functools.partial(self._switch, name)
         loaded = Loaded(name, self._source(name), instance, tasks)
         try:
             if cls.tables and loaded.source != "bundled":  # the bundled ones are in the migrations
@@ -266,13 +268,22 @@ class ModuleLoader:
         for call, marks in _marked(instance, "_xmppd_hooks"):
             for mark in marks:
                 assert isinstance(mark, HookMark)
-                self._hooks.add(name, mark.event, call, after=mark.after, optional=mark.optional)
+                if not mark.switched:
+                    self._hooks.add(name, mark.event, call, after=mark.after, optional=mark.optional)
         for call, marks in _marked(instance, "_xmppd_iqs"):
             for mark in marks:
                 assert isinstance(mark, IqMark)
                 for target in mark.targets:
                     self._iqs.add(name, target, mark.type, mark.namespace, mark.name, call)
         self._registry.register(name, commands_of(instance))
+
+    def _switch(self, name: str, event: type, on: bool) -> None:
+        """Register a module's handlers that it switches itself, or take them back."""
+        self._hooks.remove(name, event)
+        for call, marks in _marked(self._loaded[name].instance, "_xmppd_hooks"):
+            for mark in marks:
+                if mark.event is event and (on or not mark.switched):
+                    self._hooks.add(name, event, call, after=mark.after, optional=mark.optional)
 
     def _unregister(self, loaded: Loaded) -> None:
         self._hooks.remove(loaded.name)

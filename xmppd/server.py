@@ -98,7 +98,7 @@ class Accountant:
             return False
         if removed is not None:
             removed()
-        self._sessions.kick(jid.local, jid.domain, None, "User removed")
+        self._sessions.kick(jid.local, jid.domain, None, "User removed", condition="conflict")
         await self._tell(UserDeleted(jid))
         return True
 

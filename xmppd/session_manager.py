@@ -13,7 +13,7 @@ from typing import Protocol
 from xmppd.cluster.tables import Owner, SessionRow, SessionTable
 from xmppd.delivery import SAFE, Bounce, Gate, Outcome, Pending, Record, Spawn, first_of
 from xmppd.errors import StanzaError
-from xmppd.events import MessageUndeliverable, ProbeReceiving, SubscriptionReceiving
+from xmppd.events import MessageUndeliverable, PresenceBounced, ProbeReceiving, SubscriptionReceiving
 from xmppd.hooks import Hooks
 from xmppd.iq import IqDispatcher
 from xmppd.protocol.jid import JID, bare
@@ -36,7 +36,7 @@ class LiveSession(Protocol):
         """Another stream bound the same resource: end with `conflict`."""
         ...
 
-    def kick(self, reason: str) -> None:
+    def kick(self, reason: str, condition: str) -> None:
         """An operator ends it."""
         ...
 
@@ -261,6 +261,8 @@ class SessionManager:
             return self._gate.ask(SubscriptionReceiving(bare(to), stanza), stanza, lambda event: SAFE)
         if stanza.type == "probe":
             return self._gate.ask(ProbeReceiving(bare(to), stanza), stanza, lambda event: SAFE)
+        if stanza.type == "error":
+            self._hooks.notify(PresenceBounced(to, stanza))
         if to.resource:
             row = rows.get(to.resource)
             return SAFE if row is None else self._deliver(row, stanza)
@@ -280,13 +282,15 @@ class SessionManager:
             rows = (row for row in self._table.all() if host is None or row.jid.domain == host)
         return [row.session.info() for row in sorted(rows, key=lambda row: row.jid.full) if row.session is not None]
 
-    def kick(self, user: str, host: str, resource: str | None, reason: str) -> int:
-        """End sessions of a user; how many there were."""
+    def kick(
+        self, user: str, host: str, resource: str | None, reason: str, *, condition: str = "policy-violation"
+    ) -> int:
+        """End sessions of a user (one resource, or None for all) with a stream error; how many there were."""
         rows = list(self._table.rows(f"{user}@{host}").values())
         chosen = [row for row in rows if resource is None or row.jid.resource == resource]
         for row in chosen:
             if row.session is not None:
-                row.session.kick(reason)
+                row.session.kick(reason, condition)
         return len(chosen)
 
 

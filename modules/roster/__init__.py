@@ -6,7 +6,7 @@ store.py the database, cache.py the rosters of the users who are here.
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -167,8 +167,10 @@ class Roster(Module[Config]):
         async with self.turn(user):
             change = await self.write(user, self._store.remove(user, contact))
             self.push(user, change)
-            if tell and change.before is not None:
-                self._flows.part(user, change.before)
+            outcomes = self._flows.part(user, change.before) if tell and change.before is not None else []
+        # The contact's server may answer by itself; a new request of the user must not meet that answer on its way.
+        for outcome in outcomes:
+            await decided(outcome)
 
     # -- subscriptions
 

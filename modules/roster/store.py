@@ -122,14 +122,14 @@ class Store:
             state = move(state_of(item), kind)
             if state == state_of(item):
                 return item, kept
-            if item is None:
-                item = Item(contact, "none", "none", "", (), listed=False)
-                await self._need_room(connection, user, listed=state != ("none", "in"))
-            if state == NOTHING and not item.listed:
+            if state == NOTHING and item is not None and not item.listed:
                 return None, None  # a request that was never more than one
             subscription, ask = state
             # Everything but a request alone is in the roster from here on.
-            listed = item.listed or state != ("none", "in")
+            listed = state != ("none", "in") or (item is not None and item.listed)
+            if item is None or item.listed != listed:
+                await self._need_room(connection, user, listed=listed)
+            item = item or Item(contact, "none", "none", "", ())
             item = replace(item, subscription=subscription, ask=ask, listed=listed)
             return item, (kept or request) if item.asks else None
 

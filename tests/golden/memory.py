@@ -95,7 +95,9 @@ class Sessions:
     def count(self, host: str | None = None) -> int:
         return len(self.infos(host))
 
-    def kick(self, user: str, host: str, resource: str | None, reason: str) -> int:
+    def kick(
+        self, user: str, host: str, resource: str | None, reason: str, *, condition: str = "policy-violation"
+    ) -> int:
         gone = [row for row in self.infos(host, user) if resource in (None, row.resource)]
         self.rows = [row for row in self.rows if row not in gone]
         self.kicked += [(f"{row.user}@{row.host}/{row.resource}", reason) for row in gone]

@@ -126,6 +126,8 @@ class Node:
             if self.ctl("status").returncode == 3:
                 break
             time.sleep(0.3)
+        # after a `stopped` it is no longer the one we started, but one that ejabberd started on the same port
+        subprocess.run(["epmd", "-kill"], env=self.env, capture_output=True)
         if self.epmd:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.epmd.pid, signal.SIGTERM)

@@ -288,6 +288,26 @@ def test_started_and_stopped_give_up_when_their_time_is_over(monkeypatch, node):
     assert main(["started", "x"]) == 2
 
 
+def test_a_node_is_not_stopped_before_its_process_has_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(lifecycle, "WAIT", 0.0)
+    make(tmp_path / "var")
+    process = subprocess.Popen([sys.executable, "-c", "input()", "-m", "xmppd"], stdin=subprocess.PIPE)
+    try:
+        (tmp_path / "var" / "pid").write_text(f"{process.pid}\n")
+        wait_until(lambda: b"xmppd" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
+        assert main(["stopped"]) == 1
+        assert main(["start"]) == 11
+    finally:
+        process.communicate(b"\n")
+    assert main(["stopped"]) == 0
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    (tmp_path / "var" / "pid").write_text(f"{other.pid}\n")  # the number belongs to another program now
+    try:
+        assert main(["stopped"]) == 0
+    finally:
+        other.communicate(b"\n")
+
+
 def test_the_server_is_told_what_was_said_here_and_nothing_else():
     plain = lifecycle.server_argv(lifecycle.Settings())
     assert plain[1:] == ["-m", "xmppd"]

@@ -1,5 +1,6 @@
 """Every command that ejabberdctl 23.01 was recorded with, on the real server (tests/golden/README.md)."""
 
+import asyncio
 import re
 
 import pytest
@@ -13,21 +14,26 @@ FILES = compare.files()
 async def test_xmppctl_answers_as_ejabberdctl_does(server, file):
     given = file["given"]
     for user, password in given["accounts"].items():
-        done = await server.ctl("register", user, "localhost", password)
+        done = await ctl(server, "register", user, "localhost", password)
         assert done.returncode == 0, done
     for argv in given["before"]:
-        done = await server.ctl(*argv)
+        done = await ctl(server, *argv)
         assert done.returncode == 0, done
     clients = [await online(server, session, given["accounts"]) for session in given["online"]]
-    node = (await server.ctl("status")).stdout.split()[2]
-    version = re.search(r"xmppd (\S+) is running", (await server.ctl("status")).stdout)[1]
+    status = (await ctl(server, "status")).stdout
+    node, version = status.split()[2], re.search(r"xmppd (\S+) is running", status)[1]
 
     for case in file["cases"]:
-        done = await server.ctl(*case["argv"], stdin=case.get("stdin"))
+        done = await ctl(server, *case["argv"], stdin=case.get("stdin"))
         compare.check(file["command"], case, done.stdout, done.returncode, node=node, version=version)
 
     for client in clients:
         await client.close()
+
+
+async def ctl(server, *argv, stdin=None):
+    """In a thread: the clients that are online want to be served meanwhile."""
+    return await asyncio.to_thread(server.ctl, *argv, stdin=stdin)
 
 
 async def online(server, session, passwords):

@@ -118,6 +118,9 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
         "listen[].use_proxy_protocol",
         "listen[].trusted_proxies",
         "listen[].request_handlers",
+        "login_limits.per_address",
+        "login_limits.per_account",
+        "login_limits.exempt",
         "database.read",
         "cluster.listen",
         "cluster.advertise",
@@ -151,6 +154,7 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
             "shaper": {"x": 5},
             "shaper_rules": {"x": 5},
             "auth_method": "anonymous",
+            "login_limits": {"per_address": "1/s", "per_account": "1/s", "exempt": "10.0.0.0/8"},
         },
         source="x.yml",
     ).without_effect()

@@ -107,7 +107,7 @@ class AccountCommands:
         name = self._host(host)
         try:
             await self._auth.remove(name, user)
-            self._sessions.kick(prep_username(user), name, None, "User removed")
+            self._sessions.kick(prep_username(user), name, None, "User removed", condition="conflict")
         except JidError:
             pass  # nobody can have such a name, so it is as gone as one unregistered twice
         return ""
@@ -257,7 +257,7 @@ class SessionCommands:
         doc="End all sessions of a user, and tell how many there were",
     )
     def kick_user(self, user: str, host: str) -> int:
-        return self._kick(user, host, None, "has been kicked")
+        return self._kick(user, host, None, "has been kicked", "policy-violation")
 
     @command(
         "kick_session",
@@ -267,12 +267,12 @@ class SessionCommands:
         doc="End one session of a user; the client is told the reason",
     )
     def kick_session(self, user: str, host: str, resource: str, reason: str) -> None:
-        self._kick(user, host, resource, reason)
+        self._kick(user, host, resource, reason, "conflict")
 
-    def _kick(self, user: str, host: str, resource: str | None, reason: str) -> int:
+    def _kick(self, user: str, host: str, resource: str | None, reason: str, condition: str) -> int:
         try:
             of = jid.make(user, host, resource or "")
-            return self._sessions.kick(of.local, of.domain, of.resource or None, reason)
+            return self._sessions.kick(of.local, of.domain, of.resource or None, reason, condition=condition)
         except JidError:
             return 0
 

@@ -13,6 +13,7 @@ from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Records, Spawn, 
 from xmppd.errors import JidError, StanzaError, StreamError
 from xmppd.events import (
     DirectedPresenceSending,
+    PresenceChanged,
     PresenceSending,
     SessionBecameAvailable,
     SessionBecameUnavailable,
@@ -175,8 +176,9 @@ class Session:
             raise StanzaError("bad-request", f"presence of type {kind[:20]!r} needs a recipient")
         if kind in SUBSCRIPTIONS:
             plain = stanza.replace(from_=self.user.full, to=to.bare)
+            # A refusal is for this resource: with the stanza as it came, not as it goes out.
             return self._parts.gate.ask(
-                SubscriptionSending(self, plain), plain, lambda event: self._parts.router.route(event.stanza)
+                SubscriptionSending(self, plain), stanza, lambda event: self._parts.router.route(event.stanza)
             )
         if kind not in ("error", "probe"):
             raise StanzaError("bad-request", f"{kind[:20]!r} is no presence type")
@@ -189,21 +191,24 @@ class Session:
         if presence.type == "unavailable":
             self._become_unavailable(presence)
             return SAFE
-        old, new = self.priority, _priority(presence)
-        self.priority, self.presence = new, presence
+        old, new, hooks = self.priority, _priority(presence), self._parts.hooks
+        previous, self.priority, self.presence = self.presence, new, presence
         presence.forget_element()
         self._parts.manager.set_priority(self._row, new)
+        changed = hooks.notify(PresenceChanged(self, presence, previous))
+        came = None
         if old is None or (old < 0 <= new):
-            waiting = self._parts.hooks.notify(SessionBecameAvailable(self, new, old))
-            if waiting is not None:
+            came = hooks.notify(SessionBecameAvailable(self, new, old))
+            if came is not None:
                 # What was kept for the user comes before what arrives from here on.
                 self._held = []
-                return self._parts.gate.wait(presence, self._until_flushed(waiting))
-        return SAFE
+        waiting = [each for each in (changed, came) if each is not None]
+        return self._parts.gate.wait(presence, self._until_told(waiting)) if waiting else SAFE
 
-    async def _until_flushed(self, waiting: Awaitable[None]) -> Outcome:
+    async def _until_told(self, waiting: list[Awaitable[None]]) -> Outcome:
         try:
-            await waiting
+            for each in waiting:
+                await each
         finally:
             held, self._held = self._held or [], None
             for stanza, pending in held:
@@ -294,9 +299,9 @@ class Session:
         """Another stream bound this resource (requirements ST-01)."""
         self._end(StreamError("conflict", "Replaced by new connection"))
 
-    def kick(self, reason: str) -> None:
-        """An operator ends the session."""
-        self._end(StreamError("policy-violation", reason or "Kicked"))
+    def kick(self, reason: str, condition: str) -> None:
+        """An operator ends the session, with the stream error condition that goes with the reason."""
+        self._end(StreamError(condition, reason or "Kicked"))
 
     def unreachable(self) -> None:
         """The client does not answer; what it has not acknowledged goes elsewhere."""

@@ -75,7 +75,7 @@ def _acl_names(config: Schema) -> Iterator[Problem]:
         for name, entries in rules.items():
             for index, rule in enumerate(entries):
                 if rule.acl not in known:
-                    yield f"{group}.{name}[{index}]", _unknown("acl", rule.acl, known)
+                    yield f"{group}.{key(name)}[{index}]", _unknown("acl", rule.acl, known)
 
 
 def _shaper_names(config: Schema) -> Iterator[Problem]:
@@ -83,7 +83,7 @@ def _shaper_names(config: Schema) -> Iterator[Problem]:
     for name, entries in config.shaper_rules.items():
         for index, rule in enumerate(entries):
             if isinstance(rule.value, str) and rule.value not in known:
-                yield f"shaper_rules.{name}[{index}]", _unknown("shaper", rule.value, known)
+                yield f"shaper_rules.{key(name)}[{index}]", _unknown("shaper", rule.value, known)
 
 
 def _mechanisms(config: Schema) -> Iterator[Problem]:

@@ -77,7 +77,8 @@ def shown(value: object, path: str = "") -> str:
     return text if len(text) <= 80 else f"{text[:76]}...{text[-1]}"
 
 
-def _key(part: object) -> str:
+def key(part: object) -> str:
+    """A mapping key as it stands in a path; quoted when it is not plain text."""
     text = str(part)
     return text if text.isprintable() and 0 < len(text) <= 80 else repr(text[:80])
 
@@ -91,7 +92,7 @@ def path_of(location: Sequence[int | str], data: Any, prefix: str = "") -> str:
             path += f"[{part}]"
             data = data[part] if part < len(data) else None
         elif isinstance(data, Mapping) and (part in data or last) and part != "[key]":
-            path += f".{_key(part)}" if path else _key(part)
+            path += f".{key(part)}" if path else key(part)
             data = data.get(part)
     return path
 

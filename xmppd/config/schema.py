@@ -63,7 +63,9 @@ NO_EFFECT_YET: Final = (
     "listen[].shaper",
     "listen[].trusted_proxies",
     "listen[].use_proxy_protocol",
-    "login_limits",
+    "login_limits.exempt",
+    "login_limits.per_account",
+    "login_limits.per_address",
     "shaper",
     "shaper_rules",
 )

@@ -13,6 +13,7 @@ from xmppd.errors import CommandError
 USAGE = 2
 ALREADY_RUNNING = 11
 START_TIMEOUT = 12
+STARTS_OR_STOPS = 15
 WAIT = 60.0  # seconds, as ejabberdctl waits
 POLL = 0.1
 
@@ -26,19 +27,38 @@ def run(verb: str, arguments: list[str], settings: Settings) -> int:
 
 
 def state(settings: Settings) -> int:
-    """The exit code of `status`: 0 serves, 3 cannot be reached, else it starts or stops."""
+    """The exit code of `status`: 0 serves, 3 there is no node, else it starts or stops."""
     try:
         client = Client(settings.socket, settings.node, timeout=5.0)
     except NotReachable:
-        return 3
+        return STARTS_OR_STOPS if holds(settings.data_dir) else 3
     try:
         return client.request({"argv": ["status"], "node": settings.given_node}, show=False)
     except NotReachable:
-        return 3
+        return STARTS_OR_STOPS if holds(settings.data_dir) else 3
     except CommandError:
         return 1
     finally:
         client.close()
+
+
+def holds(data_dir: str) -> bool:
+    """Whether the process in `data_dir/pid` lives, socket or not: until it has ended, another one cannot start.
+
+    Its lock is not tried: a server that starts in that moment would find it taken.
+    """
+    try:
+        with open(f"{data_dir}/pid", encoding="ascii") as file:
+            pid = int(file.read())
+        os.kill(pid, 0)
+    except (OSError, ValueError) as exc:
+        return isinstance(exc, PermissionError)
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().split(b"\0")
+        return any(os.path.basename(word) == b"xmppd" for word in words)  # else its number is somebody else's now
+    except OSError:
+        return not os.path.isdir("/proc/self")
 
 
 def wait_for(wanted: int, settings: Settings) -> int:
