@@ -50,6 +50,7 @@ from .subscriptions import Subscriptions, decided, kept_request
 
 _FEATURE: Final = f"<ver xmlns='{ns.ROSTER_VERSIONING}'/>".encode()
 _INTERESTED: Final = "roster"  # in a session's state: it asked for the roster
+_WITHOUT_PAUSE: Final = 1000  # items written before others get their turn
 _SUBSCRIPTIONS: Final = ("none", "from", "to", "both")
 
 
@@ -138,16 +139,30 @@ class Roster(Module[Config]):
     async def give(self, request: IqRequest) -> bytes | None:
         """RFC 6121 2.1.3, 2.2; nothing when the client's copy is the newest (2.6.3)."""
         _own(request)
-        kept = await self._rosters.get(request.target)
+        known = request.payload.get("ver") if self.config.versioning else None
+        items, version = await self._listed(request.target, known)
         # From here to the answer nothing waits, so no push can come between.
         for session in self.sessions.sessions(request.target):
             if session.jid == request.sender:
                 session.state[_INTERESTED] = True
-        known = request.payload.get("ver") if self.config.versioning else None
-        if known and known == kept.version:
-            return None
-        version = kept.version if known is not None else None
-        return query_xml((item_xml(item) for item in kept.items.values() if item.listed), version)
+        return None if items is None else query_xml(items, None if known is None else version)
+
+    async def _listed(self, user: JID, known: str | None) -> tuple[list[str] | None, str]:
+        """The items as XML, or None when the version is the known one. A long roster is written with pauses, and again
+        when it was changed in one of them: at the end it is as it is now."""
+        while True:
+            kept = await self._rosters.get(user)
+            version = kept.version
+            if known and known == version:
+                return None, version
+            items: list[str] = []
+            for count, item in enumerate([item for item in kept.items.values() if item.listed], 1):
+                items.append(item_xml(item))
+                if count % _WITHOUT_PAUSE == 0:
+                    await asyncio.sleep(0)
+            now = self._rosters.cached(user)
+            if version == kept.version and now in (kept, None) and not kept.stale:
+                return items, version
 
     @iq("set", ns.ROSTER, "query")
     async def change(self, request: IqRequest) -> None:

@@ -5,14 +5,15 @@ it, and no two are made of the same state. The version is a random word that eve
 again with an account of the same name, and a client would take its old copy for the new roster.
 """
 
+import asyncio
 import json
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from sys import intern
 from typing import Any, Final
 
-from sqlalchemy import Boolean, Column, Row, Select, Table, delete, func, select
+from sqlalchemy import Boolean, Column, Row, Select, Table, and_, delete, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from xmppd.errors import JidError, StanzaError, StorageError
@@ -58,7 +59,7 @@ roster_version = module_table(
 )
 
 _UNLISTED: Final = "null"
-_USERS_AT_ONCE: Final = 25  # in one query: the rows of a query are decoded without a pause
+_PAGE: Final = 500  # rows that are read and decoded without a pause
 _LOADER: Final = "roster"
 
 
@@ -318,11 +319,29 @@ async def _fetch(connection: AsyncConnection, keys: list[tuple[str, str]]) -> di
         )
         for row in await connection.execute(query):
             found[host, row.username].version = row.version
-        for start in range(0, len(names), _USERS_AT_ONCE):
-            some = names[start : start + _USERS_AT_ONCE]
-            where = (roster_item.c.server_host == host, roster_item.c.username.in_(some))
-            for row in await connection.execute(_items().where(*where)):
-                item = _item(row)
-                if item is not None:
-                    found[host, row.username].items[item.jid.full] = item
+        async for one in _rows_of(connection, host, names):
+            item = _item(one)
+            if item is not None:
+                found[host, one.username].items[item.jid.full] = item
     return found
+
+
+async def _rows_of(connection: AsyncConnection, host: str, names: list[str]) -> AsyncIterator[Row[Any]]:
+    """The items of some users in the order of the key, a page at a time: decoding one keeps the loop from all else."""
+    columns = roster_item.c
+    query = (
+        _items(columns.jid_hash)
+        .where(columns.server_host == host, columns.username.in_(names))
+        .order_by(columns.username, columns.jid_hash)
+        .limit(_PAGE)
+    )
+    page = (await connection.execute(query)).all()
+    while page:
+        for row in page:
+            yield row
+        if len(page) < _PAGE:
+            return
+        await asyncio.sleep(0)
+        user, last = page[-1].username, page[-1].jid_hash
+        behind = or_(columns.username > user, and_(columns.username == user, columns.jid_hash > last))
+        page = (await connection.execute(query.where(behind))).all()

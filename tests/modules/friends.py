@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.modules.world import HOST, Client, World
+from xmppd.cluster.tables import Route
 from xmppd.delivery import SAFE, Outcome
 from xmppd.protocol.stanza import Stanza
 
@@ -28,6 +29,14 @@ class Friends(World):
         """As the s2s manager."""
         self.sent_away.append(stanza)
         return SAFE
+
+    def serve(self, host: str) -> None:
+        """Route one more host to its users."""
+        routes = self.router._routes
+        routes.insert(Route(host, self.owner, routes.local(HOST)))
+
+    def login_as(self, jid: str) -> Client:
+        return Client(self, jid)
 
     def service(self, protocol: type) -> Any:
         return self.loader.service(protocol)

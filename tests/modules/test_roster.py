@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.golden import compare
 from tests.modules.friends import FAR, ITEM, JULIET, NURSE, QUERY, ROMEO, Friends, presences, pushes, story
 from tests.modules.world import HOST, condition
-from xmppd.errors import StorageUnavailable
+from xmppd.admin.registry import Caller
+from xmppd.errors import CommandError, StorageUnavailable
 from xmppd.events import FeaturesOffering
 from xmppd.module_api import RosterService
 from xmppd.protocol.jid import parse
+from xmppd.protocol.stanza import Stanza
 from xmppd.storage import Storage
 
 
@@ -482,3 +485,86 @@ async def test_a_name_that_no_stream_can_carry_is_refused(friends):
         await friends.command("add_rosteritem", "juliet", HOST, "romeo", HOST, "Ro\x01meo", "", "both")
 
     assert await friends.roster("juliet") == {}
+
+
+async def test_a_roster_of_several_pages_is_whole(friends, monkeypatch):
+    monkeypatch.setattr("modules.roster.store._PAGE", 2)
+    monkeypatch.setattr("modules.roster._WITHOUT_PAUSE", 2)
+    for name in ("juliet", "romeo"):
+        for number in range(5):
+            await friends.command("add_rosteritem", name, HOST, f"friend{number}", HOST, "", "", "both")
+
+    juliet, romeo = await asyncio.gather(friends.enter("juliet"), friends.enter("romeo"))
+
+    for client in (juliet, romeo):
+        items = (await client.query("get", QUERY)).findall(ITEM)
+        assert sorted(item.get("jid") for item in items) == [f"friend{number}@{HOST}" for number in range(5)]
+
+
+async def test_a_change_while_a_long_roster_is_written_is_in_it(friends, monkeypatch):
+    monkeypatch.setattr("modules.roster._WITHOUT_PAUSE", 1)
+    phone, laptop = await friends.enter("juliet", "phone"), await friends.enter("juliet", "laptop", interested=False)
+    for number in range(4):
+        await phone.ask("set", put(f"friend{number}@{HOST}"))
+
+    query, _ = await asyncio.gather(laptop.query("get", QUERY), phone.ask("set", remove(f"friend3@{HOST}")))
+
+    listed = {item.get("jid") for item in query.findall(ITEM)}
+    for item in pushes(laptop):
+        listed = listed - {item["jid"]} if item["subscription"] == "remove" else listed | {item["jid"]}
+    assert listed == {f"friend{number}@{HOST}" for number in range(3)}
+
+
+# -- what ejabberdctl prints
+
+
+@pytest.fixture
+async def recorded(tmp_path: Path) -> AsyncIterator[Friends]:
+    """The accounts of the recordings, who know nobody."""
+    storage = Storage(f"sqlite:///{tmp_path}/xmppd.db", data_dir=tmp_path)
+    await storage.open()
+    world = Friends(storage)
+    world.hosts = ("localhost", "capulet.example")
+    world.serve("localhost")
+    await world.load(roster={}, presence={})
+    yield world
+    await world.quiet()
+    await world.close()
+    await storage.close()
+
+
+def in_words(xml: bytes) -> list[object]:
+    """The item of a push, without what differs from one server to another."""
+    query = Stanza.from_bytes(xml).payload
+    assert query is not None
+    return [dict(query[0].attrib), [group.text for group in query[0]]]
+
+
+@pytest.mark.parametrize("command", ["add_rosteritem", "delete_rosteritem", "get_roster"])
+async def test_operators_see_what_ejabberdctl_showed(recorded, command):
+    record = next(each for each in compare.files() if each["command"] == command)
+    for argv in record["given"]["before"]:
+        await recorded.command(*argv)
+    clients = {}
+    for online in record["given"]["online"]:
+        client = recorded.login_as(f"{online['user']}@localhost/{online['resource']}")
+        await client.query("get", QUERY)
+        await client.send(online["presence"])
+        clients[f"{online['user']}/{online['resource']}"] = client
+    told = 0
+    for case in record["cases"]:
+        if "too few" in case["name"]:
+            continue  # the registry's work
+        name, *args = case["argv"]
+        try:
+            result = await recorded.registry.call(name, args, caller=Caller("test", "test"))
+            printed, code = result.text(), result.code
+        except CommandError as error:
+            printed, code = f"Error: {error.text}\n", error.code
+        compare.check(command, case, printed, code, node="xmppd@localhost", version="0")
+
+        for whose, wanted in case.get("received", {}).items():
+            got = [s.xml for s in clients[whose].received if s.kind == "iq" and s.type == "set"][told:]
+            pieces = [f"<iq{piece}" for piece in wanted.split("<iq")[1:]]
+            told += len(pieces)
+            assert [in_words(xml) for xml in got[: len(pieces)]] == [in_words(piece.encode()) for piece in pieces]
