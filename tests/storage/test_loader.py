@@ -41,17 +41,17 @@ async def test_look_ups_of_one_moment_are_one_select(storage, accounts):
 
 async def test_look_ups_that_come_while_a_query_runs_are_the_next_query(storage):
     queries = []
-    gate = asyncio.Event()
+    begun, gate = asyncio.Event(), asyncio.Event()
 
     async def fetch(connection, keys):
         queries.append(keys)
+        begun.set()
         await gate.wait()
         return {key: key * 2 for key in keys if key != 13}
 
     storage.loader.define("double", fetch)
     first = asyncio.create_task(storage.loader.get("double", 1))
-    while not queries:
-        await asyncio.sleep(0)
+    await begun.wait()
     rest = [asyncio.create_task(storage.loader.get("double", key)) for key in (1, 2, 13, 2)]
     await asyncio.sleep(0.01)
     gate.set()

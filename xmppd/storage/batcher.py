@@ -64,8 +64,8 @@ class Batcher:
     The queue is bounded in rows and bytes; when it is full `submit` raises StorageUnavailable. While the database is
     away the queue waits, at most `deadline` seconds per item, then the futures fail with StorageUnavailable. A failure
     may come too for rows whose COMMIT was done but never answered; success comes only for rows that are there.
-    Cancelling a future takes nothing back. A unit is judged with the units ahead of it in its transaction in place: where
-    one of these is left out, a quota may refuse one message early.
+    Cancelling a future takes nothing back. A unit is judged with the units ahead of it in its transaction in place:
+    where one of these is left out, a quota may refuse one message early.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from xmppd.storage.engine import STATEMENT_TIMEOUT, create_sqlite_file, mysql_en
 from xmppd.storage.faults import Fault, classify, translated
 from xmppd.storage.loader import Loader
 from xmppd.storage.migrate import create_missing, migrate
-from xmppd.storage.url import MysqlTarget, SqliteTarget, parse_url
+from xmppd.storage.url import SqliteTarget, parse_url
 
 log = logging.getLogger("xmppd.storage")
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class Storage:
             raise StorageError(f"{self.where} is open already")
         try:
             with translated(self.where):
-                self._engine = await self._connect_engine()
+                await self._start_engine()
                 await self._migrate(None)
                 await self._warm_up()
         except BaseException:
@@ -201,15 +201,15 @@ class Storage:
 
     # -- opening and closing -----------------------------------------------------------------------------------------
 
-    async def _connect_engine(self) -> AsyncEngine:
+    async def _start_engine(self) -> None:
         target = self._target
         if isinstance(target, SqliteTarget):
             create_sqlite_file(target.path)
-            engine = sqlite_engine(target, pool_size=self._pool_max, pool_timeout=self._pool_timeout)
-            await self._use_wal(engine)
-            return engine
-        self._sql_mode = await self._missing_sql_mode(target)
-        return mysql_engine(
+            self._engine = sqlite_engine(target, pool_size=self._pool_max, pool_timeout=self._pool_timeout)
+            await self._use_wal(self._engine)
+            return
+        self._sql_mode = await self._missing_sql_mode()
+        self._engine = mysql_engine(
             target,
             pool_size=self._pool_max,
             pool_timeout=self._pool_timeout,
@@ -234,7 +234,7 @@ class Storage:
         if mode != "wal":
             log.warning("database without write-ahead log: readers wait for writers path=%s mode=%s", self.where, mode)
 
-    async def _missing_sql_mode(self, target: MysqlTarget) -> str | None:
+    async def _missing_sql_mode(self) -> str | None:
         """None when the server is strict by itself; else the mode that each of our connections has to set."""
         async with self._setup_engine(None) as engine, engine.connect() as connection:
             mode = str((await connection.exec_driver_sql("SELECT @@sql_mode")).scalar_one())

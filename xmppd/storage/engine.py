@@ -71,6 +71,10 @@ class MysqlConnection(aiomysql.Connection):  # type: ignore[misc]
         except TimeoutError as exc:
             connection.close()
             raise aiomysql.OperationalError(2003, f"no greeting within {CONNECT_TIMEOUT:g} s") from exc
+        except aiomysql.OperationalError as exc:
+            if exc.__cause__ is None:
+                raise
+            raise aiomysql.OperationalError(exc.args[0], f"cannot connect: {exc.__cause__}") from exc.__cause__
         except BaseException:
             connection.close()
             raise
