@@ -1,9 +1,7 @@
 """The errors the rooms of the server hand to each other."""
 
-from typing import Final
-
 # RFC 6120 8.3.3: each defined stanza error condition with the type we send it with.
-STANZA_ERROR_TYPES: Final[dict[str, str]] = {
+STANZA_ERROR_TYPES: dict[str, str] = {
     "bad-request": "modify",
     "conflict": "cancel",
     "feature-not-implemented": "cancel",

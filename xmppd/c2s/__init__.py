@@ -1,1 +1,1 @@
-"""xmppd."""
+"""Clients: listeners, connections, negotiation, sessions."""

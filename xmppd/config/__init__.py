@@ -1,1 +1,39 @@
-"""xmppd."""
+"""The configuration: `load` finds and validates xmppd.yml, `diff` says what a reload would change.
+
+Words are ejabberd's where ejabberd has one, and everything is validated before anything starts. All options stand
+in schema.py, their meaning in docs/configuration.md.
+"""
+
+from xmppd.errors import ConfigError
+
+from .changes import Change, diff
+from .loader import Config, HostConfig, load, parse, validate_dataclass
+from .problems import mask, suggest
+from .schema import C2SListen, HttpListen, Listen
+from .types import Duration, Network, OptionalRate, Rate, Size, between, host_port, lasting, several, sized
+
+__all__ = [
+    "C2SListen",
+    "Change",
+    "Config",
+    "ConfigError",
+    "Duration",
+    "HostConfig",
+    "HttpListen",
+    "Listen",
+    "Network",
+    "OptionalRate",
+    "Rate",
+    "Size",
+    "between",
+    "diff",
+    "host_port",
+    "lasting",
+    "load",
+    "mask",
+    "parse",
+    "several",
+    "sized",
+    "suggest",
+    "validate_dataclass",
+]

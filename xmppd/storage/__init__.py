@@ -1,6 +1,7 @@
 """The database: SQLite inside the node, or MySQL/MariaDB for a cluster."""
 
-from xmppd.storage.accounts import Account, Accounts, Secret
+from xmppd.protocol.sasl import Secret
+from xmppd.storage.accounts import Account, Accounts
 from xmppd.storage.batcher import Batcher
 from xmppd.storage.database import Storage
 from xmppd.storage.faults import Duplicate

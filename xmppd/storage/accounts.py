@@ -3,7 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from secrets import token_bytes
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from sqlalchemy import and_, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from xmppd.errors import StorageError
+from xmppd.protocol.sasl import Secret
 from xmppd.storage.database import Storage
 from xmppd.storage.faults import Duplicate
 from xmppd.storage.settings import shared_setting
@@ -19,17 +20,6 @@ from xmppd.storage.tables import account, account_secret, spool
 
 _REMEMBERED: Final = 100_000  # accounts known to exist
 _REMEMBERED_FOR: Final = 60.0  # seconds; bounds what a removal on another node can leave behind here
-
-
-@dataclass(frozen=True, slots=True)
-class Secret:
-    """What SCRAM needs to check a password of one hash (RFC 5802 3: StoredKey, ServerKey)."""
-
-    kind: str  # sha1, sha256, sha512
-    salt: bytes = field(repr=False)
-    iterations: int
-    stored_key: bytes = field(repr=False)
-    server_key: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +44,11 @@ class Accounts:
     async def get(self, host: str, username: str) -> Account | None:
         found: Account | None = await self._storage.loader.get("account", (host, username))
         return found
+
+    def known(self, host: str, username: str) -> bool:
+        """Whether `exists` would say yes without asking the database; no means only that it would have to ask."""
+        until = self._known.get((host, username))
+        return until is not None and until > self._clock()
 
     async def exists(self, host: str, username: str) -> bool:
         """A yes is remembered for a minute, a no never."""

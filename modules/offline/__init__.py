@@ -1,0 +1,189 @@
+"""Offline messages (XEP-0160): keep what nobody was online to receive, deliver it at login."""
+
+import asyncio
+import random
+import secrets
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+from xmppd.errors import CommandError, JidError, StanzaError, StorageError
+from xmppd.events import HANDLED, Handled, MessageUndeliverable, SessionBecameAvailable, SessionClosed
+from xmppd.module_api import (
+    SAFE,
+    Arg,
+    Context,
+    Holder,
+    Module,
+    QuotaReached,
+    Session,
+    between,
+    command,
+    hook,
+    integer,
+)
+from xmppd.protocol import ns
+from xmppd.protocol.jid import JID, make
+from xmppd.protocol.stanza import Stanza, delay_element, with_child
+
+from .flush import RETRY_FIRST, RETRY_LONGEST, Chores, Flush, KeptMessage
+from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, repetition_key, sender_of
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    max_messages: Annotated[int, between(0, 1_000_000)] = 100  # per user; past it the sender gets an error
+    store_empty_body: EmptyBody = "unless_chat_state"  # messages without a body
+
+
+class Offline(Module[Config]):
+    xeps = {160: "1.0.1", 203: "2.0", 334: "0.4.0"}
+    features = (ns.MSGOFFLINE,)
+
+    def __init__(self, context: Context, config: Config) -> None:
+        super().__init__(context, config)
+        self._chores = Chores(self.spool, self.log)
+        self._flushes: dict[Session, Flush] = {}
+        # Messages that are being stored, by bare JID: a login waits for them, or a later message would overtake them.
+        self._storing: dict[str, set[asyncio.Future[None]]] = {}
+
+    # -- keeping
+
+    @hook(MessageUndeliverable, after=("push",))
+    def keep(self, event: MessageUndeliverable) -> Handled | None:
+        message = event.message
+        if isinstance(message, KeptMessage):
+            return self._came_back(event, message)
+        verdict = judge(message, self.config.store_empty_body)
+        if verdict is Verdict.REFUSE:
+            return None
+        if verdict is Verdict.DROP:
+            event.outcome.follow(SAFE)
+        else:
+            event.outcome.follow(self._store(event.user, message))
+        return HANDLED
+
+    def _store(self, user: JID, message: Stanza) -> "asyncio.Future[None]":
+        """One row in the group commit; the future ends as the sender's stanza does. Raises StorageUnavailable."""
+        now = self.clock()
+        # A copy of something that was stored already must not be taken for its repetition: that row is going away.
+        key = None if bears_our_stamp(message) else repetition_key(message, user)
+        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
+        stored = self.spool.keep(
+            user.domain,
+            user.local,
+            sender_of(message),
+            with_child(message, delay_element(stamp, user.domain, REASON)).xml,
+            dedup=key,
+            quota=self.config.max_messages,
+            expires_at=expiry(message, now),
+        )
+        kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._storing.setdefault(user.bare, set()).add(kept)
+        stored.add_done_callback(partial(self._stored, user, kept))
+        return kept
+
+    def _stored(self, user: JID, kept: "asyncio.Future[None]", stored: "asyncio.Future[object]") -> None:
+        waiting = self._storing[user.bare]
+        waiting.discard(kept)
+        if not waiting:
+            del self._storing[user.bare]
+        if stored.cancelled():
+            kept.cancel()
+            return
+        error = stored.exception()
+        if error is None:
+            kept.set_result(None)
+            self._wake(user)
+        elif isinstance(error, QuotaReached):
+            kept.set_exception(StanzaError("resource-constraint", "too many offline messages wait for this user"))
+        else:
+            kept.set_exception(error)
+
+    def _came_back(self, event: MessageUndeliverable, message: KeptMessage) -> Handled:
+        """The session it was sent to has died: its row, which keeps its place, is free for the next one."""
+        holder, message.holder = message.holder, None
+        if holder is not None:
+            self._chores.release((message.row_id,), holder, partial(self._wake, event.user))
+        event.outcome.follow(SAFE)
+        return HANDLED
+
+    # -- delivering
+
+    @hook(SessionBecameAvailable, after=("presence", "roster"))
+    async def flush(self, event: SessionBecameAvailable) -> None:
+        if event.priority < 0 or (event.old_priority is not None and event.old_priority >= 0):
+            return
+        if not await self._flush(event.session):
+            self._retry(event.session)
+
+    @hook(SessionClosed)
+    def session_closed(self, event: SessionClosed) -> None:
+        flush = self._flushes.get(event.session)
+        if flush is not None:
+            flush.end()
+
+    async def _flush(self, session: Session) -> bool:
+        """Send what is kept for the user; False when the database could not give it."""
+        flush = self._flushes.get(session)
+        if flush is not None:
+            flush.again = True
+            return True
+        holder = Holder(self.owner.member, self.owner.incarnation, secrets.token_hex(8))
+        self._flushes[session] = flush = Flush(session, holder, self.spool, self._chores, self.log)
+        try:
+            while flush.again and flush.takes:
+                flush.again = False
+                if waiting := self._storing.get(session.user.bare):
+                    await asyncio.wait(waiting)
+                await flush.run()
+        except StorageError as exc:
+            self.log.warning("offline messages wait", user=session.user, error=exc)
+            return False
+        finally:
+            del self._flushes[session]
+        return True
+
+    def _wake(self, user: JID) -> None:
+        """No message waits in the spool while its recipient is available: it may have become so meanwhile."""
+        if not self.sessions.is_available(user):
+            return
+        takers = [s for s in self.sessions.sessions(user) if s.priority is not None and s.priority >= 0]
+        if not takers:
+            return  # on another node
+        session = max(takers, key=lambda taker: taker.priority or 0)
+        if session in self._flushes:
+            self._flushes[session].again = True
+        else:
+            self._retry(session, pause=0)
+
+    def _retry(self, session: Session, pause: float = RETRY_FIRST) -> None:
+        async def retry() -> None:
+            wait = pause
+            while True:
+                await asyncio.sleep(wait * random.uniform(0.5, 1.5))
+                if session.priority is None or session.priority < 0 or await self._flush(session):
+                    return
+                wait = min(max(wait * 2, RETRY_FIRST), RETRY_LONGEST)
+
+        self.spawn(retry(), name=f"offline flush {session.jid}")
+
+    # -- for operators
+
+    @command(
+        "get_offline_count",
+        args=(Arg("user"), Arg("host")),
+        result=integer("value"),
+        tags=("offline",),
+        doc="Get the number of unread offline messages",
+        reads=True,
+    )
+    async def get_offline_count(self, user: str, host: str) -> int:
+        try:
+            jid = make(user, host)
+        except JidError as exc:
+            raise CommandError(str(exc)) from exc
+        if jid.domain not in self.server.hosts:
+            raise CommandError(f"unknown host: {host}")
+        return await self.spool.count(jid.domain, jid.local)

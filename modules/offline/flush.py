@@ -1,0 +1,180 @@
+"""Offline messages on their way to a session, and what is left to be written about them."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Final, Protocol
+
+from xmppd.errors import JidError, StorageError
+from xmppd.module_api import Holder, Outcome, Pending, Session, SpoolRow
+from xmppd.protocol.stanza import Stanza
+
+CHUNK: Final = 100  # rows taken at once
+WINDOW: Final = 512 * 1024  # bytes that may be on their way to one session; its connection ends when too much piles up
+RETRY_FIRST: Final = 1.0  # seconds
+RETRY_LONGEST: Final = 30.0
+
+
+class Spool(Protocol):
+    """What a flush needs of the spool."""
+
+    async def take(self, host: str, username: str, holder: Holder, *, limit: int) -> list[SpoolRow]: ...
+
+    def release(self, ids: Iterable[bytes], holder: Holder) -> "asyncio.Future[None]": ...
+
+    def delete(self, ids: Iterable[bytes]) -> "asyncio.Future[None]": ...
+
+
+class Log(Protocol):
+    def warning(self, phrase: str, /, **fields: object) -> None: ...
+
+    def error(self, phrase: str, /, *, exc: BaseException | None = None, **fields: object) -> None: ...
+
+
+class KeptMessage(Stanza):
+    """A message that is a row of the spool, and still is when the session it went to has died."""
+
+    __slots__ = ("holder", "row_id")
+
+    row_id: bytes
+    holder: Holder | None  # None as soon as the row is free again
+
+
+class Chores:
+    """Deletes and releases rows, in batches, and tries again until the database has done it."""
+
+    def __init__(self, spool: Spool, log: Log) -> None:
+        self._spool = spool
+        self._log = log
+        self._delete: list[bytes] = []
+        self._pause = RETRY_FIRST
+        self._scheduled = False
+
+    def delete(self, row_id: bytes) -> None:
+        """The message has arrived, or its sender was told that it will not."""
+        self._delete.append(row_id)
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._write_deletes)
+
+    def release(self, ids: Iterable[bytes], holder: Holder, done: Callable[[], None] = lambda: None) -> None:
+        """They did not arrive: somebody else may take them; `done` is called when that is committed."""
+        ids = tuple(ids)
+        again = partial(self.release, ids, holder, done)
+        if ids:
+            self._attempt(lambda: self._spool.release(ids, holder), again, done)
+
+    def _write_deletes(self) -> None:
+        self._scheduled = False
+        ids, self._delete = self._delete, []
+
+        def again() -> None:
+            for row_id in ids:
+                self.delete(row_id)
+
+        if ids:
+            self._attempt(lambda: self._spool.delete(ids), again, lambda: None)
+
+    def _attempt(
+        self, write: "Callable[[], asyncio.Future[None]]", again: Callable[[], None], done: Callable[[], None]
+    ) -> None:
+        try:
+            future = write()
+        except StorageError as exc:
+            self._later(again, exc)
+        else:
+            future.add_done_callback(partial(self._written, again, done))
+
+    def _written(self, again: Callable[[], None], done: Callable[[], None], future: "asyncio.Future[None]") -> None:
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is None:
+            self._pause = RETRY_FIRST
+            done()
+        elif isinstance(error, StorageError):
+            self._later(again, error)
+        else:
+            self._log.error("offline messages could not be put away", exc=error)
+
+    def _later(self, again: Callable[[], None], error: StorageError) -> None:
+        self._log.warning("offline messages wait to be put away", error=error, again_in_s=self._pause)
+        asyncio.get_running_loop().call_later(self._pause, again)
+        self._pause = min(self._pause * 2, RETRY_LONGEST)
+
+
+class Flush:
+    """Takes a user's messages and writes them to one session, oldest first, until there are none.
+
+    A row is deleted when its message's outcome is known, never before. What was written and lost with the connection is
+    routed again by the server and comes back to the module as a KeptMessage.
+    """
+
+    def __init__(self, session: Session, holder: Holder, spool: Spool, chores: Chores, log: Log) -> None:
+        self._session = session
+        self._holder = holder
+        self._spool = spool
+        self._chores = chores
+        self._log = log
+        self._bytes = 0  # on their way
+        self._room = asyncio.Event()
+        self.again = True  # something was stored meanwhile
+
+    async def run(self) -> None:
+        """Return when all is written that was there; StorageUnavailable."""
+        user = self._session.user
+        while self.takes:
+            rows = await self._spool.take(user.domain, user.local, self._holder, limit=CHUNK)
+            if not rows:
+                return
+            await self._send_all(rows)
+
+    @property
+    def takes(self) -> bool:
+        """Whether the session is still one that gets offline messages."""
+        priority = self._session.priority
+        return priority is not None and priority >= 0
+
+    def end(self) -> None:
+        """The session has ended: wait no longer for room."""
+        self._room.set()
+
+    async def _send_all(self, rows: list[SpoolRow]) -> None:
+        sent = 0
+        try:
+            for row in rows:
+                while self._bytes >= WINDOW and self.takes:
+                    self._room.clear()
+                    await self._room.wait()
+                if not self.takes:
+                    break
+                sent += 1
+                self._send(row)
+            await asyncio.sleep(0)  # others' turn
+        finally:
+            self._chores.release((row.id for row in rows[sent:]), self._holder)
+
+    def _send(self, row: SpoolRow) -> None:
+        try:
+            message = KeptMessage.from_bytes(row.stanza)
+        except (ValueError, JidError) as exc:
+            self._log.error("offline message cannot be read and is lost", user=self._session.user, exc=exc)
+            self._chores.delete(row.id)
+            return
+        assert isinstance(message, KeptMessage)
+        message.row_id, message.holder = row.id, self._holder
+        size = len(row.stanza)
+        self._bytes += size
+        outcome = self._session.send(message)
+        if isinstance(outcome, Pending):
+            outcome.then(partial(self._settled, message, size))
+        else:
+            self._settled(message, size, None)
+
+    def _settled(self, message: KeptMessage, size: int, result: Outcome | None) -> None:
+        # Safe: it has arrived. An error: its sender was told. Either way the row has done its duty, unless the message
+        # came back and the row is free again.
+        self._bytes -= size
+        self._room.set()
+        if message.holder is not None:
+            self._chores.delete(message.row_id)

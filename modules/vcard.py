@@ -1,0 +1,119 @@
+"""vCards (XEP-0054): everybody may read them, their owners write them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Final
+
+from sqlalchemy import Column, delete, select
+
+from xmppd.errors import StanzaError
+from xmppd.events import UserDeleted
+from xmppd.module_api import (
+    IqRequest,
+    Module,
+    Size,
+    Stamp,
+    by_host,
+    hook,
+    host_column,
+    iq,
+    long_bytes,
+    module_table,
+    sized,
+    upsert,
+    user_column,
+)
+from xmppd.protocol import ns
+from xmppd.protocol.stanza import serialize
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+KIND: Final = "vcard"
+_EMPTY: Final = f'<vCard xmlns="{ns.VCARD}"/>'.encode()
+
+vcard = module_table(
+    "vcard",
+    host_column(primary_key=True),
+    user_column(primary_key=True),
+    Column("xml", long_bytes(), nullable=False),
+    Column("updated_at", Stamp, nullable=False),
+)
+
+User = tuple[str, str]  # server_host, username
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    max_size: Annotated[Size, sized(1024, 8 << 20)] = 128 * 1024  # bytes of one vCard, photo included
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One vCard to be written; `xml` None: to be removed."""
+
+    user: User
+    xml: bytes | None
+    at: float
+
+
+class VCard(Module[Config]):
+    xeps = {54: "1.3"}
+    features = (ns.VCARD,)
+    account_features = (ns.VCARD,)
+    tables = (vcard,)
+
+    async def start(self) -> None:
+        self.storage.loader.define(KIND, _fetch)
+        self.storage.batcher.define(KIND, _write, size=lambda change: 256 + len(change.xml or b""))
+
+    async def stop(self) -> None:
+        self.storage.loader.undefine(KIND)
+        self.storage.batcher.undefine(KIND)
+
+    @iq("get", ns.VCARD, "vCard")
+    async def get(self, request: IqRequest) -> bytes:
+        """The vCard as it was stored; no vCard and no account look alike to others (XEP-0054 section 7)."""
+        user = request.target
+        found: bytes | None = await self.storage.loader.get(KIND, (user.domain, user.local))
+        if found is not None:
+            return found
+        if request.is_own:
+            return _EMPTY
+        raise StanzaError("service-unavailable")
+
+    @iq("set", ns.VCARD, "vCard")
+    async def set(self, request: IqRequest) -> None:
+        """Replace one's own vCard."""
+        if not request.is_own:
+            raise StanzaError("forbidden", "a vCard belongs to its user")
+        xml = serialize(request.payload)
+        if len(xml) > self.config.max_size:
+            raise StanzaError("policy-violation", f"a vCard may have at most {self.config.max_size} bytes")
+        user = request.target
+        await self.storage.batcher.submit(KIND, Change((user.domain, user.local), xml, self.clock()))
+
+    @hook(UserDeleted)
+    async def forget(self, event: UserDeleted) -> None:
+        await self.storage.batcher.submit(KIND, Change((event.user.domain, event.user.local), None, self.clock()))
+
+
+async def _write(connection: "AsyncConnection", changes: list[Change]) -> list[None]:
+    latest = {change.user: change for change in changes}
+    rows = [
+        {"server_host": host, "username": name, "xml": change.xml, "updated_at": change.at}
+        for (host, name), change in latest.items()
+        if change.xml is not None
+    ]
+    if rows:
+        await connection.execute(upsert(vcard, connection.dialect), rows)
+    for host, names in by_host([user for user, change in latest.items() if change.xml is None]).items():
+        await connection.execute(delete(vcard).where(vcard.c.server_host == host, vcard.c.username.in_(names)))
+    return [None] * len(changes)
+
+
+async def _fetch(connection: "AsyncConnection", users: list[User]) -> dict[User, bytes]:
+    found = {}
+    for host, names in by_host(users).items():
+        query = select(vcard.c.username, vcard.c.xml).where(vcard.c.server_host == host, vcard.c.username.in_(names))
+        found.update({(host, row.username): row.xml for row in await connection.execute(query)})
+    return found

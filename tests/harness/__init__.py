@@ -1,0 +1,1 @@
+"""What the tests share: XML seen by a second parser, servers, clients, vectors."""

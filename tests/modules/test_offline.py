@@ -1,0 +1,357 @@
+"""Offline messages: kept once, delivered once, in order, whatever happens to the connection meanwhile."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.modules.world import HOST, World, condition, message
+from xmppd.delivery import ERROR
+from xmppd.errors import CommandError, StorageUnavailable
+from xmppd.protocol.jid import parse
+from xmppd.protocol.stanza import Stanza
+
+JULIET = f"juliet@{HOST}"
+VECTORS = yaml.safe_load((Path(__file__).parents[1] / "vectors" / "offline.yaml").read_text())["offline_vectors"]
+CHATSTATE = "<composing xmlns='http://jabber.org/protocol/chatstates'/>"
+RECEIPT = "<received xmlns='urn:xmpp:receipts' id='m0'/>"
+
+
+async def prepare(world: World, **options: Any) -> Any:
+    await world.load(offline=options)
+    await world.account("romeo", "juliet")
+    return await world.online("romeo")
+
+
+def of_vector(vector: dict[str, Any], number: int) -> str:
+    inner = ""
+    if vector.get("only") == "chatstate":
+        inner += CHATSTATE
+    if vector.get("other"):
+        inner += "<x xmlns='urn:example:other'/>"
+    if "expire" in vector:
+        inner += f"<x xmlns='jabber:x:expire' seconds='{vector['expire']}'/>"
+    inner += "".join(f"<{hint} xmlns='urn:xmpp:hints'/>" for hint in vector.get("hints", ()))
+    return message(JULIET, f"line {number}" if vector["body"] else None, f"m{number}", inner)
+
+
+@pytest.mark.parametrize("vector", [v for v in VECTORS if "due" not in v], ids=lambda v: v["id"])
+async def test_offline_vector(any_world, vector):
+    world = any_world
+    romeo = await prepare(world, max_messages=3)
+    if vector.get("quota") == "full":
+        for number in range(3):
+            await world.stored(await romeo.send(message(JULIET, "filler", f"f{number}")))
+    count = vector.get("count", 1)
+    expected = vector.get("ours", vector["compat"])
+
+    outcomes = [await world.settled(await romeo.send(of_vector(vector, number))) for number in range(count)]
+
+    errors = [condition(stanza) for stanza in romeo.received if stanza.type == "error"]
+    kept = await world.spool.count(HOST, "juliet")
+    if expected == "stored":
+        assert (errors, kept) == ([], count)
+    elif expected == "S":
+        assert (errors, kept) == ([], 0)
+    else:
+        assert outcomes == [ERROR]
+        assert errors == [expected.removeprefix("E:")]
+        assert kept == (3 if vector.get("quota") == "full" else 0)
+
+    world.advanced += vector.get("after", 0)
+    juliet = world.login("juliet")
+    for priority in vector.get("login_priority", [0]):
+        await juliet.available(priority)
+    flushed = [stanza for stanza in juliet.received if stanza.kind == "message"]
+    if "flushed" in vector:
+        assert [stanza.id for stanza in flushed] == [f"m{number}" for number in range(vector["flushed"])]
+        for stanza in flushed:
+            delay = stanza.child("urn:xmpp:delay", "delay")
+            assert delay is not None
+            assert (delay.get("from"), delay.text) == (HOST, "Offline Storage")
+
+
+async def test_a_row_stays_until_its_message_is_known_to_have_arrived(any_world):
+    world = any_world
+    romeo = await prepare(world)
+    await world.stored(await romeo.send(message(JULIET)))
+
+    juliet = await world.online("juliet")
+
+    assert juliet.bodies == ["O, speak again"]
+    assert len(await world.rows()) == 1
+    assert await world.command("get_offline_count", "juliet", HOST) == 0  # it is on its way
+    world.sweep()
+    await world.until_true(lambda: no_rows(world))
+
+
+async def no_rows(world: World) -> bool:
+    return not await world.rows()
+
+
+async def free_rows(world: World, count: int) -> bool:
+    return [holder for holder, _ in await world.rows()] == [None] * count
+
+
+async def test_what_a_dying_connection_lost_waits_for_the_next_login_in_order(any_world):
+    world = any_world
+    romeo = await prepare(world)
+    for number in range(5):
+        await world.stored(await romeo.send(message(JULIET, f"line {number}", f"m{number}")))
+    world.advanced += 3600  # long after repetitions are no longer looked for
+    phone = world.login("juliet", "phone")
+    phone.stalled = True
+    await phone.available()
+    assert len(phone.bodies) == 5
+
+    phone.lose()
+    await world.until_true(lambda: free_rows(world, 5))
+    laptop = await world.online("juliet", "laptop")
+
+    assert laptop.bodies == [f"line {number}" for number in range(5)]
+    assert all(len(list(stanza.element.iterfind("{urn:xmpp:delay}delay"))) == 1 for stanza in laptop.received)
+    world.sweep()
+    await world.until_true(lambda: no_rows(world))
+
+
+async def test_what_a_dying_connection_lost_goes_to_another_available_one(any_world):
+    world = any_world
+    romeo = await prepare(world)
+    await world.stored(await romeo.send(message(JULIET)))
+    phone = world.login("juliet", "phone")
+    phone.stalled = True
+    await phone.available()
+    laptop = await world.online("juliet", "laptop")
+    assert laptop.bodies == []
+
+    phone.lose()
+
+    assert laptop.bodies == ["O, speak again"]
+    assert len(await world.rows()) == 1
+    world.sweep()
+    await world.until_true(lambda: no_rows(world))
+
+
+async def test_messages_without_an_id_are_not_taken_for_repetitions(world):
+    romeo = await prepare(world)
+
+    for _ in range(2):
+        await world.stored(await romeo.send(message(JULIET, id=None)))
+
+    assert len(await world.rows()) == 2
+
+
+async def test_a_repetition_is_stored_once(any_world):
+    world = any_world
+    romeo = await prepare(world)
+
+    for _ in range(2):
+        await world.stored(await romeo.send(message(JULIET, id="m1")))
+    await world.stored(await romeo.send(message(JULIET, "another text", id="m1")))
+
+    assert len(await world.rows()) == 2
+
+
+async def test_a_repetition_is_known_by_its_origin_id(world):
+    romeo = await prepare(world)
+    origin = "<origin-id xmlns='urn:xmpp:sid:0' id='o1'/>"
+
+    for id in ("m1", "m2"):
+        await world.stored(await romeo.send(message(JULIET, id=id, inner=origin)))
+
+    assert len(await world.rows()) == 1
+
+
+async def test_a_forged_stamp_does_not_hide_the_true_one(world):
+    romeo = await prepare(world)
+    forged = f"<delay xmlns='urn:xmpp:delay' from='{HOST}' stamp='1999-01-01T00:00:00Z'>Offline Storage</delay>"
+
+    await world.stored(await romeo.send(message(JULIET, inner=forged)))
+    juliet = await world.online("juliet")
+
+    stamps = [delay.get("stamp") for delay in juliet.received[0].element.iterfind("{urn:xmpp:delay}delay")]
+    assert stamps[-1] > "2020"
+
+
+async def test_an_acknowledgement_of_receipt_is_kept_but_never_bounced(world):
+    romeo = await prepare(world, store_empty_body=False)
+
+    await world.stored(await romeo.send(message(JULIET, None, inner=RECEIPT)))
+
+    assert await world.rows() == []
+    assert romeo.received == []
+
+
+@pytest.mark.parametrize(("setting", "inner", "kept"), [
+    (True, CHATSTATE, 1), ("unless_chat_state", CHATSTATE, 0), ("unless_chat_state", RECEIPT, 1), (False, RECEIPT, 0),
+    ("unless_chat_state", CHATSTATE + "<thread>t</thread><no-copy xmlns='urn:xmpp:hints'/>", 0),
+    (True, "<x xmlns='jabber:x:event'><composing/><id>m0</id></x>", 0),
+])  # fmt: skip
+async def test_store_empty_body(world, setting, inner, kept):
+    romeo = await prepare(world, store_empty_body=setting)
+
+    await world.stored(await romeo.send(message(JULIET, None, inner=inner)))
+
+    assert len(await world.rows()) == kept
+
+
+async def test_a_message_that_is_being_stored_is_not_overtaken_by_a_later_one(any_world):
+    """Its recipient logs in before the commit, and another one comes right behind."""
+    world = any_world
+    romeo = await prepare(world)
+    commit, run = asyncio.Event(), world.storage.batcher._run
+
+    async def slow(work: Any, **options: Any) -> Any:
+        await commit.wait()
+        return await run(work, **options)
+
+    world.storage.batcher._run = slow
+    await romeo.send(message(JULIET, "first", "m1"))
+    juliet = world.login("juliet")
+    coming = asyncio.create_task(juliet.available())
+    await world.until(lambda: juliet.session.priority is not None)
+    await asyncio.sleep(0.05)  # a login that does not wait has found nothing by now
+    second = asyncio.create_task(romeo.send(message(JULIET, "second", "m2")))
+    commit.set()
+    await coming
+    await second
+
+    assert juliet.bodies == ["first", "second"]
+    world.sweep()
+    await world.until_true(lambda: no_rows(world))
+
+
+async def test_what_is_stored_after_all_for_somebody_available_is_delivered(any_world):
+    """As another node would do it, which has not heard of the login yet."""
+    world = any_world
+    romeo = await prepare(world)
+    await world.stored(await romeo.send(message(JULIET, "one", "m1")))
+    await world.stored(await romeo.send(message(JULIET, "two", "m2")))
+    juliet = await world.online("juliet")
+    offline = world.loader._loaded["offline"].instance
+
+    late = Stanza.from_bytes(
+        message(JULIET, "late", "m3").replace("<message", f"<message from='romeo@{HOST}'").encode()
+    )
+    await offline._store(parse(JULIET), late)
+
+    await world.until(lambda: juliet.bodies == ["one", "two", "late"])
+
+
+async def test_a_large_backlog_is_delivered_in_pieces_while_others_go_on(world):
+    romeo = await prepare(world, max_messages=10_000)
+    text = "x" * 300
+    for number in range(5000):
+        last = await romeo.send(message(JULIET, text, f"m{number}"))
+        if number % 500 == 0:
+            await world.settled(last)
+    await world.settled(last)
+    juliet, turns, before = world.login("juliet"), 0, 0
+
+    coming = asyncio.create_task(juliet.available())
+    while not coming.done():
+        turns += 1
+        await asyncio.sleep(0)
+        if turns % 20 == 0:
+            if before == len(juliet.received):  # it waits for the client
+                world.sweep()
+            before = len(juliet.received)
+    await coming
+
+    assert [stanza.id for stanza in juliet.received] == [f"m{number}" for number in range(5000)]
+    assert turns > 50
+    world.sweep()
+    await world.until_true(lambda: no_rows(world))
+
+
+async def test_a_session_that_takes_nothing_gives_back_what_it_was_not_sent(world):
+    romeo = await prepare(world, max_messages=10_000)
+    text = "x" * 10_000
+    for number in range(150):
+        last = await romeo.send(message(JULIET, text, f"m{number}"))
+    await world.settled(last)
+    phone = world.login("juliet", "phone")
+    phone.stalled = True
+    coming = asyncio.create_task(phone.available())
+    await world.until(lambda: len(phone.received) > 40)
+    await asyncio.sleep(0.05)
+    assert len(phone.received) < 70  # the window
+
+    phone.lose()
+    await coming
+    await world.until_true(lambda: free_rows(world, 150))
+
+    laptop = world.login("juliet", "laptop")
+    coming = asyncio.create_task(laptop.available())
+    while not coming.done():
+        world.sweep()
+        await asyncio.sleep(0.001)
+    assert [stanza.id for stanza in laptop.received] == [f"m{number}" for number in range(150)]
+
+
+async def test_a_database_that_is_away_costs_a_try_later_and_no_message(world, monkeypatch):
+    romeo = await prepare(world)
+    await world.stored(await romeo.send(message(JULIET, "one", "m1")))
+    run = world.storage.run
+
+    async def away(*args: Any, **options: Any) -> Any:
+        raise StorageUnavailable("the database is away")
+
+    world.storage.run = away
+    juliet = await world.online("juliet")  # does not fail, and does not hang
+    assert juliet.bodies == []
+    world.storage.run = run
+
+    await world.until(lambda: juliet.bodies == ["one"])
+
+
+async def test_a_full_write_queue_is_a_wait_error_for_the_sender(world, monkeypatch):
+    romeo = await prepare(world)
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise StorageUnavailable("the write queue is full")
+
+    monkeypatch.setattr(world.storage.batcher, "submit", full)
+    assert await world.settled(await romeo.send(message(JULIET))) is ERROR
+
+    assert condition(romeo.received[0]) == "internal-server-error"
+    assert romeo.received[0].element.find("{jabber:client}error").get("type") == "wait"
+
+
+async def test_a_message_that_cannot_be_read_does_not_hold_up_the_others(world):
+    romeo = await prepare(world)
+    await world.spool.keep(HOST, "juliet", "", b"<message", dedup=None, quota=None)
+    await world.stored(await romeo.send(message(JULIET)))
+
+    juliet = await world.online("juliet")
+
+    assert juliet.bodies == ["O, speak again"]
+    world.sweep()
+    await world.until_true(lambda: no_rows(world))
+
+
+async def test_messages_pass_through_a_reload_of_the_module(world):
+    romeo = await prepare(world)
+    await world.stored(await romeo.send(message(JULIET, "one", "m1")))
+    before = world.hooks.count()
+    juliet = await world.online("juliet")
+    await world.loader.reload("offline")
+    world.sweep()
+    await world.until_true(lambda: no_rows(world))
+    juliet.lose()
+
+    await world.stored(await romeo.send(message(JULIET, "two", "m2")))
+    again = await world.online("juliet")
+
+    assert again.bodies == ["two"]
+    assert world.hooks.count() == before
+
+
+async def test_get_offline_count_refuses_an_unknown_host(world):
+    await prepare(world)
+
+    assert await world.command("get_offline_count", "nobody", HOST) == 0
+    with pytest.raises(CommandError, match="unknown host"):
+        await world.command("get_offline_count", "juliet", "verona.example")

@@ -1,0 +1,113 @@
+"""scripts/devcluster and scripts/bench, from outside."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(SCRIPTS / name), *arguments],
+        env=os.environ | {"XMPPD_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    yield str(tmp_path / "cluster")
+    script("devcluster", "down", "--dir", str(tmp_path / "cluster"))
+
+
+def up(folder: str, *arguments: str) -> dict:
+    started = script("devcluster", "up", "1", "--dir", folder, "--json", *arguments)
+    assert started.returncode == 0, started.stderr
+    return json.loads(started.stdout)
+
+
+def answers(address: str) -> bool:
+    host, port = address.split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_node_serves_when_up_returns(folder):
+    node = up(folder)
+
+    assert node["name"] == "xmppd@node01"
+    assert node["hosts"] == ["localhost"]
+    assert node["http"] is None
+    assert answers(node["c2s"])
+    assert answers(node["c2s_tls"])
+    assert (Path(folder) / node["name"] / "pid").read_text().strip() == str(node["pid"])
+    assert subprocess.run([*node["xmppctl"], "status"], capture_output=True).returncode == 0
+
+
+def test_a_killed_node_comes_back_on_its_ports(folder):
+    before = up(folder)
+
+    assert script("devcluster", "kill", "node01", "--dir", folder).returncode == 0
+    assert not answers(before["c2s"])
+    assert script("devcluster", "status", "--dir", folder).returncode == 1
+    started = script("devcluster", "start", "node01", "--dir", folder, "--json")
+
+    after = json.loads(started.stdout)
+    assert after["pid"] != before["pid"]
+    assert (after["c2s"], after["c2s_tls"]) == (before["c2s"], before["c2s_tls"])
+    assert answers(after["c2s"])
+
+
+def test_a_folder_with_a_live_cluster_is_left_alone(folder):
+    node = up(folder)
+
+    again = script("devcluster", "up", "1", "--dir", folder)
+
+    assert again.returncode == 1
+    assert "belongs to a live cluster" in again.stderr
+    os.kill(node["pid"], 0)
+
+
+def test_down_may_be_said_twice(folder):
+    node = up(folder)
+
+    assert script("devcluster", "down", "--dir", folder).returncode == 0
+    assert script("devcluster", "down", "--dir", folder).returncode == 0
+
+    assert not answers(node["c2s"])
+    assert script("devcluster", "status", "--dir", folder).returncode == 1
+    assert not (Path(folder) / node["name"] / "pid").exists()  # an orderly end, no SIGKILL
+
+
+def test_a_node_that_cannot_start_says_why_and_is_gone(folder, tmp_path):
+    (tmp_path / "over.yml").write_text("hostz: [localhost]\n")
+
+    refused = script("devcluster", "up", "1", "--dir", folder, "--config", str(tmp_path / "over.yml"))
+
+    assert refused.returncode == 1
+    assert "hostz: unknown option" in refused.stderr
+    assert script("devcluster", "status", "--dir", folder).returncode == 1
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the load generator needs a C compiler")
+@pytest.mark.parametrize("tls", ["none", "starttls", "direct"])
+def test_no_message_is_lost_under_a_short_load(tls):
+    measured = script("bench", "chat", "--pairs", "5", "--warm", "0.2", "--time", "0.5", "--tls", tls)
+
+    assert measured.returncode == 0, measured.stderr
+    result = json.loads(measured.stdout)
+    assert result["messages"] > 0
+    assert (result["lost"], result["bounced"], result["failed"], result["closed_early"]) == (0, 0, 0, 0)
+    assert result["server_cpu_us_per_message"] > 0

@@ -1,0 +1,56 @@
+"""`python -m xmppd`: run a node in the foreground."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from xmppd.errors import ConfigError, DataFolderInUse, XmppdError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and serve; the exit code of the process."""
+    arguments = _parser().parse_args(argv)
+    # Only now: `--help` should not load the server.
+    import uvloop
+
+    from xmppd import config, log
+    from xmppd.server import Server, software_version
+
+    if arguments.version:
+        print(f"xmppd {software_version()}")
+        return 0
+    overrides: dict[str, Any] = {}
+    if arguments.data_dir is not None:
+        overrides["data_dir"] = str(arguments.data_dir)
+    try:
+        loaded = config.load(arguments.config, overrides=overrides, node=arguments.name)
+        log.setup(loaded.loglevel)
+        again = uvloop.run(_serve(Server, loaded))
+    except XmppdError as exc:
+        print(f"xmppd: {exc}", file=sys.stderr)
+        return {ConfigError: 10, DataFolderInUse: 16}.get(type(exc), 1)  # docs/exit-codes.md
+    except KeyboardInterrupt:
+        return 130
+    if again:
+        os.execv(sys.executable, [sys.executable, "-m", "xmppd", *(sys.argv[1:] if argv is None else argv)])
+    return 0
+
+
+async def _serve(server: Any, loaded: Any) -> bool:
+    again: bool = await server(loaded).run()
+    return again
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="xmppd", description="A clustered XMPP server; runs in the foreground.")
+    parser.add_argument("--config", type=Path, help="xmppd.yml; else $XMPPD_CONFIG, ./etc/, /etc/xmppd/, defaults")
+    parser.add_argument("--node", "--name", "--sname", dest="name", help="this node's name, such as xmppd@node01")
+    parser.add_argument("--data-dir", type=Path, help="where the node keeps what is its own (`data_dir`)")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

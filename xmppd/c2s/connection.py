@@ -1,0 +1,437 @@
+"""One TCP connection of a client: bytes in and out, TLS, time-outs, the closing handshake.
+
+It carries a negotiation first and a session afterwards. Stanzas are processed in order: one that has to wait holds back
+the ones behind it on this connection, and its reading, and nothing else.
+"""
+
+import asyncio
+import fcntl
+import socket
+import ssl
+import struct
+import termios
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, cast
+from xml.sax.saxutils import escape, quoteattr
+
+from xmppd.c2s.session import Session
+from xmppd.delivery import Pending, Spawn
+from xmppd.errors import StreamError
+from xmppd.log import Logger
+from xmppd.protocol import ns
+from xmppd.protocol.stanza import Stanza
+from xmppd.protocol.stream import Event, Limits, Nonza, Stream, StreamClosed, StreamOpened
+
+_STREAM_ERROR: Final = f"{{{ns.STREAMS}}}error"
+_CLOSE: Final = b"</stream:stream>"
+_CLOSE_PATIENCE: Final = 2.0  # seconds for the peer to answer our closing tag
+_HIGH_WATER: Final = 64 * 1024
+_SIOCOUTQ: Final = termios.TIOCOUTQ
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How connections of one listener behave."""
+
+    name: str  # c2s, or c2s_tls for direct TLS
+    before: Limits  # until authentication
+    after: Limits
+    negotiation_timeout: float  # seconds
+    idle_timeout: float  # seconds, 0: never
+    max_write_queue: int  # bytes
+    send_timeout: float  # seconds a peer may take nothing
+
+
+class Negotiator(Protocol):
+    """What happens before a session is bound."""
+
+    def opened(self, event: StreamOpened) -> Coroutine[Any, Any, None] | None: ...
+
+    def nonza(self, event: Nonza) -> Coroutine[Any, Any, None] | None: ...
+
+    def stanza(self, event: Stanza) -> Coroutine[Any, Any, None] | None: ...
+
+
+class Flusher:
+    """Writes what was queued during one loop tick, once per connection."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._dirty: list[Connection] = []
+
+    def mark(self, connection: "Connection") -> None:
+        """This connection has bytes to write."""
+        if not self._dirty:
+            self._loop.call_soon(self._flush)
+        self._dirty.append(connection)
+
+    def _flush(self) -> None:
+        dirty, self._dirty = self._dirty, []
+        for connection in dirty:
+            connection.flush()
+
+
+class Connection(asyncio.Protocol):
+    """Fulfils session.Carrier."""
+
+    def __init__(self, settings: Settings, flusher: Flusher, spawn: Spawn, log: Logger, *, secure: bool) -> None:
+        self.settings = settings
+        self.name = settings.name
+        self.log = log
+        self.secure = secure
+        self.peer: tuple[str, int] = ("", 0)
+        self.last_heard = time.monotonic()
+        self.session: Session | None = None
+        self.negotiator: Negotiator | None = None
+        self.on_lost: Callable[[Connection], None] | None = None
+        self._flusher = flusher
+        self._spawn = spawn
+        self._stream = Stream(settings.before)
+        self._transport: asyncio.Transport | None = None
+        self._socket: socket.socket | None = None
+        self._out: list[bytes] = []
+        self._waiting: deque[Event] = deque()
+        self._busy = False  # a stanza waits for something; the next ones wait behind it
+        self._paused = False  # the peer does not take our bytes
+        self._header_sent = False
+        self._closing = False  # our closing tag is written
+        self._peer_closed = False  # theirs has come
+        self._deadline: asyncio.TimerHandle | None = None
+        self._stuck: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=_HIGH_WATER)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            self._socket = sock
+            _tune(sock, self.settings.send_timeout)
+        address = transport.get_extra_info("peername")
+        if address:
+            self.peer = (_plain_ip(address[0]), address[1])
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(self.settings.negotiation_timeout, self._too_slow)
+
+    def data_received(self, data: bytes) -> None:
+        self.last_heard = time.monotonic()
+        try:
+            for event in self._stream.receive(data):
+                if self._busy:
+                    self._waiting.append(event)
+                else:
+                    self._handle(event)
+        except Exception as exc:
+            self._crashed(exc)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def pause_writing(self) -> None:
+        self._paused = True
+        loop = asyncio.get_running_loop()
+        self._stuck = loop.call_later(self.settings.send_timeout, self._cut_off, "takes nothing")
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._deadline, self._stuck):
+            if timer is not None:
+                timer.cancel()
+        self._closing = True
+        self._waiting.clear()
+        self._out.clear()
+        session, self.session = self.session, None
+        if session is not None:
+            session.close(clean=False)
+            self.log.info("session closed", jid=session.jid.full, reason=exc or "connection lost")
+        self.negotiator = None
+        self._transport = None
+        self._socket = None
+        for task in self._tasks:
+            task.cancel()
+        if self.on_lost is not None:
+            self.on_lost(self)
+            self.on_lost = None
+
+    # -- in order
+
+    def _handle(self, event: Event) -> None:
+        if type(event) is Stanza and self.session is not None:
+            try:
+                outcome = self.session.receive(event)
+            except StreamError as error:
+                self.end(error)
+                return
+            if isinstance(outcome, Pending) and not outcome.decided:
+                self._hold()
+                outcome.when_decided(self._go_on_soon)
+            return
+        work = self._other(event)
+        if work is not None:
+            self._hold()
+            self._run(work)
+
+    def _other(self, event: Event) -> Coroutine[Any, Any, None] | None:
+        if isinstance(event, StreamError):
+            self.end(event)
+        elif isinstance(event, StreamClosed) or (isinstance(event, Nonza) and event.element.tag == _STREAM_ERROR):
+            self._peer_closes()
+        elif self._closing:
+            pass
+        elif self.session is not None:
+            self.end(StreamError("unsupported-stanza-type", "this element has no meaning here"))
+        elif self.negotiator is not None:
+            if isinstance(event, StreamOpened):
+                return self.negotiator.opened(event)
+            if isinstance(event, Nonza):
+                return self.negotiator.nonza(event)
+            if isinstance(event, Stanza):
+                return self.negotiator.stanza(event)
+        return None
+
+    def _hold(self) -> None:
+        self._busy = True
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except StreamError as error:
+                self.end(error)
+            except Exception as exc:
+                self._crashed(exc)
+            finally:
+                self._go_on_soon()
+
+        task = self._spawn(run(), name="negotiation")
+        if isinstance(task, asyncio.Task):
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _go_on_soon(self) -> None:
+        asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._busy = False
+        try:
+            while self._waiting and not self._busy:
+                self._handle(self._waiting.popleft())
+        except Exception as exc:
+            self._crashed(exc)
+        if not self._busy and self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    # -- writing
+
+    def write(self, data: bytes) -> None:
+        """Queue bytes; they leave with everything else of this loop tick."""
+        if self._closing:
+            return
+        out = self._out
+        if not out:
+            self._flusher.mark(self)
+        out.append(data)
+
+    def flush(self) -> None:
+        """Hand what is queued to the transport; a peer that lets too much pile up is cut off."""
+        out = self._out
+        transport = self._transport
+        if not out or transport is None:
+            return
+        self._out = []
+        transport.write(out[0] if len(out) == 1 else b"".join(out))
+        if self._paused and transport.get_write_buffer_size() > self.settings.max_write_queue:
+            self._cut_off("reads too slowly")
+
+    def unsent(self) -> int:
+        """Bytes the peer's machine has not acknowledged: ours, the transport's and the kernel's."""
+        if self._transport is None:
+            return 1
+        queued = sum(map(len, self._out)) + self._transport.get_write_buffer_size()
+        if queued or self._socket is None:
+            return queued
+        try:
+            answer = fcntl.ioctl(self._socket.fileno(), _SIOCOUTQ, b"\0\0\0\0")
+        except OSError:
+            return 1
+        unacknowledged: int = struct.unpack("i", answer)[0]
+        return unacknowledged
+
+    # -- for the negotiation
+
+    def send_header(self, host: str, stream_id: str, to: str | None) -> None:
+        """Our stream header (RFC 6120 4.2)."""
+        recipient = f" to={quoteattr(to)}" if to else ""
+        self.write(
+            f"<?xml version='1.0'?><stream:stream xmlns='{ns.CLIENT}' xmlns:stream='{ns.STREAMS}'"
+            f" from={quoteattr(host)}{recipient} id='{stream_id}' version='1.0' xml:lang='en'>".encode()
+        )
+        self._header_sent = True
+
+    def restart_stream(self, limits: Limits | None = None) -> None:
+        """Expect a new stream header from the peer (RFC 6120 4.3.3); anything it pipelined before is thrown away."""
+        self._waiting.clear()
+        self._stream.restart()
+        if limits is not None:
+            self._stream.set_limits(limits)
+        self._header_sent = False
+
+    async def start_tls(self, context: ssl.SSLContext) -> None:
+        """Turn the connection into a TLS one; what came in clear behind <starttls/> is void (RFC 6120 5.4.2.3)."""
+        assert self._transport is not None
+        self.flush()
+        self.restart_stream()
+        loop = asyncio.get_running_loop()
+        try:
+            transport = await loop.start_tls(
+                self._transport,
+                self,
+                context,
+                server_side=True,
+                ssl_handshake_timeout=self.settings.negotiation_timeout,
+                ssl_shutdown_timeout=_CLOSE_PATIENCE,
+            )
+        except (OSError, ssl.SSLError, asyncio.CancelledError) as exc:
+            self.log.info("tls handshake failed", peer=self.peer[0], error=exc)
+            self.abort()
+            return
+        if transport is None:
+            self.abort()
+            return
+        self._transport = transport
+        transport.set_write_buffer_limits(high=_HIGH_WATER)
+        # What a client pipelined behind <starttls/> may have been parsed meanwhile.
+        self.restart_stream()
+        self.secure = True
+
+    @property
+    def ssl_object(self) -> ssl.SSLObject | None:
+        """The TLS state, for its version and channel bindings."""
+        found: ssl.SSLObject | None = self._transport.get_extra_info("ssl_object") if self._transport else None
+        return found
+
+    def carry(self, session: Session) -> None:
+        """The resource is bound: stanzas go to the session from here on."""
+        self.session = session
+        self.negotiator = None
+        self._stream.bind(session.jid)
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        if self.settings.idle_timeout:
+            self._watch_idle()
+
+    # -- its end
+
+    def end(self, error: StreamError) -> None:
+        """Close with a stream error (RFC 6120 4.9)."""
+        if self._closing or self._transport is None:
+            return
+        if self.session is not None or error.condition not in ("conflict", "system-shutdown"):
+            self.log.info("stream error", condition=error.condition, text=error.text, peer=self.peer[0])
+        if not self._header_sent:
+            self.send_header("", "0", None)
+        text = f"<text xmlns='{ns.STREAM_ERRORS}' xml:lang='en'>{escape(error.text)}</text>" if error.text else ""
+        self.write(
+            f"<stream:error><{error.condition} xmlns='{ns.STREAM_ERRORS}'/>{text}</stream:error>".encode() + _CLOSE
+        )
+        self._close(clean=False)
+
+    def _peer_closes(self) -> None:
+        self._peer_closed = True
+        if not self._closing:
+            if self._header_sent:
+                self.write(_CLOSE)
+            self._close(clean=True)
+        elif self._transport is not None:
+            self._transport.close()
+
+    def _close(self, *, clean: bool) -> None:
+        taken = clean and self.unsent() <= len(_CLOSE)
+        self.flush()
+        self._closing = True
+        session, self.session = self.session, None
+        self.negotiator = None
+        if session is not None:
+            session.close(clean=taken)
+            self.log.info("session closed", jid=session.jid.full, reason="closed by the client" if clean else "ended")
+        if self._transport is None:
+            return
+        if self._deadline is not None:
+            self._deadline.cancel()
+        loop = asyncio.get_running_loop()
+        if clean:
+            self._deadline = loop.call_later(_CLOSE_PATIENCE, self.abort)
+            self._transport.close()
+        else:
+            # Closing now could destroy the error in the peer's hands (unread input makes TCP reset): read on, heed
+            # nothing, until it closes too (RFC 6120 4.4).
+            self._deadline = loop.call_later(_CLOSE_PATIENCE, self._hang_up)
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
+
+    def _hang_up(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+            self._deadline = asyncio.get_running_loop().call_later(_CLOSE_PATIENCE, self.abort)
+
+    def abort(self) -> None:
+        """Drop the connection without a word."""
+        self._closing = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _too_slow(self) -> None:
+        self._deadline = None
+        if self._header_sent:
+            self.end(StreamError("connection-timeout", "the negotiation took too long"))
+        else:
+            # Nothing was ever said on this stream (or its TLS handshake hangs): there is nobody to explain it to.
+            self.log.info("negotiation timed out", peer=self.peer[0])
+            self.abort()
+
+    def _cut_off(self, why: str) -> None:
+        self.log.warning("slow reader cut off", why=why, peer=self.peer[0], queued=self.unsent())
+        self.abort()
+
+    def _watch_idle(self) -> None:
+        silent = time.monotonic() - self.last_heard
+        left = self.settings.idle_timeout - silent
+        if left <= 0:
+            self.end(StreamError("connection-timeout", "idle for too long"))
+        else:
+            self._deadline = asyncio.get_running_loop().call_later(left, self._watch_idle)
+
+    def _crashed(self, exc: Exception) -> None:
+        self.log.error("connection crashed", exc=exc, peer=self.peer[0])
+        self.end(StreamError("internal-server-error"))
+
+
+def _tune(sock: socket.socket, send_timeout: float) -> None:
+    """Small writes leave at once; a peer that vanished is noticed by keepalives and by unacknowledged data."""
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(send_timeout * 1000))
+    except OSError:
+        pass  # the connection is gone already; reading will tell
+
+
+def _plain_ip(text: str) -> str:
+    """IPv4 addresses that came through an IPv6 socket as people write them."""
+    return text.removeprefix("::ffff:") if text.startswith("::ffff:") and "." in text else text

@@ -1,0 +1,139 @@
+"""A listening socket for clients (RFC 6120 3, XEP-0368 for direct TLS)."""
+
+import asyncio
+import contextlib
+import secrets
+import socket
+import ssl
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from xmppd.auth import Auth
+from xmppd.c2s.connection import Connection, Flusher, Settings
+from xmppd.c2s.negotiation import Negotiation, Rules, TlsContexts
+from xmppd.c2s.session import Parts
+from xmppd.delivery import Spawn
+from xmppd.errors import StreamError, XmppdError
+from xmppd.log import get_logger
+
+_BACKLOG: Final = 1024
+_SHUTDOWN_TIMEOUT: Final = 2.0  # seconds for a peer to answer the end of TLS
+_log = get_logger("xmppd.c2s")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a listener listens, as it is written to ready.json."""
+
+    ip: str
+    port: int
+    tls: bool
+
+
+class ClientListener:
+    """Accepts clients on one address; knows its connections until they are gone."""
+
+    def __init__(
+        self,
+        ip: str,
+        port: int,
+        *,
+        direct_tls: bool,
+        settings: Settings,
+        rules: Rules,
+        auth: Auth,
+        tls: TlsContexts,
+        parts: Callable[[], Parts],
+        flusher: Flusher,
+        spawn: Spawn,
+    ) -> None:
+        self._ip = ip
+        self._port = port
+        self._direct_tls = direct_tls
+        self.settings = settings
+        self.rules = rules
+        self._auth = auth
+        self._tls = tls
+        self._parts = parts
+        self._flusher = flusher
+        self._spawn = spawn
+        self._server: asyncio.Server | None = None
+        self._connections: set[Connection] = set()
+        self._gone: asyncio.Event | None = None
+
+    async def open(self) -> Address:
+        """Bind and listen; XmppdError names the address when that fails. Port 0 picks a free one."""
+        loop = asyncio.get_running_loop()
+        sock = _bind(self._ip, self._port)
+        context: ssl.SSLContext | None = self._tls.context(True) if self._direct_tls else None
+        self._server = await loop.create_server(
+            self._accept,
+            sock=sock,
+            backlog=_BACKLOG,
+            ssl=context,
+            ssl_handshake_timeout=self.settings.negotiation_timeout if context else None,
+            ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT if context else None,
+        )
+        port: int = sock.getsockname()[1]
+        _log.info("listening", module="c2s", ip=self._ip, port=port, tls=self._direct_tls)
+        return Address(self._ip, port, self._direct_tls)
+
+    def _accept(self) -> Connection:
+        log = _log.bind(secrets.token_hex(2))
+        connection = Connection(self.settings, self._flusher, self._spawn, log, secure=self._direct_tls)
+        connection.negotiator = Negotiation(connection, self.rules, self._auth, self._tls, self._parts())
+        connection.on_lost = self._forget
+        self._connections.add(connection)
+        return connection
+
+    def _forget(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if self._gone is not None and not self._connections:
+            self._gone.set()
+
+    def stop_listening(self) -> None:
+        """Take no new connections; those that are there go on."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    async def close(self, grace: float) -> None:
+        """`system-shutdown` to each stream, wait until they are gone or `grace` seconds are over, then cut."""
+        self.stop_listening()
+        self._gone = asyncio.Event()
+        for connection in list(self._connections):
+            connection.end(StreamError("system-shutdown"))
+        if self._connections:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._gone.wait(), grace)
+        for connection in list(self._connections):
+            connection.abort()
+
+
+def _bind(ip: str, port: int) -> socket.socket:
+    """A bound socket; "::" serves IPv4 too, and falls back to it where the machine has no IPv6."""
+    attempts: Iterable[tuple[socket.AddressFamily, str]] = (
+        [(socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")]
+        if ip == "::"
+        else [(socket.AF_INET6 if ":" in ip else socket.AF_INET, ip)]
+    )
+    failure: OSError | None = None
+    for family, address in attempts:
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as exc:
+            failure = exc
+            continue
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address == "::" else 1)
+            sock.bind((address, port))
+        except OSError as exc:
+            sock.close()
+            failure = exc
+            continue
+        sock.setblocking(False)
+        return sock
+    raise XmppdError(f"cannot listen on {ip} port {port}: {failure.strerror if failure else 'no address'}") from failure

@@ -1,0 +1,330 @@
+"""From the first byte to the bound resource: STARTTLS, SASL, bind (RFC 6120 5, 6, 7)."""
+
+import base64
+import binascii
+import secrets
+import ssl
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+from xml.sax.saxutils import escape
+
+from lxml.etree import _Element
+
+from xmppd.auth import Auth, AuthBusy
+from xmppd.c2s.connection import Connection
+from xmppd.c2s.session import Parts, Session
+from xmppd.delivery import as_stanza_error
+from xmppd.errors import JidError, StanzaError, StorageError, StreamError
+from xmppd.events import FeaturesOffering, Handled, UnauthenticatedIq
+from xmppd.protocol import ns
+from xmppd.protocol.jid import JID, make, parse
+from xmppd.protocol.sasl import Challenge, Exchange, NeedsSecret, NeedsVerify, SaslError, Step, Success, exchange
+from xmppd.protocol.stanza import Stanza, error_reply, iq_result
+from xmppd.protocol.stream import Nonza, StreamOpened
+
+_SASL: Final = f"{{{ns.SASL}}}"
+_STARTTLS: Final = f"{{{ns.TLS}}}starttls"
+_BIND: Final = f"{{{ns.BIND}}}bind"
+_RESOURCE: Final = f"{{{ns.BIND}}}resource"
+_ATTEMPTS: Final = 3  # failed SASL attempts on one stream
+_WAIT: Final = "the server cannot check credentials now"
+# How often a free resource is looked for when the server makes one up; one try is enough but for a broken generator.
+_MADE_UP_TRIES: Final = 8
+
+
+class TlsContexts(Protocol):
+    """The certificates of the hosts."""
+
+    def context(self, alpn: bool = False, host: str | None = None) -> ssl.SSLContext: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What one listener asks of its clients; the hosts' own settings are asked for when needed."""
+
+    hosts: tuple[str, ...]
+    starttls: bool
+    starttls_required: bool
+    resource_conflict: Callable[[str], str]  # host -> acceptnew, closeold, closenew, setresource
+    max_sessions: Callable[[JID], int | None]  # user -> how many sessions at once
+
+
+class Negotiation:
+    """One stream until its resource is bound. Fulfils connection.Negotiator."""
+
+    def __init__(self, connection: Connection, rules: Rules, auth: Auth, tls: TlsContexts | None, parts: Parts) -> None:
+        self._connection = connection
+        self._rules = rules
+        self._auth = auth
+        self._tls = tls
+        self._parts = parts
+        self._host = ""
+        self._user: JID | None = None
+        self._exchange: Exchange | None = None
+        self._offered: list[str] = []
+        self._failures = 0
+        self._mechanism = ""
+
+    # -- the stream header
+
+    def opened(self, event: StreamOpened) -> Coroutine[Any, Any, None] | None:
+        """A stream header came: answer with ours and the features."""
+        connection = self._connection
+        host = _host_of(event.to)
+        known = host in self._rules.hosts
+        connection.send_header(host if known else "", secrets.token_hex(8), event.from_)
+        if not known:
+            condition = "improper-addressing" if event.to is None else "host-unknown"
+            connection.end(StreamError(condition, "this host is not served here"))
+            return None
+        if event.version is None or not _is_version_1(event.version):
+            connection.end(StreamError("unsupported-version", "XMPP 1.0 is spoken here"))
+            return None
+        if self._user is not None and host != self._user.domain:
+            connection.end(StreamError("not-authorized", "authenticated for another host"))
+            return None
+        self._host = host
+        offering = FeaturesOffering(host, self._user is not None, connection.secure, self._features())
+        decision = self._parts.hooks.decide(offering)
+        if isinstance(decision, Awaitable):
+            return self._offer_later(decision)
+        self._offer(decision)
+        return None
+
+    async def _offer_later(self, decision: Awaitable[FeaturesOffering | Handled]) -> None:
+        self._offer(await decision)
+
+    def _offer(self, decision: FeaturesOffering | Handled) -> None:
+        features = [] if isinstance(decision, Handled) else decision.features
+        self._connection.write(b"<stream:features>" + b"".join(features) + b"</stream:features>")
+
+    def _features(self) -> list[bytes]:
+        secure, rules = self._connection.secure, self._rules
+        features: list[bytes] = []
+        if self._user is not None:
+            features.append(b"<bind xmlns='%b'/>" % ns.BIND.encode())
+            features.append(b"<session xmlns='%b'><optional/></session>" % ns.SESSION.encode())
+        else:
+            if not secure and rules.starttls and self._tls is not None:
+                required = b"<required/>" if rules.starttls_required else b""
+                features.append(b"<starttls xmlns='%b'>%b</starttls>" % (ns.TLS.encode(), required))
+            self._offered = self._auth.mechanisms(self._host, secure) if secure or not rules.starttls_required else []
+            if self._offered:
+                names = "".join(f"<mechanism>{name}</mechanism>" for name in self._offered)
+                features.append(f"<mechanisms xmlns='{ns.SASL}'>{names}</mechanisms>".encode())
+        return features
+
+    # -- TLS and SASL
+
+    def nonza(self, event: Nonza) -> Coroutine[Any, Any, None] | None:
+        """STARTTLS and SASL elements."""
+        element = event.element
+        tag = str(element.tag)
+        if not self._host:
+            self._connection.end(StreamError("not-authorized"))
+        elif tag == _STARTTLS:
+            return self._starttls()
+        elif tag.startswith(_SASL):
+            return self._sasl(tag[len(_SASL) :], element)
+        else:
+            self._connection.end(StreamError("not-authorized", "authenticate first"))
+        return None
+
+    def _starttls(self) -> Coroutine[Any, Any, None] | None:
+        connection = self._connection
+        if connection.secure or self._tls is None or not self._rules.starttls or self._user is not None:
+            connection.write(f"<failure xmlns='{ns.TLS}'/>".encode())
+            connection.end(StreamError("policy-violation", "TLS was not offered"))
+            return None
+        connection.write(f"<proceed xmlns='{ns.TLS}'/>".encode())
+        host, self._host = self._host, ""
+        self._exchange = None
+        return connection.start_tls(self._tls.context(False, host))
+
+    def _sasl(self, name: str, element: _Element) -> Coroutine[Any, Any, None] | None:
+        if self._user is not None:
+            self._connection.end(StreamError("policy-violation", "already authenticated"))
+            return None
+        if not self._offered:
+            self._fail(SaslError("encryption-required", "negotiate TLS first"))
+            return None
+        try:
+            if name == "auth":
+                mechanism = element.get("mechanism") or ""
+                self._mechanism = mechanism
+                self._exchange = exchange(mechanism, host=self._host, offered=self._offered)
+            elif name == "abort":
+                raise SaslError("aborted")
+            elif name != "response" or self._exchange is None:
+                raise SaslError("malformed-request", "no authentication is going on")
+            return self._follow(self._exchange.receive(_decode(element.text)))
+        except SaslError as error:
+            self._fail(error)
+            return None
+
+    def _follow(self, step: Step) -> Coroutine[Any, Any, None] | None:
+        if isinstance(step, Challenge):
+            self._connection.write(f"<challenge xmlns='{ns.SASL}'>{_encode(step.data)}</challenge>".encode())
+        elif isinstance(step, Success):
+            self._succeed(step)
+        else:
+            return self._look_up(step)
+        return None
+
+    async def _look_up(self, step: NeedsSecret | NeedsVerify) -> None:
+        current = self._exchange
+        assert current is not None
+        try:
+            if isinstance(step, NeedsSecret):
+                secret, _ = await self._auth.secret_for(self._host, step.username, step.kind)
+                following = current.supply(secret)
+            else:
+                following = current.verified(await self._auth.check_password(self._host, step.username, step.password))
+            more = self._follow(following)
+            assert more is None
+        except SaslError as error:
+            self._fail(error)
+        except (StorageError, AuthBusy) as exc:
+            # A database that is away must never look like a wrong password.
+            self._connection.log.warning("authentication is not possible now", error=exc)
+            self._fail(SaslError("temporary-auth-failure", _WAIT))
+
+    def _succeed(self, step: Success) -> None:
+        data = f">{_encode(step.data)}</success>" if step.data else "/>"
+        self._connection.write(f"<success xmlns='{ns.SASL}'{data}".encode())
+        self._user = make(step.username, self._host)
+        self._exchange = None
+        self._connection.restart_stream(self._connection.settings.after)
+
+    def _fail(self, error: SaslError) -> None:
+        self._exchange = None
+        connection = self._connection
+        text = f"<text xml:lang='en'>{escape(error.text)}</text>" if error.text else ""
+        connection.write(f"<failure xmlns='{ns.SASL}'><{error.condition}/>{text}</failure>".encode())
+        if error.condition in ("aborted", "temporary-auth-failure"):
+            return
+        self._failures += 1
+        connection.log.info(
+            "authentication failed", peer=connection.peer[0], mechanism=self._mechanism, condition=error.condition
+        )
+        if self._failures >= _ATTEMPTS:
+            connection.end(StreamError("policy-violation", "too many failed attempts"))
+
+    # -- bind
+
+    def stanza(self, stanza: Stanza) -> Coroutine[Any, Any, None] | None:
+        """Before a resource is bound only the bind request, or what a module takes from strangers, is heeded."""
+        if self._user is None:
+            return self._from_stranger(stanza)
+        payload = stanza.payload if stanza.kind == "iq" and stanza.type == "set" else None
+        if payload is None or payload.tag != _BIND:
+            self._connection.end(StreamError("not-authorized", "bind a resource first"))
+            return None
+        return self._bind(stanza, payload.findtext(_RESOURCE) or "")
+
+    async def _bind(self, request: Stanza, wanted: str) -> None:
+        assert self._user is not None
+        connection = self._connection
+        try:
+            jid = self._choose(self._user, wanted)
+        except StanzaError as error:
+            self._reply(error_reply(request, error))
+            return
+        limit = self._rules.max_sessions(self._user)
+        if limit is not None:
+            replacing = self._parts.manager.is_bound(jid)
+            for session in self._parts.manager.oldest(self._user, limit if replacing else limit - 1):
+                session.replaced()
+        session = Session(jid, connection, self._parts, connection.log)
+        connection.carry(session)
+        waiting: Awaitable[None] | None = session.bound()
+        if waiting is not None:
+            await waiting
+        if session.closed:
+            return
+        tls = connection.ssl_object
+        connection.log.info(
+            "session bound",
+            jid=jid.full,
+            tls=tls.version() if tls else None,
+            sasl=self._mechanism,
+            ip=connection.peer[0],
+        )
+        self._reply(iq_result(request, f"<bind xmlns='{ns.BIND}'><jid>{escape(jid.full)}</jid></bind>".encode()))
+
+    def _choose(self, user: JID, wanted: str) -> JID:
+        """The full JID to bind; StanzaError bad-request or conflict (RFC 6120 7.7.2)."""
+        manager = self._parts.manager
+        if wanted:
+            try:
+                jid = make(user.local, user.domain, wanted)
+            except JidError as exc:
+                raise StanzaError("bad-request", "this resource cannot be used") from exc
+            if not manager.is_bound(jid):
+                return jid
+            policy = self._rules.resource_conflict(user.domain)
+            if policy in ("acceptnew", "closeold"):
+                return jid
+            if policy == "closenew":
+                raise StanzaError("conflict", "this resource is in use")
+        for _ in range(_MADE_UP_TRIES):
+            jid = make(user.local, user.domain, secrets.token_urlsafe(12))
+            if not manager.is_bound(jid):
+                return jid
+        raise StanzaError("resource-constraint", "no free resource found")
+
+    def _from_stranger(self, stanza: Stanza) -> Coroutine[Any, Any, None] | None:
+        connection = self._connection
+        secure = connection.secure or not self._rules.starttls_required
+        if stanza.kind != "iq" or not self._host or not secure or stanza.type not in ("get", "set"):
+            connection.end(StreamError("not-authorized", "authenticate first"))
+            return None
+        event = UnauthenticatedIq(self._host, connection.peer[0], connection.secure, stanza, self._reply)
+        return self._ask_modules(event)
+
+    async def _ask_modules(self, event: UnauthenticatedIq) -> None:
+        try:
+            decision = self._parts.hooks.decide(event)
+            if isinstance(decision, Awaitable):
+                decision = await decision
+        except Exception as exc:
+            self._reply(error_reply(event.stanza, as_stanza_error(exc)))
+            return
+        if not isinstance(decision, Handled):
+            self._connection.end(StreamError("not-authorized", "authenticate first"))
+
+    def _reply(self, stanza: Stanza | None) -> None:
+        if stanza is not None:
+            self._connection.write(stanza.xml)
+
+
+def _host_of(to: str | None) -> str:
+    """The domain a stream header asks for, prepared; "" when it names none."""
+    if not to:
+        return ""
+    try:
+        jid = parse(to)
+    except JidError:
+        return ""
+    return jid.domain
+
+
+def _is_version_1(version: str) -> bool:
+    major, dot, minor = version.partition(".")
+    return bool(dot) and major.isdigit() and minor.isdigit() and int(major) >= 1
+
+
+def _decode(text: str | None) -> bytes:
+    """The data of a SASL element (RFC 6120 6.4.2): base64, "=" for empty data, nothing for no data."""
+    stripped = (text or "").strip()
+    if stripped in ("", "="):
+        return b""
+    try:
+        return base64.b64decode(stripped, validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise SaslError("incorrect-encoding", "not base64") from exc
+
+
+def _encode(data: bytes) -> str:
+    return base64.b64encode(data).decode()

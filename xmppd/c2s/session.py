@@ -1,0 +1,357 @@
+"""A client's session: a full JID, its presence, and what was sent to it. It is not the connection.
+
+The session speaks to its connection through `Carrier` and to the rest of the server through the router and the session
+manager, so that another carrier can take it over.
+"""
+
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Records, Spawn, as_stanza_error
+from xmppd.errors import JidError, StanzaError, StreamError
+from xmppd.events import (
+    DirectedPresenceSending,
+    PresenceChanged,
+    PresenceSending,
+    SessionBecameAvailable,
+    SessionBecameUnavailable,
+    SessionBound,
+    SessionClosed,
+    StanzaDelivering,
+    StanzaSending,
+    SubscriptionSending,
+)
+from xmppd.hooks import Hooks
+from xmppd.log import Logger
+from xmppd.protocol import ns
+from xmppd.protocol.jid import JID, bare, parse
+from xmppd.protocol.stanza import Stanza, build
+from xmppd.router import Router
+from xmppd.session_manager import SUBSCRIPTIONS, SessionInfo, SessionManager
+
+_PRIORITY: Final = f"{{{ns.CLIENT}}}priority"
+_SHOW: Final = f"{{{ns.CLIENT}}}show"
+_STATUS: Final = f"{{{ns.CLIENT}}}status"
+_IQ_TYPES: Final = frozenset({"get", "set", "result", "error"})
+_HELD_MESSAGES: Final = 10_000
+
+
+class Carrier(Protocol):
+    """What carries a session: a TCP connection now, WebSocket and BOSH later."""
+
+    name: str  # c2s, c2s_tls ...: as operators see it
+    peer: tuple[str, int]  # the client's address
+    last_heard: float  # time.monotonic() of the last sign of life, within a second
+
+    def write(self, data: bytes) -> None:
+        """Queue bytes; they leave with everything else of this loop tick."""
+        ...
+
+    def unsent(self) -> int:
+        """Bytes the peer's machine has not taken yet."""
+        ...
+
+    def end(self, error: StreamError) -> None:
+        """Close the stream with an error."""
+        ...
+
+
+class Sweeper(Protocol):
+    """Looks after sessions with records about once a second."""
+
+    def add(self, session: "Session") -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What every session of a node is given."""
+
+    node: str
+    router: Router
+    manager: SessionManager
+    hooks: Hooks
+    gate: Gate
+    spawn: Spawn
+    sweeper: Sweeper
+
+
+class Session:
+    """One bound resource. Fulfils events.Session for modules and LiveSession for the session manager."""
+
+    __slots__ = (
+        "_bound_at",
+        "_carrier",
+        "_held",
+        "_log",
+        "_parts",
+        "_row",
+        "closed",
+        "jid",
+        "presence",
+        "priority",
+        "records",
+        "state",
+        "user",
+    )
+
+    def __init__(self, jid: JID, carrier: Carrier, parts: Parts, log: Logger) -> None:
+        self.jid = jid
+        self.user = bare(jid)
+        self.priority: int | None = None
+        self.presence: Stanza | None = None
+        self.state: dict[str, Any] = {}
+        self.records = Records()
+        self.closed = False
+        self._carrier = carrier
+        self._parts = parts
+        self._log = log
+        self._bound_at = time.time()
+        self._held: list[tuple[Stanza, Pending]] | None = None  # messages that wait for the offline flush
+        self._row = parts.manager.open(self)
+
+    def bound(self) -> Awaitable[None] | None:
+        """Tell the modules; what comes back must be awaited before the client is told."""
+        return self._parts.hooks.notify(SessionBound(self))
+
+    # -- from the client
+
+    def receive(self, stanza: Stanza) -> Outcome:
+        """A stanza of this client. Never raises but StreamError; an error goes to the client as a stanza."""
+        parts = self._parts
+        if stanza.from_ is not self.jid:
+            stanza = self._stamp(stanza)
+        try:
+            if stanza.malformed:
+                raise StanzaError("jid-malformed")
+            if parts.hooks.wants(StanzaSending):
+                return parts.gate.ask(StanzaSending(self, stanza), stanza, lambda event: self._route(event.stanza))
+            return self._route(stanza)
+        except Exception as exc:
+            return parts.router.bounce(stanza, as_stanza_error(exc))
+
+    def _stamp(self, stanza: Stanza) -> Stanza:
+        """A stanza that was parsed before the resource was bound (pipelined behind the bind request)."""
+        claimed = stanza.element.get("from")
+        if claimed is not None:
+            try:
+                if parse(claimed).full not in (self.jid.full, self.user.full):
+                    raise StreamError("invalid-from")
+            except JidError:
+                raise StreamError("invalid-from") from None
+        element = stanza.editable()
+        element.set("from", self.jid.full)
+        if stanza.malformed:
+            del element.attrib["to"]
+        stamped = Stanza.from_element(element)
+        stamped.malformed = stanza.malformed
+        return stamped
+
+    def _route(self, stanza: Stanza) -> Outcome:
+        if stanza.kind == "presence":
+            return self._presence(stanza)
+        if stanza.kind == "iq" and (stanza.type not in _IQ_TYPES or not stanza.id):
+            raise StanzaError("bad-request", "an IQ has an id and a type of get, set, result or error")
+        if stanza.to is None:
+            stanza = stanza.addressed(self.user)
+        return self._parts.router.route(stanza)
+
+    def _presence(self, stanza: Stanza) -> Outcome:
+        kind = stanza.type
+        to = stanza.to
+        if kind in ("available", "unavailable"):
+            if to is None or to.full == self.user.full:
+                if kind == "available":
+                    _priority(stanza)  # refused before anybody is told
+                return self._parts.gate.ask(PresenceSending(self, stanza), stanza, self._own_presence)
+            return self._parts.gate.ask(
+                DirectedPresenceSending(self, stanza),
+                stanza,
+                lambda event: self._parts.router.route(event.presence),
+            )
+        if to is None:
+            if kind in ("error", "probe"):
+                return SAFE
+            raise StanzaError("bad-request", f"presence of type {kind[:20]!r} needs a recipient")
+        if kind in SUBSCRIPTIONS:
+            plain = stanza.replace(from_=self.user.full, to=to.bare)
+            # A refusal is for this resource: with the stanza as it came, not as it goes out.
+            return self._parts.gate.ask(
+                SubscriptionSending(self, plain), stanza, lambda event: self._parts.router.route(event.stanza)
+            )
+        if kind not in ("error", "probe"):
+            raise StanzaError("bad-request", f"{kind[:20]!r} is no presence type")
+        return self._parts.router.route(stanza)
+
+    def _own_presence(self, event: PresenceSending) -> Outcome:
+        if self.closed:
+            return SAFE
+        presence = event.presence
+        if presence.type == "unavailable":
+            self._become_unavailable(presence)
+            return SAFE
+        old, new, hooks = self.priority, _priority(presence), self._parts.hooks
+        previous, self.priority, self.presence = self.presence, new, presence
+        presence.forget_element()
+        self._parts.manager.set_priority(self._row, new)
+        changed = hooks.notify(PresenceChanged(self, presence, previous))
+        came = None
+        if old is None or (old < 0 <= new):
+            came = hooks.notify(SessionBecameAvailable(self, new, old))
+            if came is not None:
+                # What was kept for the user comes before what arrives from here on.
+                self._held = []
+        waiting = [each for each in (changed, came) if each is not None]
+        return self._parts.gate.wait(presence, self._until_told(waiting)) if waiting else SAFE
+
+    async def _until_told(self, waiting: list[Awaitable[None]]) -> Outcome:
+        try:
+            for each in waiting:
+                await each
+        finally:
+            held, self._held = self._held or [], None
+            for stanza, pending in held:
+                pending.follow(self._deliver(stanza))
+        return SAFE
+
+    def _become_unavailable(self, presence: Stanza) -> None:
+        if self.priority is None:
+            return
+        self.priority = None
+        self._parts.manager.set_priority(self._row, None)
+        self._notify(SessionBecameUnavailable(self, presence))
+        self.presence = None
+
+    def _notify(self, event: object) -> None:
+        waiting = self._parts.hooks.notify(event)
+        if waiting is not None:
+
+            async def finish(rest: Awaitable[None]) -> None:
+                await rest
+
+            self._parts.spawn(finish(waiting), name=type(event).__name__)
+
+    # -- to the client
+
+    def deliver(self, stanza: Stanza) -> Outcome:
+        """A stanza the session manager chose this session for. Raises StanzaError."""
+        held = self._held
+        if held is not None and stanza.kind == "message":
+            if len(held) >= _HELD_MESSAGES:
+                raise StanzaError("resource-constraint", "too many messages wait for this recipient")
+            pending = Pending(failed=lambda error: self._parts.router.bounce(stanza, error))
+            held.append((stanza, pending))
+            return pending
+        return self._deliver(stanza)
+
+    def _deliver(self, stanza: Stanza) -> Outcome:
+        if self._parts.hooks.wants(StanzaDelivering):
+            event = StanzaDelivering(self, stanza)
+            return self._parts.gate.ask(event, stanza, lambda decided: self.send(decided.stanza))
+        return self.send(stanza)
+
+    def send(self, stanza: Stanza) -> Outcome:
+        """Write to the client. SAFE for what nobody waits for; a message or an IQ request is pending until it is
+        certain that the client has it, and is routed again (or bounced) when the connection turns out to be dead."""
+        if self.closed:
+            return self._too_late(stanza)
+        self._carrier.write(stanza.xml)
+        kind = stanza.kind
+        if (
+            kind == "presence"
+            or (kind == "message" and stanza.type in ("headline", "error"))
+            or (kind == "iq" and stanza.type not in ("get", "set"))
+        ):
+            return SAFE
+        records = self.records
+        if not records:
+            self._parts.sweeper.add(self)
+        stanza.forget_element()
+        return records.add(stanza)
+
+    def _too_late(self, stanza: Stanza) -> Outcome:
+        # The row is gone, so routing cannot come back here.
+        return self._parts.router.route(stanza) if stanza.to is not None and stanza.kind != "presence" else ERROR
+
+    def sweep(self) -> bool:
+        """Called about once a second while there are records: settle what the peer has for certain. False: none left."""
+        if not self.closed and self._carrier.unsent() == 0:
+            self.records.ripen()
+        return bool(self.records)
+
+    # -- its end
+
+    def close(self, *, clean: bool) -> None:
+        """The stream is over. `clean`: the client closed it properly and had taken every byte."""
+        if self.closed:
+            return
+        self.closed = True
+        self._become_unavailable(build("presence", {"type": "unavailable", "from": self.jid.full}))
+        last = self._parts.manager.close(self._row)
+        self._notify(SessionClosed(self, last))
+        if clean:
+            self.records.confirm_all()
+        self._parts.manager.reroute(self.records.take())
+        self.state.clear()
+
+    def replaced(self) -> None:
+        """Another stream bound this resource (requirements ST-01)."""
+        self._end(StreamError("conflict", "Replaced by new connection"))
+
+    def kick(self, reason: str, condition: str) -> None:
+        """An operator ends the session, with the stream error condition that goes with the reason."""
+        self._end(StreamError(condition, reason or "Kicked"))
+
+    def unreachable(self) -> None:
+        """The client does not answer; what it has not acknowledged goes elsewhere."""
+        self._end(StreamError("connection-timeout", "no answer to a ping"))
+
+    def _end(self, error: StreamError) -> None:
+        carrier = self._carrier
+        taken = carrier.unsent() == 0
+        carrier.end(error)
+        self.close(clean=taken)
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long the client has been silent."""
+        return time.monotonic() - self._carrier.last_heard
+
+    def info(self) -> SessionInfo:
+        """What operators are shown."""
+        show, text = "", ""
+        if self.presence is not None:
+            show = self.presence.element.findtext(_SHOW) or "available"
+            text = self.presence.element.findtext(_STATUS) or ""
+            self.presence.forget_element()
+        ip, port = self._carrier.peer
+        uptime = int(time.time() - self._bound_at)
+        jid = self.jid
+        return SessionInfo(
+            jid.local,
+            jid.domain,
+            jid.resource,
+            self._carrier.name,
+            ip,
+            port,
+            self.priority,
+            self._parts.node,
+            uptime,
+            show,
+            text,
+        )
+
+
+def _priority(presence: Stanza) -> int:
+    """RFC 6121 4.7.2.3: an integer from -128 to 127, 0 when absent."""
+    text = presence.element.findtext(_PRIORITY)
+    if text is None or not text.strip():
+        return 0
+    try:
+        value = int(text)
+    except ValueError:
+        raise StanzaError("bad-request", "a presence priority is an integer") from None
+    if not -128 <= value <= 127:
+        raise StanzaError("bad-request", "a presence priority lies between -128 and 127")
+    return value

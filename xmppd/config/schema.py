@@ -1,0 +1,339 @@
+"""Every option of xmppd.yml: name, type, default and bounds. What each is for stands in docs/configuration.md.
+
+The models are frozen values; attribute names are the options' names. Checks that need more than one option are in
+checks.py, the reading of files and the wording of faults in files of their own.
+"""
+
+import re
+from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Final, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    WrapSerializer,
+)
+
+from .hosts import normalise_host
+from .rules import AccessRules, ShaperRules
+from .types import (
+    Duration,
+    HostPort,
+    IpAddress,
+    Network,
+    OptionalRate,
+    Port,
+    Rate,
+    Size,
+    between,
+    lasting,
+    several,
+    sized,
+)
+
+LogLevel = Literal["none", "emergency", "alert", "critical", "error", "warning", "notice", "info", "debug"]
+AuthMethod = Literal["sql", "anonymous"]
+ResourceConflict = Literal["acceptnew", "setresource", "closeold", "closenew"]
+ScramHash = Literal["sha1", "sha256", "sha512"]
+
+SCRAM_MECHANISMS: Final[dict[str, str]] = {"sha1": "SCRAM-SHA-1", "sha256": "SCRAM-SHA-256", "sha512": "SCRAM-SHA-512"}
+MECHANISMS: Final = (
+    *(name + plus for name in SCRAM_MECHANISMS.values() for plus in ("", "-PLUS")),
+    *("PLAIN", "ANONYMOUS", "EXTERNAL", "DIGEST-MD5", "X-OAUTH2"),  # the last two: ejabberd's files name them
+)
+
+# Validated, but nothing acts on them yet. `listen[]` stands for each listener; a name covers what is below it.
+NO_EFFECT_YET: Final = (
+    "acl",
+    "access_rules",
+    "auth_method: anonymous",
+    "cluster",
+    "database.read",
+    "listen[].access",
+    "listen[].request_handlers",
+    "listen[].shaper",
+    "listen[].trusted_proxies",
+    "listen[].use_proxy_protocol",
+    "login_limits.exempt",
+    "login_limits.per_account",
+    "login_limits.per_address",
+    "shaper",
+    "shaper_rules",
+)
+
+
+def _freeze(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType(dict(value))
+
+
+frozen: Final = AfterValidator(_freeze)
+
+
+def _thaw(value: Mapping[str, Any], handler: SerializerFunctionWrapHandler) -> Any:
+    return handler(dict(value))
+
+
+as_dict: Final = WrapSerializer(_thaw)
+
+
+def _absolute(value: object) -> Path:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise ValueError("expected a path")
+    try:
+        return Path(value).expanduser().absolute()
+    except RuntimeError as exc:  # ~nobody
+        raise ValueError(f"expected a path: {exc}") from None
+
+
+def _node_name(value: object) -> str:
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}@[A-Za-z0-9._-]{1,253}", value, re.ASCII):
+        return value
+    raise ValueError("expected a node name such as xmppd@node01")
+
+
+def _mechanism(value: object) -> str:
+    from .problems import suggest
+
+    name = value.upper() if isinstance(value, str) else ""
+    if name not in MECHANISMS:
+        raise ValueError(f"{str(value)[:40]!r} is no SASL mechanism.{suggest(name, MECHANISMS)}")
+    return name
+
+
+def _database_url(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("expected a URL such as mysql://user:password@host/database")
+    try:
+        parts = urlsplit(value)
+        valid_port = parts.port != 0
+    except ValueError:
+        words = "the host or the port of this URL is not valid (in a password / is written %2F, @ is %40)"
+        raise ValueError(words) from None
+    if parts.scheme == "sqlite":
+        if parts.netloc or not parts.path.strip("/") or ":memory:" in value:
+            raise ValueError("expected a file: sqlite:///{data_dir}/xmppd.db")
+    elif parts.scheme not in ("mysql", "mariadb"):
+        raise ValueError("expected a URL that starts with sqlite:// or mysql://")
+    elif not (parts.hostname or "unix_socket=" in parts.query) or not parts.path.strip("/") or not valid_port:
+        raise ValueError("expected mysql://user:password@host[:port]/database")
+    return value
+
+
+def _regexp(value: object) -> str:
+    try:
+        if not isinstance(value, str):
+            raise ValueError("expected a regular expression")
+        re.compile(value)
+    except re.error as exc:
+        raise ValueError(f"{str(value)[:60]!r} is no regular expression: {exc}") from None
+    return value
+
+
+def _acl_user(value: object) -> str:
+    if isinstance(value, str) and re.fullmatch(r"[^@/\s]+(@[^@/\s]+)?", value):
+        return value
+    raise ValueError("expected a user such as admin@example.net")
+
+
+AbsolutePath = Annotated[Path, PlainValidator(_absolute), PlainSerializer(str, when_used="json")]
+NodeName = Annotated[str, PlainValidator(_node_name)]
+Host = Annotated[str, PlainValidator(normalise_host)]
+Mechanism = Annotated[str, PlainValidator(_mechanism)]
+DatabaseUrl = Annotated[str, PlainValidator(_database_url)]
+Regexp = Annotated[str, PlainValidator(_regexp)]
+AclUser = Annotated[str, PlainValidator(_acl_user)]
+Word = Annotated[str, Field(min_length=1)]
+Texts = Annotated[tuple[Word, ...], several]
+Regexps = Annotated[tuple[Regexp, ...], several]
+Networks = Annotated[tuple[Network, ...], several]
+
+
+class Options(BaseModel):
+    """Base of all groups of options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class _Listener(Options):
+    port: Port
+    ip: IpAddress
+
+
+class C2SListen(_Listener):
+    """Clients connect here. With `tls` the first byte is TLS (XEP-0368); otherwise STARTTLS as the options say."""
+
+    port: Port = 5222
+    ip: IpAddress = "::"  # IPv4 too; the listener falls back to 0.0.0.0 where the machine has no IPv6
+    module: Literal["c2s"]
+    tls: bool = False
+    starttls: bool = Field(default_factory=lambda data: not data.get("tls", False))
+    starttls_required: bool = Field(default_factory=lambda data: bool(data.get("starttls", True)))
+    max_stanza_size: Annotated[Size, sized(10_000, 8 << 20)] = 256 << 10  # RFC 6120 13.12: not below 10000 bytes
+    pre_auth_max_stanza_size: Annotated[Size, sized(1 << 10, 8 << 20)] = 16 << 10
+    max_elements: Annotated[int, between(16, 1_000_000)] = 10_000
+    pre_auth_max_elements: Annotated[int, between(16, 1_000_000)] = 100
+    max_depth: Annotated[int, between(4, 250)] = 64  # libxml2 gives up at 256
+    max_novel_names: Annotated[int, between(16, 1_000_000)] = 1000
+    negotiation_timeout: Annotated[Duration, lasting(0.1, 3600)] = 30.0
+    idle_timeout: Duration = 0.0
+    max_write_queue: Annotated[Size, sized(10_000, 1 << 30)] = 1 << 20
+    send_timeout: Annotated[Duration, lasting(0.1, 3600)] = 30.0
+    access: Word = "c2s"
+    shaper: Word = "c2s_shaper"
+    use_proxy_protocol: bool = False
+    trusted_proxies: Networks = ()
+
+
+class HttpListen(_Listener):
+    """Health, metrics and the admin API; loopback unless told otherwise."""
+
+    port: Port = 5280
+    ip: IpAddress = "127.0.0.1"
+    module: Literal["http"]
+    request_handlers: Annotated[
+        Mapping[Annotated[str, Field(pattern=r"^/[!-~]*$")], Literal["live", "ready", "metrics", "api"]],
+        frozen,
+        as_dict,
+    ] = Field(
+        default_factory=lambda: _freeze({"/livez": "live", "/readyz": "ready", "/metrics": "metrics", "/api": "api"})
+    )
+
+
+Listen = Annotated[C2SListen | HttpListen, Field(discriminator="module")]
+
+
+class AuthScram(Options):
+    """Keys kept for each account and mechanisms offered for them."""
+
+    hashes: Annotated[tuple[ScramHash, ...], several, Field(min_length=1)] = ("sha1", "sha256")
+    iterations: Annotated[int, between(4096, 1_000_000)] = 4096  # RFC 5802 5.1: not below 4096
+
+
+def _loopback() -> tuple[IPv4Network | IPv6Network, ...]:
+    return (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
+
+
+class LoginLimits(Options):
+    """How often somebody may fail to log in before being told to wait."""
+
+    per_address: OptionalRate = Rate(20, 60.0)
+    per_account: OptionalRate = Rate(10, 60.0)
+    exempt: Networks = Field(default_factory=_loopback)
+
+
+class Pool(Options):
+    """Connections to the database."""
+
+    min: Annotated[int, between(0, 1000)] = 1
+    max: Annotated[int, between(1, 1000)] = 8
+    timeout: Annotated[Duration, lasting(0.1, 300)] = 5.0
+
+
+class Database(Options):
+    """Where accounts, rosters and messages are kept. The URL may hold a password, so it is not in `repr`."""
+
+    url: DatabaseUrl = Field(default="sqlite:///{data_dir}/xmppd.db", repr=False)
+    pool: Pool = Field(default_factory=Pool)
+    read: Annotated[tuple[DatabaseUrl, ...], several] = Field(default=(), repr=False)
+    commit_interval: Annotated[Duration, lasting(0, 1)] = 0.01
+
+
+class Cluster(Options):
+    """How the nodes of a cluster find and watch each other."""
+
+    listen: HostPort = "0.0.0.0:4369"
+    advertise: HostPort | None = None
+    hosts: Annotated[Mapping[str, Word], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
+    peer_timeout: Annotated[Duration, lasting(1, 600)] = 6.0
+    nats_url: Word | None = Field(default=None, repr=False)
+    nats_server: Word | None = None
+
+
+class Routing(Options):
+    """Where the RFC and ejabberd's habits differ."""
+
+    profile: Literal["compat", "rfc6121"] = "compat"
+    iq_needs_presence: bool = False
+    presence_coalesce: Duration = 60.0
+
+
+class Acl(Options):
+    """Somebody matches when any of these does."""
+
+    user: Annotated[tuple[AclUser, ...], several] = ()
+    user_regexp: Regexps = ()
+    user_glob: Texts = ()
+    server: Texts = ()
+    server_regexp: Regexps = ()
+    server_glob: Texts = ()
+    resource: Texts = ()
+    resource_regexp: Regexps = ()
+    resource_glob: Texts = ()
+    ip: Networks = ()
+
+
+class Shaper(Options):
+    """How fast a stream may send: `rate` bytes a second, and `burst` bytes (default: one second's worth) at once."""
+
+    rate: Annotated[Size, sized(1, 1 << 40)]
+    burst: Annotated[Size, sized(1, 1 << 40)] = Field(default_factory=lambda data: data.get("rate", 1))
+
+
+class Schema(Options):
+    """All options as they stand in the file."""
+
+    MERGED: ClassVar[tuple[str, ...]] = ("acl", "access_rules", "shaper", "shaper_rules")
+
+    node: NodeName = "xmppd@localhost"
+    data_dir: AbsolutePath = Field(default_factory=lambda: _absolute("var"))
+    hosts: tuple[Host, ...] = ("localhost",)
+    loglevel: LogLevel = "info"
+    certfiles: Annotated[tuple[AbsolutePath, ...], several] = ()
+    listen: tuple[Listen, ...] = Field(
+        default_factory=lambda: (
+            C2SListen(module="c2s"),
+            C2SListen(module="c2s", port=5223, tls=True),
+            HttpListen(module="http"),
+        )
+    )
+    auth_method: Annotated[tuple[AuthMethod, ...], several, Field(min_length=1)] = ("sql",)
+    auth_scram: AuthScram = Field(default_factory=AuthScram)
+    disable_sasl_mechanisms: Annotated[tuple[Mechanism, ...], several] = ()
+    login_limits: LoginLimits = Field(default_factory=LoginLimits)
+    resource_conflict: ResourceConflict = "acceptnew"
+    database: Database = Field(default_factory=Database)
+    cluster: Cluster = Field(default_factory=Cluster)
+    routing: Routing = Field(default_factory=Routing)
+    acl: Annotated[Mapping[str, Acl], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
+    access_rules: Annotated[Mapping[str, AccessRules], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
+    shaper: Annotated[Mapping[str, Shaper], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
+    shaper_rules: Annotated[Mapping[str, ShaperRules], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
+    shutdown_grace: Annotated[Duration, lasting(0, 600)] = 5.0
+    module_paths: Annotated[tuple[AbsolutePath, ...], several] = ()
+    modules: Annotated[Mapping[str, Mapping[str, Any]], frozen, as_dict] = Field(
+        default_factory=lambda: _freeze({}), repr=False
+    )
+
+
+# Names that are there even if the file does not define them; a file that defines one replaces that one.
+DEFAULT_NAMES: Final[dict[str, dict[str, Any]]] = {
+    "acl": {"admin": {}, "blocked": {}},
+    "access_rules": {"c2s": [{"deny": "blocked"}, {"allow": "all"}], "max_user_sessions": [{"10": "all"}]},
+    "shaper": {"normal": {"rate": "64KiB", "burst": "256KiB"}},
+    "shaper_rules": {
+        "c2s_shaper": [{"none": "admin"}, {"normal": "all"}],
+        "max_user_offline_messages": [{"5000": "admin"}, {"100": "all"}],
+    },
+}
+DEFAULT_MODULES: Final = (
+    *("roster", "presence", "offline", "disco", "ping", "version", "time", "last", "private", "vcard"),
+)

@@ -1,0 +1,5 @@
+import sys
+
+from xmppd.ctl.main import main
+
+sys.exit(main())

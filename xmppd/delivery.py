@@ -1,0 +1,258 @@
+"""What became of a stanza: the answer the router owes the stream that sent it.
+
+- SAFE: a recipient has it for certain, or it is committed to the database, or nobody was ever to be told about it.
+- ERROR: its sender was sent an error.
+- A `Pending`: not known yet. While it is not *decided* (a database look-up comes first) it also holds back the
+  stanzas behind it on the same stream; once decided, it only holds back the stream's acknowledgement.
+
+For a recipient whose client acknowledges nothing, "has it for certain" means: the bytes left this machine and the
+connection lived on for a while. `Records` keeps what was written to such a session until then, so that a connection
+that turns out to be dead loses nothing: the records are routed again.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from enum import Enum
+from typing import Any, Final, Protocol, TypeVar
+
+from xmppd.errors import StanzaError, StorageError
+from xmppd.events import Handled
+from xmppd.hooks import Hooks
+from xmppd.log import get_logger
+from xmppd.protocol.stanza import Stanza
+
+_log = get_logger("xmppd.delivery")
+E = TypeVar("E")
+
+
+class Spawn(Protocol):
+    """Runs a coroutine as a task that somebody owns; a crash is logged."""
+
+    def __call__(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> object: ...
+
+
+class Bounce(Protocol):
+    """Tells a stanza's sender what went wrong, where that is allowed."""
+
+    def __call__(self, stanza: Stanza, error: StanzaError) -> "Outcome": ...
+
+
+class Settled(Enum):
+    """The two final outcomes."""
+
+    SAFE = "safe"
+    ERROR = "error"
+
+
+SAFE: Final = Settled.SAFE
+ERROR: Final = Settled.ERROR
+
+
+class Pending:
+    """An outcome that is not known yet. `settle` once; callbacks run at once, in order, and must not raise."""
+
+    __slots__ = ("_decided", "_deciders", "_failed", "_settlers", "result")
+
+    def __init__(self, *, decided: bool = True, failed: Callable[[StanzaError], Any] | None = None) -> None:
+        self.result: Settled | None = None
+        self._decided = decided
+        self._failed = failed
+        self._settlers: list[Callable[[Settled], None]] | None = None
+        self._deciders: list[Callable[[], None]] | None = None
+
+    @property
+    def decided(self) -> bool:
+        """Whether the stream may go on with its next stanza."""
+        return self._decided
+
+    def decide(self) -> None:
+        """Let the stream go on."""
+        if self._decided:
+            return
+        self._decided = True
+        for callback in self._deciders or ():
+            callback()
+        self._deciders = None
+
+    def settle(self, result: Settled) -> None:
+        """The outcome; a second call changes nothing."""
+        if self.result is not None:
+            return
+        self.result = result
+        self.decide()
+        for callback in self._settlers or ():
+            callback(result)
+        self._settlers = None
+
+    def fail(self, error: StanzaError) -> None:
+        """Tell the sender, and be settled."""
+        if self.result is None:
+            if self._failed is not None:
+                self._failed(error)
+            self.settle(ERROR)
+
+    def then(self, callback: Callable[[Settled], None]) -> None:
+        """Call back with the outcome, at once when it is known."""
+        if self.result is not None:
+            callback(self.result)
+        elif self._settlers is None:
+            self._settlers = [callback]
+        else:
+            self._settlers.append(callback)
+
+    def when_decided(self, callback: Callable[[], None]) -> None:
+        """Call back when the stream may go on, at once when it may already."""
+        if self._decided:
+            callback()
+        elif self._deciders is None:
+            self._deciders = [callback]
+        else:
+            self._deciders.append(callback)
+
+    def follow(self, other: "asyncio.Future[object] | Outcome") -> None:
+        """Become what the other becomes: a future that succeeds makes this SAFE, one that fails tells the sender."""
+        if isinstance(other, Settled):
+            self.settle(other)
+        elif isinstance(other, Pending):
+            other.when_decided(self.decide)
+            other.then(self.settle)
+        else:
+            self.decide()
+            other.add_done_callback(self._future_done)
+
+    def _future_done(self, future: "asyncio.Future[object]") -> None:
+        if future.cancelled():
+            self.fail(StanzaError("internal-server-error", "the server is stopping", type="wait"))
+            return
+        error = future.exception()
+        if error is None:
+            self.settle(SAFE)
+        else:
+            self.fail(as_stanza_error(error))
+
+
+Outcome = Settled | Pending
+
+
+def as_stanza_error(error: BaseException) -> StanzaError:
+    """What a sender is told about a failure: its own words for a StanzaError, "try later" when storage is in trouble,
+    else an internal error, which is logged."""
+    if isinstance(error, StanzaError):
+        return error
+    if isinstance(error, StorageError):
+        return StanzaError("internal-server-error", "the server cannot store this now", type="wait")
+    _log.error("stanza failed", exc=error)
+    return StanzaError("internal-server-error")
+
+
+def first_of(outcomes: list[Outcome]) -> Outcome:
+    """The outcome of several copies of one stanza: safe as soon as one of them is."""
+    if any(outcome is SAFE for outcome in outcomes):
+        return SAFE
+    waiting = [outcome for outcome in outcomes if isinstance(outcome, Pending)]
+    if not waiting:
+        return ERROR
+    if len(waiting) == 1:
+        return waiting[0]
+    combined = Pending()
+    left = len(waiting)
+
+    def one(result: Settled) -> None:
+        nonlocal left
+        left -= 1
+        if result is SAFE or left == 0:
+            combined.settle(result)
+
+    for outcome in waiting:
+        outcome.then(one)
+    return combined
+
+
+class Record:
+    """A stanza that was written to a session and may not have arrived."""
+
+    __slots__ = ("outcome", "stanza")
+
+    def __init__(self, stanza: Stanza, outcome: Pending) -> None:
+        self.stanza = stanza
+        self.outcome = outcome
+
+
+class Records:
+    """What was written to one session and is not yet certain to have arrived.
+
+    Two generations: `ripen`, called about once a second while the peer has taken every byte, settles the records that
+    were already there at the call before. So a record lives one to two such periods, without a time stamp each.
+    """
+
+    __slots__ = ("_fresh", "_ripe")
+
+    def __init__(self) -> None:
+        self._fresh: list[Record] = []
+        self._ripe: list[Record] = []
+
+    def __len__(self) -> int:
+        return len(self._fresh) + len(self._ripe)
+
+    def add(self, stanza: Stanza) -> Pending:
+        """Remember a stanza that is being written."""
+        outcome = Pending()
+        self._fresh.append(Record(stanza, outcome))
+        return outcome
+
+    def ripen(self) -> None:
+        """The peer has taken all bytes and lives: settle what is older than the previous call."""
+        ripe, self._ripe, self._fresh = self._ripe, self._fresh, []
+        for record in ripe:
+            record.outcome.settle(SAFE)
+
+    def confirm_all(self) -> None:
+        """The peer is known to have taken everything."""
+        for record in self.take():
+            record.outcome.settle(SAFE)
+
+    def take(self) -> list[Record]:
+        """All records, oldest first, which are forgotten here: the caller settles them or routes them again."""
+        records = self._ripe + self._fresh
+        self._ripe, self._fresh = [], []
+        return records
+
+
+class Gate:
+    """Asks the deciders of an event about a stanza, then goes on; waits for those that are coroutines."""
+
+    def __init__(self, hooks: Hooks, spawn: Spawn, bounce: Bounce) -> None:
+        self._hooks = hooks
+        self._spawn = spawn
+        self._bounce = bounce
+
+    def ask(self, event: E, stanza: Stanza, go: Callable[[E], Outcome], handled: Outcome = SAFE) -> Outcome:
+        """`go(event as the handlers left it)`, or `handled` when one of them took it over. Raises StanzaError."""
+        decision = self._hooks.decide(event)
+        if isinstance(decision, Handled):
+            return handled
+        if isinstance(decision, type(event)):
+            return go(decision)
+        waiting: Any = decision
+
+        async def decide() -> Outcome:
+            decided = await waiting
+            return handled if isinstance(decided, Handled) else go(decided)
+
+        return self.wait(stanza, decide())
+
+    def wait(self, stanza: Stanza, work: Coroutine[Any, Any, Outcome]) -> Outcome:
+        """Run what has to wait, holding back the stanzas behind this one; its sender is told when it fails."""
+        pending = Pending(decided=False, failed=lambda error: self._bounce(stanza, error))
+
+        async def run() -> None:
+            try:
+                pending.follow(await work)
+            except asyncio.CancelledError:
+                pending.fail(StanzaError("internal-server-error", "the server is stopping", type="wait"))
+                raise
+            except Exception as exc:
+                pending.fail(as_stanza_error(exc))
+
+        self._spawn(run(), name=f"{stanza.kind} waits")
+        return pending

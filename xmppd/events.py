@@ -1,0 +1,253 @@
+"""Everything a module can hook, in one catalogue.
+
+The tense says what a handler may do. Past: it happened, watch. `-ing` or `-able`: it is about to happen; return None
+(go on), a changed copy (`dataclasses.replace`), or HANDLED (taken over, stop), or raise StanzaError (the sender is
+told). docs/hooks.md maps them to ejabberd's hook names.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from xmppd.protocol.jid import JID
+from xmppd.protocol.stanza import Stanza
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Handled:
+    """The type of HANDLED."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "HANDLED"
+
+
+HANDLED: Final = Handled()
+
+
+class Session(Protocol):
+    """What a module sees of a client's session. It outlives its connection."""
+
+    jid: JID  # full
+    user: JID  # bare
+    priority: int | None  # None until it is available
+    presence: Stanza | None  # the last available presence it broadcast
+    state: dict[str, object]  # a module keeps what it knows about this session under its own name
+
+    def send(self, stanza: Stanza) -> object:
+        """Write a stanza to this session's client; what became of it comes back (delivery.Outcome)."""
+        ...
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long nothing has come from its client."""
+        ...
+
+    def unreachable(self) -> None:
+        """Its client does not answer: the stream ends with `connection-timeout` (RFC 6120 4.9.3.4)."""
+        ...
+
+
+class PendingOutcome(Protocol):
+    """The outcome of a stanza that somebody still works on (delivery.Pending)."""
+
+    def follow(self, other: Any) -> None:
+        """Become what a future or another outcome becomes."""
+        ...
+
+    def decide(self) -> None: ...
+
+
+# -- stanzas on their way
+
+
+@dataclass(slots=True)
+class StanzaSending:
+    """A client's stanza, stamped with its full JID, is about to be routed; on the node of the sender's session.
+    Unhandled: it goes to the router."""
+
+    session: Session
+    stanza: Stanza
+
+
+@dataclass(slots=True)
+class StanzaRouting:
+    """Any stanza, whoever sent it, is about to be routed by its destination; on the node where it is.
+    Unhandled: it is routed."""
+
+    stanza: Stanza
+
+
+@dataclass(slots=True)
+class StanzaDelivering:
+    """A stanza is about to be written to a session; on the node that holds the session.
+    Unhandled: it is written."""
+
+    session: Session
+    stanza: Stanza
+
+
+@dataclass(slots=True)
+class MessageUndeliverable:
+    """A chat or normal message for an existing account that no available session takes; on the sender's node.
+    Unhandled: the sender gets `service-unavailable`. A handler that takes it settles or follows with `outcome`."""
+
+    user: JID
+    message: Stanza
+    outcome: PendingOutcome
+
+
+# -- presence and subscriptions
+
+
+@dataclass(slots=True)
+class PresenceSending:
+    """A session changes its own presence (available or unavailable, no `to`); on its node, before anything changed.
+    Unhandled: its row in the presence table changes and nobody is told."""
+
+    session: Session
+    presence: Stanza
+
+
+@dataclass(frozen=True, slots=True)
+class PresenceChanged:
+    """A session's own available presence took effect: `session.presence` and its row have changed; on its node, before
+    SessionBecameAvailable. The stream waits for the handlers."""
+
+    session: Session
+    presence: Stanza
+    previous: Stanza | None  # what it replaced; None when the session was not available
+
+
+@dataclass(slots=True)
+class DirectedPresenceSending:
+    """A client sends available or unavailable presence to somebody; on its node. Unhandled: it is routed."""
+
+    session: Session
+    presence: Stanza
+
+
+@dataclass(slots=True)
+class SubscriptionSending:
+    """A client sends subscribe, subscribed, unsubscribe or unsubscribed (RFC 6121 3); on its node, `from` already
+    bare. Unhandled: it is routed, and no roster changes."""
+
+    session: Session
+    stanza: Stanza
+
+
+@dataclass(slots=True)
+class SubscriptionReceiving:
+    """The same four, arriving for an account of ours; on the node where the stanza is. Unhandled: silence."""
+
+    user: JID
+    stanza: Stanza
+
+
+@dataclass(slots=True)
+class ProbeReceiving:
+    """A presence probe for an account of ours (RFC 6121 4.3). Unhandled: silence."""
+
+    user: JID
+    stanza: Stanza
+
+
+@dataclass(frozen=True, slots=True)
+class PresenceBounced:
+    """A presence of type error has come for an address of one of our hosts, and is about to be delivered."""
+
+    to: JID
+    error: Stanza
+
+
+# -- sessions
+
+
+@dataclass(frozen=True, slots=True)
+class SessionBound:
+    """A resource was bound; on its node, before the client is told."""
+
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class SessionBecameAvailable:
+    """A session sent its first available presence, or raised its priority from negative; on its node, after its row
+    changed. The stream waits for the handlers, so what they send comes before live messages."""
+
+    session: Session
+    priority: int
+    old_priority: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionBecameUnavailable:
+    """A session that was available sent unavailable presence or ended; on its node, after its row changed."""
+
+    session: Session
+    presence: Stanza
+
+
+@dataclass(frozen=True, slots=True)
+class SessionClosed:
+    """A session has ended and its row is gone; on its node. `last` says that it was the user's last one."""
+
+    session: Session
+    last: bool
+
+
+# -- accounts
+
+
+@dataclass(frozen=True, slots=True)
+class UserRegistered:
+    """An account was made."""
+
+    user: JID
+
+
+@dataclass(frozen=True, slots=True)
+class UserDeleted:
+    """An account was removed and its sessions were ended; modules remove what they keep about it."""
+
+    user: JID
+
+
+# -- streams
+
+
+@dataclass(slots=True)
+class FeaturesOffering:
+    """The stream features of a client stream are about to be sent; append neutral XML to `features`."""
+
+    host: str
+    authenticated: bool
+    encrypted: bool
+    features: list[bytes] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class UnauthenticatedIq:
+    """An IQ request on a client stream that has not authenticated (registration, XEP-0077).
+    Unhandled: the stream ends with `not-authorized`."""
+
+    host: str
+    address: str
+    encrypted: bool
+    stanza: Stanza
+    reply: "Callable[[Stanza], None]"
+
+
+# -- the server
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigReloaded:
+    """A new configuration took effect."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStarted:
+    """All listeners are open."""

@@ -1,0 +1,169 @@
+"""The bus that calls the handlers of events (events.py).
+
+Watchers look at what happened (`notify`); deciders may change or end what is about to happen (`decide`). The order is
+said in words ("after these modules") and sorted once, when a handler is added. An event nobody listens to costs one
+dict look-up: `if hooks.wants(MessageRouting): ...`.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from inspect import iscoroutinefunction
+from typing import Any, TypeVar, cast
+
+from xmppd.errors import ConfigError, StanzaError, StorageError
+from xmppd.events import Handled
+from xmppd.log import get_logger
+
+_log = get_logger("xmppd.hooks")
+E = TypeVar("E")
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """One registered handler."""
+
+    owner: str  # the module's name
+    call: Callable[[Any], Any]
+    after: tuple[str, ...]  # modules whose handlers of the same event come first
+    optional: bool  # its crash does not end the stanza
+    is_async: bool
+
+
+class Hooks:
+    """All handlers, by event class."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[type, list[Handler]] = {}
+
+    def add(
+        self,
+        owner: str,
+        event: type,
+        call: Callable[[Any], Any],
+        *,
+        after: Sequence[str] = (),
+        optional: bool = False,
+    ) -> None:
+        """Register a handler; ConfigError when the order asked for is a circle."""
+        handler = Handler(owner, call, tuple(after), optional, iscoroutinefunction(call))
+        self._handlers[event] = _sorted(event, [*self._handlers.get(event, ()), handler])
+
+    def remove(self, owner: str, event: type | None = None) -> None:
+        """Forget every handler of a module, or those of one event."""
+        for each in [each for each in self._handlers if event is None or each is event]:
+            left = [handler for handler in self._handlers[each] if handler.owner != owner]
+            if left:
+                self._handlers[each] = left
+            else:
+                del self._handlers[each]
+
+    def wants(self, event: type) -> bool:
+        """Whether anybody listens."""
+        return event in self._handlers
+
+    def count(self) -> int:
+        """How many handlers are registered in all."""
+        return sum(len(handlers) for handlers in self._handlers.values())
+
+    def notify(self, event: object) -> Awaitable[None] | None:
+        """Tell the watchers. Those that are plain functions have run when this returns; if there are coroutines among
+        them, the awaitable that comes back runs the rest in order, and the caller must await it."""
+        handlers = self._handlers.get(type(event))
+        if handlers is None:
+            return None
+        for index, handler in enumerate(handlers):
+            if handler.is_async:
+                return self._notify_rest(event, handlers[index:])
+            try:
+                handler.call(event)
+            except Exception as exc:
+                _log_crash(handler, event, exc)
+        return None
+
+    async def _notify_rest(self, event: object, handlers: list[Handler]) -> None:
+        for handler in handlers:
+            try:
+                result = handler.call(event)
+                if handler.is_async:
+                    await result
+            except Exception as exc:
+                _log_crash(handler, event, exc)
+
+    def decide(self, event: E) -> E | Handled | Awaitable[E | Handled]:
+        """Ask the deciders: the event as they leave it, HANDLED when one of them took it over, or an awaitable of
+        either when a coroutine is among them. Raises StanzaError when a handler refuses or crashes."""
+        handlers = self._handlers.get(type(event))
+        if handlers is None:
+            return event
+        for index, handler in enumerate(handlers):
+            if handler.is_async:
+                return self._decide_rest(event, handlers[index:])
+            try:
+                result = handler.call(event)
+            except Exception as exc:
+                _refuse(handler, event, exc)
+                continue
+            if isinstance(result, Handled):
+                return result
+            if result is not None:
+                event = cast(E, result)
+        return event
+
+    async def _decide_rest(self, event: E, handlers: list[Handler]) -> E | Handled:
+        for handler in handlers:
+            try:
+                result = handler.call(event)
+                if handler.is_async:
+                    result = await result
+            except Exception as exc:
+                _refuse(handler, event, exc)
+                continue
+            if isinstance(result, Handled):
+                return result
+            if result is not None:
+                event = cast(E, result)
+        return event
+
+
+def _sorted(event: type, handlers: list[Handler]) -> list[Handler]:
+    """The handlers with everybody behind those they want to come after, else in the order they were added."""
+    graph: dict[int, list[int]] = {
+        index: [other for other, candidate in enumerate(handlers) if candidate.owner in handler.after]
+        for index, handler in enumerate(handlers)
+    }
+    sorter = TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except CycleError as exc:
+        owners = ", ".join(handlers[index].owner for index in exc.args[1])
+        raise ConfigError([f"the handlers of {event_name(event)} cannot be ordered: {owners} form a circle"]) from exc
+    ordered: list[Handler] = []
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready())
+        ordered += [handlers[index] for index in ready]
+        sorter.done(*ready)
+    return ordered
+
+
+def _refuse(handler: Handler, event: object, exc: Exception) -> None:
+    """A decider raised: blocking must fail closed, so the stanza ends here unless the handler is optional."""
+    if isinstance(exc, StanzaError | StorageError):
+        raise exc
+    _log_crash(handler, event, exc)
+    if not handler.optional:
+        raise StanzaError("internal-server-error") from exc
+
+
+def _log_crash(handler: Handler, event: object, exc: Exception) -> None:
+    if isinstance(exc, StorageError):
+        # Trouble with the database is the operator's, not a bug; the storage room has logged it.
+        _log.warning("hook could not store", module=handler.owner, event=event_name(type(event)), error=exc)
+        return
+    _log.error("hook failed", module=handler.owner, event=event_name(type(event)), exc=exc)
+
+
+def event_name(event: type) -> str:
+    """`MessageUndeliverable` as logs and metrics call it: message_undeliverable."""
+    name = event.__name__
+    return "".join(f"_{char.lower()}" if char.isupper() and index else char.lower() for index, char in enumerate(name))

@@ -1,0 +1,305 @@
+"""Logging: a fixed phrase, then `key=value`, one line per record.
+
+    2026-11-21T09:00:00.123Z INFO  c2s[7f3a]   session bound jid=juliet@example.net/phone tls=1.3
+
+`get_logger("c2s").bind("7f3a")` gives the logger of one stream. Everything goes through the standard library's logging,
+so tests and libraries see ordinary records. Values come from clients: what could break or forge a line is escaped.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, TextIO
+
+NOTICE: Final = 25
+OFF: Final = 100
+
+# ejabberd's words; what we log ourselves is never graver than critical.
+LEVELS: Final[dict[str, int]] = {
+    "none": OFF,
+    "emergency": 70,
+    "alert": 60,
+    "critical": logging.CRITICAL,
+    "error": logging.ERROR,
+    "warning": logging.WARNING,
+    "notice": NOTICE,
+    "info": logging.INFO,
+    "debug": logging.DEBUG,
+}
+_LABELS: Final = {70: "EMERG", 60: "ALERT", 50: "CRIT", 40: "ERROR", 30: "WARN", 25: "NOTE", 20: "INFO", 10: "DEBUG"}
+
+# The roots of our own loggers. Libraries stay at warning: their debug lines hold statements with people's messages.
+_OURS: Final = ("xmppd", "modules")
+_LONGEST: Final = 2000  # characters of one value; nobody fills the disk with one resource name
+
+_level = "info"
+_handler: logging.Handler | None = None
+
+
+def escape(text: str) -> str:
+    """The text on one line: everything that is not printable is written as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _code(char) for char in text)
+
+
+_SHORT: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def _code(char: str) -> str:
+    number = ord(char)
+    if number < 256:
+        return _SHORT.get(char) or f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 65536 else f"\\U{number:08x}"
+
+
+def format_value(value: object) -> str:
+    """A value as it stands behind `key=`: quoted when it holds blanks, quotes or anything that could forge a line."""
+    if value is True or value is False:
+        return "true" if value else "false"
+    if value is None:
+        return "none"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return format(value, ".6g")
+    text = str(value)
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}...({len(text)} characters)"
+    if text and text.isprintable() and not any(char in text for char in " \"'=\\"):
+        return text
+    return '"' + escape(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'
+
+
+class Record(logging.LogRecord):
+    """A record with a tag and fields of its own; the message is put together when a handler asks for it."""
+
+    tag: str
+    fields: Mapping[str, object]
+
+    def getMessage(self) -> str:
+        """The phrase and its fields on one line."""
+        phrase = escape(str(self.msg))
+        if not self.fields:
+            return phrase
+        return f"{phrase} {' '.join(f'{key}={format_value(value)}' for key, value in self.fields.items())}"
+
+
+class Logger:
+    """Speaks for one part of the server, or one stream of it. Costs one look-up when its level is off."""
+
+    __slots__ = ("_logger", "tag")
+
+    def __init__(self, logger: logging.Logger, tag: str) -> None:
+        self._logger = logger
+        self.tag = tag
+
+    def bind(self, tag: str) -> "Logger":
+        """The same logger for one stream: `c2s` bound to `7f3a` writes `c2s[7f3a]`."""
+        return Logger(self._logger, f"{self.tag}[{tag}]")
+
+    def wants(self, level: int) -> bool:
+        """Whether a line of this level would be written; ask before computing something for it alone."""
+        return self._logger.isEnabledFor(level)
+
+    def debug(self, phrase: str, /, **fields: object) -> None:
+        """What a developer wants to see; opening tags only, never bodies or secrets."""
+        if self._logger.isEnabledFor(logging.DEBUG):
+            self._emit(logging.DEBUG, phrase, fields)
+
+    def info(self, phrase: str, /, **fields: object) -> None:
+        """The operator's diary."""
+        if self._logger.isEnabledFor(logging.INFO):
+            self._emit(logging.INFO, phrase, fields)
+
+    def notice(self, phrase: str, /, **fields: object) -> None:
+        """Something an operator should know although nothing is wrong."""
+        if self._logger.isEnabledFor(NOTICE):
+            self._emit(NOTICE, phrase, fields)
+
+    def warning(self, phrase: str, /, **fields: object) -> None:
+        """Trouble we coped with."""
+        if self._logger.isEnabledFor(logging.WARNING):
+            self._emit(logging.WARNING, phrase, fields)
+
+    def error(self, phrase: str, /, *, exc: BaseException | None = None, **fields: object) -> None:
+        """Our bug, or lost data. With `exc` its traceback follows, indented."""
+        if self._logger.isEnabledFor(logging.ERROR):
+            self._emit(logging.ERROR, phrase, fields, exc)
+
+    def critical(self, phrase: str, /, *, exc: BaseException | None = None, **fields: object) -> None:
+        """The server cannot go on."""
+        if self._logger.isEnabledFor(logging.CRITICAL):
+            self._emit(logging.CRITICAL, phrase, fields, exc)
+
+    def _emit(self, level: int, phrase: str, fields: Mapping[str, object], exc: BaseException | None = None) -> None:
+        info = None if exc is None else (type(exc), exc, exc.__traceback__)
+        # made here rather than by Logger.log: that would walk the stack for a file name nobody prints
+        record = Record(self._logger.name, level, "", 0, phrase, None, info)
+        record.tag = self.tag
+        record.fields = fields
+        self._logger.handle(record)
+
+
+def get_logger(name: str) -> Logger:
+    """The logger of a part: `get_logger("c2s")`, `get_logger("modules.mam")`, or `get_logger(__name__)`."""
+    tag = name.removeprefix("xmppd.")
+    ours = tag.partition(".")[0] in _OURS
+    return Logger(logging.getLogger(tag if ours else f"xmppd.{tag}"), tag)
+
+
+class Formatter(logging.Formatter):
+    """Time in UTC, level, tag, message; a traceback follows indented, so that no line of it can pass for a record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._second = -1
+        self._stamp = ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, and the lines of the traceback if there is one."""
+        second = int(record.created)
+        if second != self._second:
+            self._second, self._stamp = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        if isinstance(record, Record):
+            tag, message = record.tag, record.getMessage()
+        else:  # from logging itself: a library's, or one that was logged below this room
+            tag, message = record.name.removeprefix("xmppd."), escape(record.getMessage())
+        label = _LABELS.get(record.levelno) or escape(record.levelname)
+        milliseconds = int((record.created - second) * 1000)
+        line = f"{self._stamp}.{milliseconds:03d}Z {label:5} {escape(tag):11} {message}"
+        details = []
+        if record.exc_info:
+            details.append(self.formatException(record.exc_info))
+        if record.stack_info:
+            details.append(record.stack_info)
+        for detail in details:
+            line += "".join(f"\n  {escape(part)}" for part in detail.split("\n"))
+        return line
+
+
+class _Handler(logging.Handler):
+    """Counts what it could not write (a full disk, a closed pipe) and says so once it can again.
+
+    The server goes on without its log, and nothing is printed elsewhere for each lost line.
+    """
+
+    lost = 0
+
+    def write(self, text: str) -> None:
+        """Writes whole lines; any exception means that they are lost."""
+        raise NotImplementedError
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the record, and before it how many were lost."""
+        try:
+            text = self._format(record)
+            if self.lost:
+                text = f"{self.format(_note(logging.WARNING, 'log lines lost', count=self.lost))}\n{text}"
+            self.write(f"{text}\n")
+            self.lost = 0
+        except Exception:
+            self.lost += 1
+
+    def _format(self, record: logging.LogRecord) -> str:
+        try:
+            return self.format(record)
+        except Exception as exc:  # a value that cannot be turned into text, a library's wrong format string
+            fault = _note(logging.ERROR, "log line failed", logger=record.name, phrase=str(record.msg), error=repr(exc))
+            return self.format(fault)
+
+
+def _note(level: int, phrase: str, /, **fields: object) -> Record:
+    record = Record("xmppd.log", level, "", 0, phrase, None, None)
+    record.tag, record.fields = "log", fields
+    return record
+
+
+class _StreamHandler(_Handler):
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        self._stream.write(text.encode("utf-8", "backslashreplace").decode())
+        self._stream.flush()
+
+
+class _FileHandler(_Handler):
+    """Appends to a file, unbuffered; when it has been moved away (logrotate) the next line starts a new one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path.absolute()
+        self._file, self._identity = self._open()
+        self._torn = False  # the last write ended inside a line
+
+    def _open(self) -> tuple[int, tuple[int, int]]:
+        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        status = os.fstat(file)
+        return file, (status.st_dev, status.st_ino)
+
+    def write(self, text: str) -> None:
+        try:
+            status = os.stat(self._path)
+            moved = (status.st_dev, status.st_ino) != self._identity
+        except FileNotFoundError:
+            moved = True
+        if moved:
+            former = self._file
+            self._file, self._identity = self._open()
+            self._torn = False
+            os.close(former)
+        data = ("\n" if self._torn else "").encode() + text.encode("utf-8", "backslashreplace")
+        while data:
+            written = os.write(self._file, data)
+            self._torn = written < len(data)
+            data = data[written:]
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        super().close()
+
+
+def setup(level: str = "info", *, stream: TextIO | None = None, path: Path | None = None) -> None:
+    """Sends everything that is logged to a file (reopened when it has been moved away) or a stream (default: stderr).
+
+    May be called again; the former destination is closed. Raises OSError if the file cannot be opened, KeyError for a
+    level that is none of LEVELS.
+    """
+    global _handler
+    number = LEVELS[level]
+    handler: logging.Handler = _FileHandler(path) if path is not None else _StreamHandler(stream or sys.stderr)
+    handler.setFormatter(Formatter())
+    root = logging.getLogger()
+    if _handler is not None:
+        root.removeHandler(_handler)
+        _handler.close()
+    _handler = handler
+    root.addHandler(handler)
+    logging.addLevelName(NOTICE, "NOTICE")
+    _apply(level, number)
+
+
+def set_level(level: str) -> None:
+    """Changes the level while running; KeyError for a word that is none of LEVELS."""
+    _apply(level, LEVELS[level])
+
+
+def get_level() -> str:
+    """The level in ejabberd's words."""
+    return _level
+
+
+def _apply(level: str, number: int) -> None:
+    global _level
+    _level = level
+    logging.getLogger().setLevel(max(number, logging.WARNING))
+    for name in _OURS:
+        logging.getLogger(name).setLevel(number)

@@ -1,0 +1,345 @@
+"""The one door for plug-ins.
+
+A module is a page: a docstring, a frozen `Config` dataclass, one subclass of `Module` whose decorated methods are
+hooks, IQ handlers and admin commands, and the tables it needs. It declares; the loader registers and, on unload,
+unregisters.
+
+    class Pong(Module[Config]):
+        xeps = {199: "2.0"}
+        features = ("urn:xmpp:ping",)
+
+        @iq("get", "urn:xmpp:ping", "ping", at="both")
+        def ping(self, request: IqRequest) -> None:
+            return None  # an empty result
+"""
+
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+from xmppd.admin.registry import Arg, command
+from xmppd.admin.results import List, Rescode, Tuple, integer, string
+from xmppd.cluster.tables import Owner
+from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, sized
+from xmppd.delivery import SAFE, Outcome, Pending, as_stanza_error
+from xmppd.events import Session
+from xmppd.iq import NO_REPLY, IqRequest, NoReply
+from xmppd.protocol.jid import JID
+from xmppd.protocol.stanza import Stanza
+from xmppd.spool import Holder, QuotaReached, SpoolRow
+from xmppd.storage import Storage
+from xmppd.storage.ids import new_id
+from xmppd.storage.sql import by_host, insert_new, upsert
+from xmppd.storage.tables import (
+    FULL_BYTES,
+    Stamp,
+    Utf8,
+    fixed_bytes,
+    host_column,
+    key_hash,
+    long_bytes,
+    long_text,
+    module_table,
+    user_column,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy import Table
+
+    from xmppd.log import Logger
+    from xmppd.spool import Spool
+
+__all__ = [
+    "FULL_BYTES",
+    "NO_REPLY",
+    "SAFE",
+    "Arg",
+    "Contact",
+    "Duration",
+    "Holder",
+    "IqRequest",
+    "List",
+    "Module",
+    "NoReply",
+    "OptionalRate",
+    "Outcome",
+    "Owner",
+    "Pending",
+    "QuotaReached",
+    "Rate",
+    "Rescode",
+    "RosterService",
+    "Routing",
+    "ServerInfo",
+    "Session",
+    "Size",
+    "SpoolRow",
+    "Stamp",
+    "Storage",
+    "Tuple",
+    "Utf8",
+    "as_stanza_error",
+    "between",
+    "by_host",
+    "command",
+    "fixed_bytes",
+    "hook",
+    "host_column",
+    "insert_new",
+    "integer",
+    "iq",
+    "key_hash",
+    "lasting",
+    "long_bytes",
+    "long_text",
+    "module_table",
+    "new_id",
+    "sized",
+    "string",
+    "upsert",
+    "user_column",
+]
+
+C = TypeVar("C")
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class HookMark:
+    event: type
+    after: tuple[str, ...]
+    optional: bool
+    switched: bool
+
+
+@dataclass(frozen=True, slots=True)
+class IqMark:
+    type: Literal["get", "set"]
+    namespace: str
+    name: str
+    targets: tuple[Literal["account", "host"], ...]
+
+
+def hook(event: type, *, after: Sequence[str] = (), optional: bool = False, switched: bool = False) -> Callable[[F], F]:
+    """Mark a method as a handler of an event (xmppd/events.py), behind those of the modules named in `after`.
+
+    optional: when the handler of an `-ing` event crashes, the stanza goes on (it fails closed otherwise).
+    switched: it listens only while the module wants it to (`Module.switch`), for events of every stanza."""
+
+    def mark(function: F) -> F:
+        marks = function.__dict__.setdefault("_xmppd_hooks", [])
+        marks.append(HookMark(event, tuple(after), optional, switched))
+        return function
+
+    return mark
+
+
+def iq(
+    type: Literal["get", "set"], namespace: str, name: str = "", *, at: Literal["account", "host", "both"] = "account"
+) -> Callable[[F], F]:
+    """Mark a method as the handler of IQ requests with that payload, sent to accounts (a bare JID, or no `to`), to the
+    hosts themselves, or both. It takes an IqRequest and returns the payload of the result (bytes or an element), None
+    for an empty one, a whole Stanza, or NO_REPLY; StanzaError becomes the error. A coroutine holds the stream back."""
+    targets: tuple[Literal["account", "host"], ...] = ("account", "host") if at == "both" else (at,)
+
+    def mark(function: F) -> F:
+        marks = function.__dict__.setdefault("_xmppd_iqs", [])
+        marks.append(IqMark(type, namespace, name, targets))
+        return function
+
+    return mark
+
+
+# -- what a module gets
+
+
+class Sessions(Protocol):
+    """The session manager as a module sees it."""
+
+    def sessions(self, user: JID) -> Sequence[Session]:
+        """The live sessions of a bare JID on this node."""
+        ...
+
+    def local(self) -> Iterable[Session]:
+        """Every live session of this node, of which there may be many: for background work, in pieces."""
+        ...
+
+    def is_available(self, user: JID) -> bool: ...
+
+    def multicast(self, stanza: Stanza, users: Iterable[JID]) -> None:
+        """One presence without `to` for every available resource of many users of our hosts."""
+        ...
+
+    def count(self, host: str | None = None) -> int: ...
+
+
+class Routing(Protocol):
+    """The `routing:` section of the configuration."""
+
+    @property
+    def profile(self) -> str:
+        """compat or rfc6121."""
+        ...
+
+    @property
+    def iq_needs_presence(self) -> bool: ...
+
+    @property
+    def presence_coalesce(self) -> float:
+        """Seconds."""
+        ...
+
+
+class ServerInfo(Protocol):
+    """What a module may know about the server."""
+
+    version: str
+    started_at: float  # Unix time
+
+    @property
+    def hosts(self) -> tuple[str, ...]: ...
+
+    @property
+    def routing(self) -> Routing: ...
+
+    def features(self) -> list[str]:
+        """Service discovery features that the loaded modules declare, sorted."""
+        ...
+
+    def account_features(self) -> list[str]: ...
+
+    def loaded(self, module: str) -> bool: ...
+
+
+class AccountsInfo(Protocol):
+    """Accounts as a module sees them; passwords go in, never out. Raise StorageUnavailable."""
+
+    async def exists(self, host: str, username: str) -> bool: ...
+
+    async def register(self, host: str, username: str, password: str) -> bool: ...
+
+    async def set_password(self, host: str, username: str, password: str) -> bool: ...
+
+    async def remove(self, host: str, username: str, *, removed: Callable[[], None] | None = None) -> bool:
+        """False when there is no such account. `removed` is called when it is gone and before its sessions end."""
+        ...
+
+
+@dataclass(slots=True)
+class Context:
+    """Everything the loader hands to a module."""
+
+    name: str
+    owner: Owner
+    storage: Storage
+    spool: "Spool"
+    sessions: Sessions
+    accounts: AccountsInfo
+    server: ServerInfo
+    log: "Logger"
+    clock: Callable[[], float]
+    route: Callable[[Stanza], Outcome]
+    spawn: Callable[..., object]
+    service: Callable[[type], Any]
+    switch: Callable[[type, bool], None] = lambda event, on: None  # the loader puts in its own
+
+
+class Module(Generic[C]):
+    """Base of every plug-in. Class attributes declare; override `start` and `stop` only when there is more to do."""
+
+    xeps: ClassVar[Mapping[int, str]] = {}  # number -> version implemented
+    features: ClassVar[tuple[str, ...]] = ()  # service discovery, of the hosts
+    account_features: ClassVar[tuple[str, ...]] = ()  # service discovery, of accounts
+    requires: ClassVar[tuple[str, ...]] = ()  # modules that must be loaded too, before this one
+    provides: ClassVar[tuple[type, ...]] = ()  # service protocols (below) that this module fulfils
+    tables: "ClassVar[tuple[Table, ...]]" = ()
+
+    def __init__(self, context: Context, config: C) -> None:
+        self.config = config
+        self.name = context.name
+        self.owner = context.owner
+        self.storage = context.storage
+        self.spool = context.spool
+        self.sessions = context.sessions
+        self.accounts = context.accounts
+        self.server = context.server
+        self.log = context.log
+        self.clock = context.clock
+        self._context = context
+        self.table = SimpleNamespace(**{table.name: table for table in self.tables})
+
+    async def start(self) -> None:
+        """Called after its hooks are registered and before it is used by others."""
+
+    async def stop(self) -> None:
+        """Called at unload, after its hooks, handlers, commands and tasks are gone."""
+
+    def route(self, stanza: Stanza) -> Outcome:
+        """Send a stanza of the server's own making on its way."""
+        return self._context.route(stanza)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> None:
+        """Run a task that ends with the module; a crash is logged."""
+        self._context.spawn(coroutine, name=name)
+
+    def switch(self, event: type, on: bool) -> None:
+        """Let the module's `switched` handlers of an event listen, or not."""
+        self._context.switch(event, on)
+
+    def service(self, protocol: type[T]) -> T:
+        """The loaded module that provides a service; LookupError when none does."""
+        found: T = self._context.service(protocol)
+        return found
+
+    async def sees_presence(self, asker: JID, user: JID) -> bool:
+        """Whether `asker` is the user, or gets the user's presence (subscription from or both); StorageUnavailable."""
+        if asker.bare == user.bare:
+            return True
+        try:
+            roster = self.service(RosterService)  # type: ignore[type-abstract]
+        except LookupError:
+            return False
+        contacts = roster.cached(user)
+        if contacts is None:
+            contacts = await roster.contacts(user)
+        contact = contacts.get(asker.bare)
+        return contact is not None and contact.sees_user
+
+
+# -- services that modules offer each other
+
+
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """One roster item (RFC 6121 2.1). `ask` is none, in, out or both: pending requests as in requirements 3.6."""
+
+    jid: JID
+    subscription: str  # none, to, from, both
+    ask: str
+    name: str
+    groups: tuple[str, ...]
+    approved: bool = False
+
+    @property
+    def sees_user(self) -> bool:
+        """Whether the contact gets the user's presence."""
+        return self.subscription in ("from", "both")
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the user gets the contact's presence."""
+        return self.subscription in ("to", "both")
+
+
+class RosterService(Protocol):
+    """Who knows a user's contacts: the roster module."""
+
+    def cached(self, user: JID) -> Mapping[str, Contact] | None:
+        """The roster by contact JID (as text) while the user has a session here, without waiting."""
+        ...
+
+    async def contacts(self, user: JID) -> Mapping[str, Contact]:
+        """The roster of any account; StorageUnavailable."""
+        ...

@@ -1,0 +1,420 @@
+"""Finds, sorts, starts and stops modules; registers what they declare and takes it back.
+
+A name under `modules:` is looked for in the folders of `module_paths:`, then among the bundled modules, then in the
+entry-point group `xmppd.modules`. Folders of `module_paths` are loaded under private package names, so that they cannot
+shadow anything.
+"""
+
+import asyncio
+import difflib
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import entry_points
+from inspect import isclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from xmppd.admin.registry import Registry, commands_of
+from xmppd.errors import CommandError, ConfigError, XmppdError
+from xmppd.hooks import Hooks
+from xmppd.iq import IqHandlers
+from xmppd.log import get_logger
+from xmppd.module_api import Context, HookMark, IqMark, Module
+
+_log = get_logger("xmppd.modules")
+_BUNDLED: Final = "modules"
+_ENTRY_POINTS: Final = "xmppd.modules"
+_PRIVATE: Final = "_xmppd_site_modules"
+_API_NUMBER: Final = 1
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A running module."""
+
+    name: str
+    source: str  # the file it came from
+    instance: Module[Any]
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """A module for an operator's eyes."""
+
+    name: str
+    state: str  # loaded, or available
+    source: str
+
+
+Validate = Callable[[type[Any], Mapping[str, Any], str], Any]
+
+
+class ModuleLoader:
+    """All modules of a node."""
+
+    def __init__(
+        self,
+        *,
+        hooks: Hooks,
+        iqs: IqHandlers,
+        registry: Registry,
+        context: Callable[[str], Context],
+        validate: Validate,
+        paths: Sequence[Path] = (),
+    ) -> None:
+        self._hooks = hooks
+        self._iqs = iqs
+        self._registry = registry
+        self._context = context
+        self._validate = validate
+        self._paths = tuple(paths)
+        self._loaded: dict[str, Loaded] = {}
+        self._options: Mapping[str, Mapping[str, Any]] = {}
+        self._lock = asyncio.Lock()
+
+    # -- what others ask
+
+    def loaded(self, name: str) -> bool:
+        """Whether a module runs."""
+        return name in self._loaded
+
+    def features(self) -> list[str]:
+        """Service discovery features of the hosts, as the modules declare them."""
+        return sorted({feature for module in self._loaded.values() for feature in module.instance.features})
+
+    def account_features(self) -> list[str]:
+        """Service discovery features of accounts."""
+        return sorted({feature for module in self._loaded.values() for feature in module.instance.account_features})
+
+    def service(self, protocol: type) -> Any:
+        """The module that provides a service protocol; LookupError when none does."""
+        for module in self._loaded.values():
+            if protocol in module.instance.provides:
+                return module.instance
+        raise LookupError(f"no loaded module provides {protocol.__name__}")
+
+    def modules(self) -> list[ModuleInfo]:
+        """Every module that runs or could be loaded."""
+        known = dict.fromkeys(self._available(), "available")
+        found = [
+            ModuleInfo(name, "loaded" if name in self._loaded else state, self._source(name))
+            for name, state in {**known, **dict.fromkeys(self._loaded, "loaded")}.items()
+        ]
+        return sorted(found, key=lambda info: info.name)
+
+    def tables(self, names: Sequence[str]) -> list[Any]:
+        """The tables that modules declare, without starting them."""
+        return [table for name in names for table in self._class_of(self._import(name), name).tables]
+
+    # -- configuration
+
+    def check(self, modules: Mapping[str, Mapping[str, Any]]) -> None:
+        """Every name exists and every option is right, or ConfigError with all problems; nothing is started."""
+        self._prepare(modules)
+
+    def _prepare(self, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[type[Module[Any]], Any]]:
+        problems: list[str] = []
+        prepared: dict[str, tuple[type[Module[Any]], Any]] = {}
+        for name, options in modules.items():
+            try:
+                python_module = self._import(name)
+                prepared[name] = (
+                    self._class_of(python_module, name),
+                    self._validate(_config_of(python_module), options, f"modules.{name}"),
+                )
+            except ConfigError as exc:
+                problems += exc.problems
+        for name, (cls, _) in prepared.items():
+            problems += [
+                f"modules.{name}: needs the module {other}, which is not listed"
+                for other in cls.requires
+                if other not in modules
+            ]
+        if problems:
+            raise ConfigError(problems)
+        return prepared
+
+    # -- life
+
+    async def start(self, modules: Mapping[str, Mapping[str, Any]]) -> None:
+        """Load everything that is configured, each after what it requires; ConfigError before anything started."""
+        prepared = self._prepare(modules)
+        self._options = modules
+        for name in _in_order({name: cls.requires for name, (cls, _) in prepared.items()}):
+            cls, config = prepared[name]
+            await self._start(name, cls, config)
+
+    async def stop(self) -> None:
+        """Unload everything, in reverse order."""
+        for name in reversed(list(self._loaded)):
+            await self._stop(name)
+
+    async def load(self, name: str) -> None:
+        """Load one module at run time, with its options from the configuration if it has any there."""
+        async with self._lock:
+            await self._load(name)
+
+    async def unload(self, name: str) -> None:
+        """Unload one module; CommandError when it does not run or another one needs it."""
+        async with self._lock:
+            self._must_run(name)
+            self._nobody_needs(name)
+            await self._stop(name)
+
+    async def reload(self, name: str) -> None:
+        """Unload a module and load it from its file again; those that require it keep running meanwhile."""
+        async with self._lock:
+            self._must_run(name)
+            old = self._loaded[name]
+            python_name = type(old.instance).__module__
+            _forget_code(python_name)
+            python_module = self._import(name)
+            cls = self._class_of(python_module, name)
+            config = self._validate(_config_of(python_module), self._options.get(name, {}), f"modules.{name}")
+            order = list(self._loaded)
+            await self._stop(name)
+            await self._start(name, cls, config)
+            self._loaded = {key: self._loaded[key] for key in order}
+
+    async def apply(self, modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Go over to another `modules:` section: unload, load, reload what differs. What was done comes back."""
+        prepared = self._prepare(modules)
+        report: list[str] = []
+        async with self._lock:
+            before, self._options = self._options, modules
+            for name in reversed([name for name in self._loaded if name not in modules]):
+                await self._stop(name)
+                report.append(f"modules.{name}: unloaded")
+            for name in _in_order({name: cls.requires for name, (cls, _) in prepared.items()}):
+                cls, config = prepared[name]
+                if name not in self._loaded:
+                    await self._start(name, cls, config)
+                    report.append(f"modules.{name}: loaded")
+                elif dict(before.get(name, {})) != dict(modules[name]):
+                    await self._stop(name)
+                    await self._start(name, cls, config)
+                    report.append(f"modules.{name}: restarted with new options")
+        return report
+
+    async def _load(self, name: str) -> None:
+        if name in self._loaded:
+            raise CommandError(f"the module {name} is loaded already")
+        python_module = self._import(name)
+        cls = self._class_of(python_module, name)
+        missing = [other for other in cls.requires if other not in self._loaded]
+        if missing:
+            raise CommandError(f"the module {name} needs {', '.join(missing)}")
+        config = self._validate(_config_of(python_module), self._options.get(name, {}), f"modules.{name}")
+        await self._start(name, cls, config)
+
+    def _must_run(self, name: str) -> None:
+        if name not in self._loaded:
+            raise CommandError(f"the module {name} is not loaded")
+
+    def _nobody_needs(self, name: str) -> None:
+        needing = [other for other, loaded in self._loaded.items() if name in loaded.instance.requires]
+        if needing:
+            raise CommandError(f"the module {name} is needed by {', '.join(sorted(needing))}")
+
+    async def _start(self, name: str, cls: type[Module[Any]], config: Any) -> None:
+        tasks: set[asyncio.Task[None]] = set()
+        context = self._context(name)
+        spawn = context.spawn
+
+        def spawn_owned(coroutine: Coroutine[Any, Any, None], *, name: str) -> object:
+            task = spawn(coroutine, name=f"{context.name}: {name}")
+            if isinstance(task, asyncio.Task):
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            return task
+
+        context.spawn = spawn_owned
+        instance = cls(context, config)
+        context.switch = functools.partial(self._switch, name)
+        loaded = Loaded(name, self._source(name), instance, tasks)
+        try:
+            if cls.tables and loaded.source != "bundled":  # the bundled ones are in the migrations
+                await context.storage.ensure_tables(cls.tables)
+            self._register(name, instance)
+            self._loaded[name] = loaded
+            await instance.start()
+        except BaseException:
+            self._loaded.pop(name, None)
+            self._unregister(loaded)
+            raise
+        _log.info("module loaded", module=name)
+
+    async def _stop(self, name: str) -> None:
+        loaded = self._loaded.pop(name)
+        self._unregister(loaded)
+        for task in list(loaded.tasks):
+            task.cancel()
+        if loaded.tasks:
+            await asyncio.wait(list(loaded.tasks), timeout=5)
+        try:
+            await loaded.instance.stop()
+        except Exception as exc:
+            _log.error("module did not stop properly", module=name, exc=exc)
+        _log.info("module unloaded", module=name)
+
+    def _register(self, name: str, instance: Module[Any]) -> None:
+        for call, marks in _marked(instance, "_xmppd_hooks"):
+            for mark in marks:
+                assert isinstance(mark, HookMark)
+                if not mark.switched:
+                    self._hooks.add(name, mark.event, call, after=mark.after, optional=mark.optional)
+        for call, marks in _marked(instance, "_xmppd_iqs"):
+            for mark in marks:
+                assert isinstance(mark, IqMark)
+                for target in mark.targets:
+                    self._iqs.add(name, target, mark.type, mark.namespace, mark.name, call)
+        self._registry.register(name, commands_of(instance))
+
+    def _switch(self, name: str, event: type, on: bool) -> None:
+        """Register a module's handlers that it switches itself, or take them back."""
+        self._hooks.remove(name, event)
+        for call, marks in _marked(self._loaded[name].instance, "_xmppd_hooks"):
+            for mark in marks:
+                if mark.event is event and (on or not mark.switched):
+                    self._hooks.add(name, event, call, after=mark.after, optional=mark.optional)
+
+    def _unregister(self, loaded: Loaded) -> None:
+        self._hooks.remove(loaded.name)
+        self._iqs.remove(loaded.name)
+        self._registry.unregister(loaded.name)
+
+    # -- finding
+
+    def _import(self, name: str) -> ModuleType:
+        """The Python module behind a name; ConfigError when there is none, or it is broken."""
+        if not name.isidentifier():
+            raise ConfigError([f"modules.{name}: not a module name"])
+        try:
+            for index, folder in enumerate(self._paths):
+                found = _import_from(folder, index, name)
+                if found is not None:
+                    return found
+            if name in _bundled():
+                return importlib.import_module(f"{_BUNDLED}.{name}")
+            for point in entry_points(group=_ENTRY_POINTS, name=name):
+                loaded = point.load()
+                return loaded if isinstance(loaded, ModuleType) else sys.modules[loaded.__module__]
+        except ConfigError:
+            raise
+        except Exception as exc:
+            _log.error("module cannot be imported", module=name, exc=exc)
+            raise ConfigError([f"modules.{name}: cannot be imported: {type(exc).__name__}: {exc}"]) from exc
+        nearest = difflib.get_close_matches(name, self._available(), n=1)
+        hint = f". Did you mean {nearest[0]}?" if nearest else ""
+        raise ConfigError([f"modules.{name}: unknown module{hint}"])
+
+    def _available(self) -> list[str]:
+        names = set(_bundled()) | {point.name for point in entry_points(group=_ENTRY_POINTS)}
+        for folder in self._paths:
+            names |= set(_names_in(folder))
+        return sorted(names)
+
+    def _class_of(self, python_module: ModuleType, name: str) -> type[Module[Any]]:
+        classes = [
+            value
+            for value in vars(python_module).values()
+            if isclass(value) and issubclass(value, Module) and value.__module__.startswith(python_module.__name__)
+        ]
+        if len(classes) != 1:
+            raise ConfigError(
+                [f"modules.{name}: a module has exactly one subclass of Module, this one has {len(classes)}"]
+            )
+        return classes[0]
+
+    def _source(self, name: str) -> str:
+        for folder in self._paths:
+            if name in _names_in(folder):
+                return str(folder)
+        return "bundled" if name in _bundled() else "package"
+
+
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """The configuration of a module that declares none."""
+
+
+def _config_of(python_module: ModuleType) -> type[Any]:
+    config: type[Any] = getattr(python_module, "Config", NoOptions)
+    return config
+
+
+def _marked(instance: object, attribute: str) -> Iterator[tuple[Callable[..., Any], list[Any]]]:
+    """The methods a decorator has marked, in the order they stand in the class."""
+    seen: set[str] = set()
+    for cls in type(instance).__mro__:
+        for name, value in vars(cls).items():
+            marks = getattr(value, "__dict__", {}).get(attribute)
+            if marks and name not in seen:
+                seen.add(name)
+                yield getattr(instance, name), marks
+
+
+def _in_order(requires: Mapping[str, Sequence[str]]) -> list[str]:
+    try:
+        return list(TopologicalSorter({n: list(r) for n, r in requires.items()}).static_order())
+    except CycleError as exc:
+        raise ConfigError([f"modules: {' -> '.join(exc.args[1])} require each other"]) from exc
+
+
+def _bundled() -> list[str]:
+    package = importlib.import_module(_BUNDLED)
+    if getattr(package, "XMPPD_MODULES_API", None) != _API_NUMBER:
+        raise XmppdError(f"the package {package.__name__!r} at {package.__file__} is not the one that belongs to xmppd")
+    return _names_in(Path(package.__path__[0]))
+
+
+def _names_in(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(
+        entry.stem
+        for entry in folder.iterdir()
+        if not entry.name.startswith("_") and (entry.suffix == ".py" or (entry / "__init__.py").is_file())
+    )
+
+
+def _import_from(folder: Path, index: int, name: str) -> ModuleType | None:
+    """A module of a site's own folder, under a private package name."""
+    file = folder / f"{name}.py"
+    package = folder / name / "__init__.py"
+    path = file if file.is_file() else package if package.is_file() else None
+    if path is None:
+        return None
+    full = f"{_PRIVATE}_{index}_{name}"
+    if full in sys.modules:
+        return sys.modules[full]
+    locations = [str(path.parent)] if path is package else None
+    spec = importlib.util.spec_from_file_location(full, path, submodule_search_locations=locations)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[full] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(full, None)
+        raise
+    return module
+
+
+def _forget_code(python_name: str) -> None:
+    """Make the next import read the files again."""
+    root = python_name
+    for private in (f"{_BUNDLED}.",):
+        if python_name.startswith(private):
+            root = ".".join(python_name.split(".")[:2])
+    for known in [key for key in sys.modules if key == root or key.startswith(f"{root}.")]:
+        del sys.modules[known]
+    importlib.invalidate_caches()

@@ -1,0 +1,60 @@
+"""The router: by destination domain, over the global route table; no route means the s2s manager.
+
+Nothing that happens to one stanza may reach another: `route` never raises. The stream that sent the stanza gets the
+outcome (delivery.py), the sender the error, if there is one.
+"""
+
+from typing import Protocol
+
+from xmppd.cluster.tables import RouteTable
+from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Spawn, as_stanza_error
+from xmppd.errors import StanzaError
+from xmppd.events import StanzaRouting
+from xmppd.hooks import Hooks
+from xmppd.protocol.stanza import Stanza, error_reply
+
+
+class ToOtherServers(Protocol):
+    """The s2s manager as the router sees it."""
+
+    def route(self, stanza: Stanza) -> Outcome: ...
+
+
+class Router:
+    """Decides by domain. One per node."""
+
+    def __init__(self, routes: RouteTable, hooks: Hooks, spawn: Spawn) -> None:
+        self._routes = routes
+        self._hooks = hooks
+        self._gate = Gate(hooks, spawn, self.bounce)
+        self._s2s: ToOtherServers | None = None
+
+    def connect(self, s2s: ToOtherServers) -> None:
+        """Hand in the s2s manager."""
+        self._s2s = s2s
+
+    def route(self, stanza: Stanza) -> Outcome:
+        """Send a stanza, which must have a `to`, on its way; what became of it comes back."""
+        try:
+            if self._hooks.wants(StanzaRouting):
+                return self._gate.ask(StanzaRouting(stanza), stanza, lambda event: self._forward(event.stanza))
+            return self._forward(stanza)
+        except Exception as exc:
+            return self.bounce(stanza, as_stanza_error(exc))
+
+    def bounce(self, stanza: Stanza, error: StanzaError) -> Outcome:
+        """Tell the sender, unless no error may be sent for this stanza (requirements R-1)."""
+        reply = error_reply(stanza, error)
+        if reply is None or reply.to is None:
+            return SAFE
+        self.route(reply)
+        return ERROR
+
+    def _forward(self, stanza: Stanza) -> Outcome:
+        assert stanza.to is not None
+        deliver = self._routes.local(stanza.to.domain)
+        if deliver is not None:
+            outcome: Outcome = deliver(stanza)
+            return outcome
+        assert self._s2s is not None
+        return self._s2s.route(stanza)

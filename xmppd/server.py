@@ -1,0 +1,458 @@
+"""Builds every part of a node, starts them in order, stops them in reverse.
+
+Start: data folder → certificates → storage → tables, router, managers → modules → control socket → listeners → ready.
+Stop: not ready → stop listening → `system-shutdown` to each stream → wait `shutdown_grace` → modules in reverse →
+control socket → storage → data folder.
+"""
+
+import asyncio
+import contextlib
+import functools
+import gc
+import os
+import signal
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+from xmppd import config as configuration
+from xmppd import log
+from xmppd.admin.commands import register_core
+from xmppd.admin.registry import Registry
+from xmppd.admin.socket import ControlSocket
+from xmppd.auth import Auth
+from xmppd.c2s.connection import Flusher, Settings
+from xmppd.c2s.listener import ClientListener
+from xmppd.c2s.negotiation import Rules
+from xmppd.c2s.session import Parts
+from xmppd.c2s.sweeper import RecordSweeper
+from xmppd.c2s.tls import Certificates
+from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
+from xmppd.config import Config
+from xmppd.config.changes import RESTART
+from xmppd.config.schema import C2SListen
+from xmppd.delivery import Gate
+from xmppd.errors import CommandError
+from xmppd.events import ConfigReloaded, ServerStarted, UserDeleted, UserRegistered
+from xmppd.hooks import Hooks
+from xmppd.identity import DataFolder
+from xmppd.iq import IqDispatcher, IqHandlers
+from xmppd.local_router import LocalRouter
+from xmppd.log import get_logger
+from xmppd.module_api import Context
+from xmppd.module_loader import ModuleLoader
+from xmppd.protocol import ns
+from xmppd.protocol.jid import JID, make
+from xmppd.protocol.stream import Limits
+from xmppd.router import Router
+from xmppd.s2s_manager import S2SManager
+from xmppd.session_manager import SessionManager
+from xmppd.spool import Spool
+from xmppd.storage import Accounts, Storage
+
+_log = get_logger("xmppd.server")
+# With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
+_GC_THRESHOLDS: Final = (50_000, 20, 50)
+
+
+def software_version() -> str:
+    """The installed version, or the one of the source tree."""
+    try:
+        return version("xmppd")
+    except PackageNotFoundError:
+        return "0.1.0"
+
+
+class Accountant:
+    """Accounts with their passwords and their sessions: what admin commands and modules work on."""
+
+    def __init__(self, auth: Auth, accounts: Accounts, sessions: SessionManager, hooks: Hooks) -> None:
+        self._auth = auth
+        self._accounts = accounts
+        self._sessions = sessions
+        self._hooks = hooks
+
+    async def exists(self, host: str, username: str) -> bool:
+        return await self._accounts.exists(host, username)
+
+    async def register(self, host: str, user: str, password: str) -> bool:
+        """Make an account; False when there is one."""
+        if not await self._auth.register(host, user, password):
+            return False
+        await self._tell(UserRegistered(make(user, host)))
+        return True
+
+    async def set_password(self, host: str, user: str, password: str) -> bool:
+        return await self._auth.set_password(host, user, password)
+
+    async def check_password(self, host: str, user: str, password: str) -> bool:
+        return await self._auth.check_password(host, user, password)
+
+    async def remove(self, host: str, user: str, *, removed: Callable[[], None] | None = None) -> bool:
+        """Remove an account, end its sessions, let the modules forget it; False when there was none. `removed` is
+        called before the sessions end."""
+        jid = make(user, host)
+        if not await self._auth.remove(host, user):
+            return False
+        if removed is not None:
+            removed()
+        self._sessions.kick(jid.local, jid.domain, None, "User removed", condition="conflict")
+        await self._tell(UserDeleted(jid))
+        return True
+
+    async def _tell(self, event: object) -> None:
+        waiting = self._hooks.notify(event)
+        if waiting is not None:
+            await waiting
+
+
+class Server:
+    """One node. Fulfils the admin commands' Server and module_api.ServerInfo."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.started_at = time.time()
+        self.version = software_version()
+        self._started = time.monotonic()
+        self._status = "starting"
+        self._stopping = asyncio.Event()
+        self._restart = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listeners: list[ClientListener] = []
+
+    # -- what operators and modules ask
+
+    @property
+    def node(self) -> str:
+        return self.config.node
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        return self.config.hosts
+
+    @property
+    def status(self) -> str:
+        return self._status
+
+    @property
+    def routing(self) -> Any:
+        return self.config.routing
+
+    @property
+    def loglevel(self) -> str:
+        return log.get_level()
+
+    def set_loglevel(self, level: str) -> None:
+        """ValueError: there is no such level."""
+        try:
+            log.set_level(level)
+        except KeyError as exc:
+            raise ValueError(level) from exc
+
+    def uptime(self) -> float:
+        """Seconds."""
+        return time.monotonic() - self._started
+
+    def features(self) -> list[str]:
+        return self.loader.features()
+
+    def account_features(self) -> list[str]:
+        return self.loader.account_features()
+
+    def loaded(self, module: str) -> bool:
+        return self.loader.loaded(module)
+
+    # -- life
+
+    async def run(self) -> bool:
+        """Serve until told to stop; True when the process should start again."""
+        async with contextlib.AsyncExitStack() as stack:
+            for part in (self._data_folder, self._storage, self._routing_parts, self._modules, self._control):
+                await stack.enter_async_context(part())
+            await stack.enter_async_context(self._clients())
+            stack.enter_context(self._signals())
+            self._ready()
+            await self._stopping.wait()
+            self._status = "stopping"
+            _log.info("stopping", node=self.node)
+        for task in list(self._tasks):
+            task.cancel()
+        _log.info("stopped", node=self.node)
+        return self._restart
+
+    def stop(self) -> None:
+        """Begin to stop, and return at once."""
+        self._stopping.set()
+
+    def restart(self) -> None:
+        """Begin to stop, in order to start again."""
+        self._restart = True
+        self._stopping.set()
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Run a coroutine as a task of this node; a crash is logged."""
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            _log.error("task failed", task=task.get_name(), exc=exc)
+
+    # -- the parts, in the order of their start; what follows a yield is their end
+
+    @contextlib.asynccontextmanager
+    async def _data_folder(self) -> AsyncIterator[None]:
+        self.folder = DataFolder.open(self.config.data_dir)
+        try:
+            for warning in self.folder.warnings:
+                _log.warning(warning)
+            for path in self.config.without_effect():
+                _log.warning("option has no effect yet", option=path)
+            self.certificates = Certificates(self.config.hosts, self.config.certfiles, self.config.data_dir)
+            for warning in self.certificates.report.warnings:
+                _log.warning(warning)
+            yield
+        finally:
+            self.folder.close()
+
+    @contextlib.asynccontextmanager
+    async def _storage(self) -> AsyncIterator[None]:
+        database = self.config.database
+        self.storage = Storage(
+            database.url,
+            data_dir=self.config.data_dir,
+            pool_min=database.pool.min,
+            pool_max=database.pool.max,
+            pool_timeout=database.pool.timeout,
+            commit_interval=database.commit_interval,
+        )
+        await self.storage.open()
+        try:
+            self.accounts = Accounts(self.storage)
+            self.spool = Spool(self.storage)
+            self.owner = Owner(uuid.UUID(self.folder.node_id).bytes, 0, self.folder.incarnation)
+            freed = await self.spool.free_stale(self.owner.member, self.owner.incarnation)
+            if freed:
+                _log.info("messages of an earlier run are free again", messages=freed)
+            yield
+        finally:
+            await self.storage.close()
+
+    @contextlib.asynccontextmanager
+    async def _routing_parts(self) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        self.hooks = Hooks()
+        self.iqs = IqHandlers()
+        self.routes = RouteTable()
+        self.table = SessionTable()
+        self.router = Router(self.routes, self.hooks, self.spawn)
+        self.router.connect(S2SManager(self.router.bounce))
+        self.gate = Gate(self.hooks, self.spawn, self.router.bounce)
+        dispatcher = IqDispatcher(self.iqs, send=self.router.route, bounce=self.router.bounce, gate=self.gate)
+        self.sessions = SessionManager(
+            table=self.table,
+            owner=self.owner,
+            accounts=self.accounts,
+            hooks=self.hooks,
+            iqs=dispatcher,
+            bounce=self.router.bounce,
+            spawn=self.spawn,
+            strict=self.config.routing.profile == "rfc6121",
+        )
+        local = LocalRouter(self.sessions, dispatcher, self.router.bounce)
+        for host in self.config.hosts:
+            self.routes.insert(Route(host, self.owner, local.route))
+        # Old clients ask for a session behind bind (RFC 3921 3); there is nothing to it.
+        for target in ("account", "host"):
+            self.iqs.add("core", target, "set", ns.SESSION, "session", lambda request: None)
+        self.auth = Auth(self.accounts, self.config)
+        self.accountant = Accountant(self.auth, self.accounts, self.sessions, self.hooks)
+        self.flusher = Flusher(loop)
+        self.sweeper = RecordSweeper(loop)
+        self.parts = Parts(
+            self.config.node, self.router, self.sessions, self.hooks, self.gate, self.spawn, self.sweeper
+        )
+        try:
+            yield
+        finally:
+            self.sweeper.stop()
+            self.auth.close()
+
+    @contextlib.asynccontextmanager
+    async def _modules(self) -> AsyncIterator[None]:
+        self.registry = Registry()
+        self.loader = ModuleLoader(
+            hooks=self.hooks,
+            iqs=self.iqs,
+            registry=self.registry,
+            context=self._context,
+            validate=functools.partial(configuration.validate_dataclass, source=self.config.source),
+            paths=self.config.module_paths,
+        )
+        register_core(
+            self.registry,
+            server=self,
+            accounts=self.accounts,
+            auth=self.accountant,
+            sessions=self.sessions,
+            router=self.router,
+            loader=self.loader,
+        )
+        try:
+            await self.loader.start(self.config.modules)
+            yield
+        finally:
+            await self.loader.stop()
+
+    def _context(self, name: str) -> Context:
+        return Context(
+            name=name,
+            owner=self.owner,
+            storage=self.storage,
+            spool=self.spool,
+            sessions=self.sessions,  # type: ignore[arg-type]
+            accounts=self.accountant,
+            server=self,
+            log=get_logger(f"modules.{name}"),
+            clock=time.time,
+            route=self.router.route,
+            spawn=self.spawn,
+            service=self.loader.service,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _control(self) -> AsyncIterator[None]:
+        self.control = ControlSocket(self.config.data_dir / "xmppd.sock", self.registry, node=self.node)
+        await self.control.start()
+        try:
+            yield
+        finally:
+            await self.control.close()
+
+    @contextlib.asynccontextmanager
+    async def _clients(self) -> AsyncIterator[None]:
+        self._addresses: list[dict[str, Any]] = []
+        try:
+            for listen in self.config.listen:
+                if isinstance(listen, C2SListen):
+                    await self._listen(listen)
+            yield
+        finally:
+            self.folder.remove_ready()
+            for listener in self._listeners:
+                listener.stop_listening()
+            await asyncio.gather(*(listener.close(self.config.shutdown_grace) for listener in self._listeners))
+
+    async def _listen(self, listen: C2SListen) -> None:
+        listener = ClientListener(
+            listen.ip,
+            listen.port,
+            direct_tls=listen.tls,
+            settings=_settings(listen),
+            rules=Rules(
+                self.config.hosts,
+                listen.starttls,
+                listen.starttls_required,
+                lambda host: self.config.for_host(host).resource_conflict,
+                self._max_sessions,
+            ),
+            auth=self.auth,
+            tls=self.certificates,
+            parts=lambda: self.parts,
+            flusher=self.flusher,
+            spawn=self.spawn,
+        )
+        address = await listener.open()
+        self._listeners.append(listener)
+        self._addresses.append({"module": "c2s", "ip": address.ip, "port": address.port, "tls": address.tls})
+
+    def _max_sessions(self, user: JID) -> int | None:
+        """access_rules.max_user_sessions: the entry for everybody (other entries await access rules)."""
+        for rule in self.config.access_rules.get("max_user_sessions", ()):
+            if rule.acl == "all":
+                return rule.value if isinstance(rule.value, int) else None
+        return None
+
+    @contextlib.contextmanager
+    def _signals(self) -> Any:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _ready(self) -> None:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*_GC_THRESHOLDS)
+        self._status = "started"
+        ready = {"node": self.node, "pid": os.getpid(), "hosts": list(self.hosts), "listen": self._addresses}
+        self.folder.write_ready(ready)
+        waiting = self.hooks.notify(ServerStarted())
+        if waiting is not None:
+            self.spawn(_await(waiting), name="server started")
+        _log.info("serving", node=self.node, hosts=",".join(self.hosts), database=self.storage.where)
+
+    # -- reload
+
+    async def reload_config(self) -> list[str]:
+        """Read the file again; all or nothing. What was applied, and what needs a restart, comes back."""
+        path = self.config.path
+        if path is None:
+            raise CommandError("there is no configuration file: the node runs with the built-in defaults")
+        new = configuration.load(path, node=None)
+        self.loader.check(new.modules)
+        report = [str(change) for change in configuration.diff(self.config, new)]
+        await asyncio.to_thread(self.certificates.reload, new.hosts, new.certfiles)
+        await self._apply(new)
+        waiting = self.hooks.notify(ConfigReloaded())
+        if waiting is not None:
+            await waiting
+        _log.info("configuration reloaded", changes=len(report))
+        return report
+
+    async def _apply(self, new: Config) -> None:
+        await self.loader.apply(new.modules)
+        if new.loglevel != self.config.loglevel:
+            log.set_level(new.loglevel)
+        self.sessions.strict = new.routing.profile == "rfc6121"
+        self.config = self._keep_what_needs_a_restart(new)
+        self.auth.config = self.config
+
+    def _keep_what_needs_a_restart(self, new: Config) -> Config:
+        return new.model_copy(update={name: getattr(self.config, name) for name in RESTART})
+
+
+def _settings(listen: C2SListen) -> Settings:
+    return Settings(
+        name="c2s_tls" if listen.tls else "c2s",
+        before=Limits(
+            size=listen.pre_auth_max_stanza_size,
+            depth=listen.max_depth,
+            elements=listen.pre_auth_max_elements,
+            names=listen.max_novel_names,
+            total=listen.pre_auth_max_elements,
+        ),
+        after=Limits(
+            size=listen.max_stanza_size,
+            depth=listen.max_depth,
+            elements=listen.max_elements,
+            names=listen.max_novel_names,
+        ),
+        negotiation_timeout=listen.negotiation_timeout,
+        idle_timeout=listen.idle_timeout,
+        max_write_queue=listen.max_write_queue,
+        send_timeout=listen.send_timeout,
+    )
+
+
+async def _await(waiting: Any) -> None:
+    await waiting
