@@ -278,7 +278,7 @@ class Session:
         return self._parts.router.route(stanza) if stanza.to is not None and stanza.kind != "presence" else ERROR
 
     def sweep(self) -> bool:
-        """Called about once a second while there are records: settle what the peer has for certain. False: none left."""
+        """Called about once a second while there are records: settle what is certain. False: none left."""
         if not self.closed and self._carrier.unsent() == 0:
             self.records.ripen()
         return bool(self.records)
