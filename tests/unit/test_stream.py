@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterable
 
 import pytest
-from harness.xml import HEADER, Node, inside_a_stream, parse_stream, with_attribute
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.harness.xml import HEADER, Node, inside_a_stream, parse_stream, with_attribute
 from xmppd.errors import StreamError
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza, neutral

@@ -40,7 +40,7 @@ class JID:
 def _parse(text: str) -> JID:
     try:
         parsed = RustJID(text)
-    except InvalidJID as exc:
+    except (InvalidJID, UnicodeEncodeError) as exc:  # the latter for a lone surrogate, from an argument for instance
         raise JidError(f"{text[:80]!r} is no address: {exc}") from exc
     domain: str = parsed.domain
     if not domain or len(domain.encode()) > 255:
