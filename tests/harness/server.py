@@ -78,6 +78,18 @@ class Server:
         self.launch(*prefix)
         self.wait_until_ready()
 
+    def second_start(self) -> subprocess.CompletedProcess[str]:
+        """Another process with the same configuration."""
+        return subprocess.run(
+            [sys.executable, "-m", "xmppd", "--config", str(self.path)],
+            env=self.environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+
     def wait_until_ready(self) -> None:
         assert self.process is not None
         deadline = time.monotonic() + PATIENCE
