@@ -44,6 +44,7 @@ class MariaDB:
         self.port = _free_port()
         self.options = options
         self._process: subprocess.Popen[bytes] | None = None
+        self._schemas: dict[str, list[str]] = {}
         self._install()
         self.start()
         self.query(f"CREATE USER '{USER}'@'127.0.0.1' IDENTIFIED BY '{PASSWORD}'")
@@ -56,7 +57,7 @@ class MariaDB:
         return self.url(name)
 
     def drop_database(self, url: str) -> None:
-        self.query(f"DROP DATABASE {url.rsplit('/', 1)[1].split('?')[0]}")
+        self.query(f"DROP DATABASE {_name(url)}")
 
     def url(self, name: str) -> str:
         quoted = PASSWORD.replace("%", "%25").replace(" ", "%20").replace("/", "%2F").replace("@", "%40")
@@ -64,12 +65,30 @@ class MariaDB:
 
     def query(self, sql: str, database: str | None = None) -> list[tuple[object, ...]]:
         """One statement as root."""
-        with pymysql.connect(
-            unix_socket=str(self.folder / "my.sock"), user="root", database=database, autocommit=True
-        ) as connection:
-            cursor = connection.cursor()
+        with self._root(database) as connection, connection.cursor() as cursor:
             cursor.execute(sql)
             return list(cursor.fetchall())
+
+    def copy_schema(self, template: str, url: str) -> None:
+        """Gives the empty database at `url` the tables of the one at `template`, and its Alembic revision."""
+        with self._root(_name(template)) as connection, connection.cursor() as cursor:
+            if template not in self._schemas:
+                cursor.execute("SHOW TABLES")
+                names = [row[0] for row in cursor.fetchall()]
+                self._schemas[template] = [f"SHOW CREATE TABLE {name}" for name in names]
+                for number, show in enumerate(self._schemas[template]):
+                    cursor.execute(show)
+                    self._schemas[template][number] = cursor.fetchone()[1]
+            cursor.execute(f"USE {_name(url)}")
+            for create in self._schemas[template]:
+                cursor.execute(create)
+            cursor.execute(f"INSERT INTO alembic_version SELECT * FROM {_name(template)}.alembic_version")
+
+    def _root(self, database: str | None) -> "pymysql.Connection[pymysql.cursors.Cursor]":
+        socket_file = str(self.folder / "my.sock")
+        return pymysql.connect(
+            unix_socket=socket_file, user="root", database=database, autocommit=True, ssl_disabled=True
+        )
 
     def start(self) -> None:
         if self._process is not None:
@@ -113,6 +132,9 @@ class MariaDB:
         """The process stands still; its connections stay open and nobody answers."""
         if self._process is not None:
             self._process.send_signal(19)
+            # A signal stops a process thread by thread: one of them could still answer after the call.
+            while any(state not in "tTZX" for state in _thread_states(self._process.pid)):
+                time.sleep(0.001)
 
     def go_on(self) -> None:
         if self._process is not None:
@@ -190,6 +212,10 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
     return cert_file, key_file
 
 
+def _name(url: str) -> str:
+    return url.rsplit("/", 1)[1].split("?")[0]
+
+
 def _binary(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
@@ -210,3 +236,13 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _thread_states(pid: int) -> list[str]:
+    states = []
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        try:
+            states.append(stat.read_text().rpartition(")")[2].split()[0])
+        except OSError:  # the thread has ended
+            continue
+    return states

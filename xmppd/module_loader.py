@@ -150,6 +150,7 @@ class ModuleLoader:
         for name in _in_order({name: cls.requires for name, (cls, _) in prepared.items()}):
             cls, config = prepared[name]
             await self._start(name, cls, config)
+        _log.info("modules loaded", modules=",".join(self._loaded))
 
     async def stop(self) -> None:
         """Unload everything, in reverse order."""
@@ -160,6 +161,7 @@ class ModuleLoader:
         """Load one module at run time, with its options from the configuration if it has any there."""
         async with self._lock:
             await self._load(name)
+        _log.info("module loaded", module=name)
 
     async def unload(self, name: str) -> None:
         """Unload one module; CommandError when it does not run or another one needs it."""
@@ -167,6 +169,7 @@ class ModuleLoader:
             self._must_run(name)
             self._nobody_needs(name)
             await self._stop(name)
+        _log.info("module unloaded", module=name)
 
     async def reload(self, name: str) -> None:
         """Unload a module and load it from its file again; those that require it keep running meanwhile."""
@@ -182,6 +185,7 @@ class ModuleLoader:
             await self._stop(name)
             await self._start(name, cls, config)
             self._loaded = {key: self._loaded[key] for key in order}
+        _log.info("module reloaded", module=name)
 
     async def apply(self, modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Go over to another `modules:` section: unload, load, reload what differs. What was done comes back."""
@@ -249,7 +253,7 @@ class ModuleLoader:
             self._loaded.pop(name, None)
             self._unregister(loaded)
             raise
-        _log.info("module loaded", module=name)
+        _log.debug("module loaded", module=name)
 
     async def _stop(self, name: str) -> None:
         loaded = self._loaded.pop(name)
@@ -262,7 +266,7 @@ class ModuleLoader:
             await loaded.instance.stop()
         except Exception as exc:
             _log.error("module did not stop properly", module=name, exc=exc)
-        _log.info("module unloaded", module=name)
+        _log.debug("module unloaded", module=name)
 
     def _register(self, name: str, instance: Module[Any]) -> None:
         for call, marks in _marked(instance, "_xmppd_hooks"):

@@ -13,26 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Integer,
-    TextClause,
-    bindparam,
-    case,
-    delete,
-    func,
-    null,
-    or_,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import BigInteger, ColumnElement, case, delete, func, null, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
 from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.storage import Stamp, Storage, Utf8, by_host, fixed_bytes, insert_new, new_id
+from xmppd.storage.sql import limited_update
 from xmppd.storage.tables import HOST_BYTES, PART_BYTES
 from xmppd.storage.tables import spool as table
 
@@ -444,20 +431,6 @@ def _chunks(ids: Sequence[bytes]) -> list[Sequence[bytes]]:
     return [ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK)]
 
 
-# UPDATE … ORDER BY … LIMIT is MySQL's; SQLite as usually built does without, and has the write lock anyway.
-_TAKE_SET: Final = (
-    "UPDATE spool SET holder_member = :member, holder_incarnation = :incarnation, holder_session = :session,"
-    " take_id = :take_id, free_since = NULL"
-)
-_TAKE_WHERE: Final = (
-    "server_host = :host AND username = :username AND holder_member IS NULL"
-    " AND (expires_at IS NULL OR expires_at > :now) ORDER BY id LIMIT :limit"
-)
-_FREE_SET: Final = (
-    "UPDATE spool SET holder_member = NULL, holder_incarnation = NULL, holder_session = NULL,"
-    " take_id = NULL, free_since = :now"
-)
-_FREE_WHERE: Final = "holder_member = :member AND holder_incarnation < :incarnation ORDER BY id LIMIT :limit"
 _TYPES: Final[dict[str, TypeEngine[Any]]] = {
     "host": Utf8(HOST_BYTES),
     "username": Utf8(PART_BYTES),
@@ -466,22 +439,18 @@ _TYPES: Final[dict[str, TypeEngine[Any]]] = {
     "session": Utf8(PART_BYTES),
     "take_id": fixed_bytes(16),
     "now": Stamp(),
-    "limit": Integer(),
 }
-
-
-def _limited_update(changes: str, where: str) -> dict[str, TextClause]:
-    """The statement for each database."""
-    spelt = {
-        "mysql": f"{changes} WHERE {where}",
-        "sqlite": f"{changes} WHERE id IN (SELECT id FROM spool WHERE {where})",
-    }
-    names = [name for name in _TYPES if f":{name}" in spelt["mysql"]]
-    return {
-        dialect: text(sql).bindparams(*(bindparam(name, type_=_TYPES[name]) for name in names))
-        for dialect, sql in spelt.items()
-    }
-
-
-_TAKE: Final = _limited_update(_TAKE_SET, _TAKE_WHERE)
-_FREE_STALE: Final = _limited_update(_FREE_SET, _FREE_WHERE)
+_TAKE: Final = limited_update(
+    "spool",
+    "holder_member = :member, holder_incarnation = :incarnation, holder_session = :session, take_id = :take_id,"
+    " free_since = NULL",
+    "server_host = :host AND username = :username AND holder_member IS NULL"
+    " AND (expires_at IS NULL OR expires_at > :now)",
+    _TYPES,
+)
+_FREE_STALE: Final = limited_update(
+    "spool",
+    "holder_member = NULL, holder_incarnation = NULL, holder_session = NULL, take_id = NULL, free_since = :now",
+    "holder_member = :member AND holder_incarnation < :incarnation",
+    _TYPES,
+)

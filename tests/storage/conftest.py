@@ -1,5 +1,6 @@
 """One suite over both databases; each test has a fresh one."""
 
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -61,8 +62,35 @@ async def make_storage(tmp_path: Path) -> AsyncIterator[Callable[..., Storage]]:
         await storage.close()
 
 
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A migrated database of each kind, made when first asked for: migrating anew for each test takes too long."""
+    return {}
+
+
 @pytest.fixture
-async def storage(database: str, make_storage: Callable[..., Storage]) -> Storage:
+async def storage(
+    request: pytest.FixtureRequest,
+    database: str,
+    templates: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+    make_storage: Callable[..., Storage],
+) -> Storage:
+    """Open, migrated and empty."""
+    kind = database.split(":")[0]
+    if kind not in templates:
+        folder = tmp_path_factory.mktemp("template")
+        url = f"sqlite:///{folder}/xmppd.db"
+        if kind == "mysql":
+            url = request.getfixturevalue("mariadb_server").new_database()
+        template = Storage(url, data_dir=folder)
+        await template.open()
+        await template.close()
+        templates[kind] = url
+    if kind == "mysql":
+        request.getfixturevalue("mariadb_server").copy_schema(templates[kind], database)
+    else:
+        shutil.copy(templates[kind].removeprefix("sqlite:///"), database.removeprefix("sqlite:///"))
     storage = make_storage(database)
     await storage.open()
     return storage

@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy import Column, Integer, event, func, insert, select
 
 from xmppd.errors import StorageError, StorageUnavailable
-from xmppd.storage import Batcher, Duplicate, Storage, Utf8, insert_new, module_table
+from xmppd.spool import Spool
+from xmppd.storage import Batcher, Duplicate, Storage, Utf8, insert_new, module_table, upsert
 
 NUMBERS = module_table(
     "numbers", Column("number", Integer, primary_key=True, autoincrement=False), Column("word", Utf8(1000))
@@ -379,3 +380,34 @@ async def test_while_a_transaction_runs_the_next_one_gathers(numbers, make_stora
     assert batches == [1, 20]
     async with numbers.connect() as connection:
         assert (await connection.execute(select(func.count()).select_from(NUMBERS))).scalar_one() == 0
+
+
+@pytest.mark.mariadb
+async def test_the_rows_of_a_group_reach_the_server_in_one_statement(mariadb_server, mariadb_database, make_storage):
+    storage = make_storage(mariadb_database)
+    await storage.open()
+    spool = Spool(storage)
+
+    def inserts() -> int:
+        return int(mariadb_server.query("SHOW GLOBAL STATUS LIKE 'Com_insert'")[0][1])
+
+    before = inserts()
+    await asyncio.gather(
+        *(spool.keep("example.net", "juliet", "r@x", b"<message/>", dedup=None, quota=None) for _ in range(500))
+    )
+
+    assert inserts() - before == 1
+
+
+async def test_insert_new_leaves_a_row_alone_and_upsert_overwrites_it(numbers):
+    async def write(connection):
+        await connection.execute(insert_new(NUMBERS, connection.dialect), {"number": 1, "word": "first"})
+        await connection.execute(
+            insert_new(NUMBERS, connection.dialect), [{"number": 1, "word": "late"}, {"number": 2, "word": "second"}]
+        )
+        await connection.execute(
+            upsert(NUMBERS, connection.dialect), [{"number": 2, "word": "newer"}, {"number": 3, "word": "third"}]
+        )
+        return (await connection.execute(select(NUMBERS).order_by(NUMBERS.c.number))).all()
+
+    assert await numbers.run(write) == [(1, "first"), (2, "newer"), (3, "third")]

@@ -5,7 +5,7 @@ manager, so that another carrier can take it over.
 """
 
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -223,14 +223,17 @@ class Session:
         self._notify(SessionBecameUnavailable(self, presence))
         self.presence = None
 
-    def _notify(self, event: object) -> None:
+    def _notify(self, event: object, afterwards: Callable[[], None] = lambda: None) -> None:
         waiting = self._parts.hooks.notify(event)
-        if waiting is not None:
+        if waiting is None:
+            afterwards()
+            return
 
-            async def finish(rest: Awaitable[None]) -> None:
-                await rest
+        async def finish(rest: Awaitable[None]) -> None:
+            await rest
+            afterwards()
 
-            self._parts.spawn(finish(waiting), name=type(event).__name__)
+        self._parts.spawn(finish(waiting), name=type(event).__name__)
 
     # -- to the client
 
@@ -275,7 +278,7 @@ class Session:
         return self._parts.router.route(stanza) if stanza.to is not None and stanza.kind != "presence" else ERROR
 
     def sweep(self) -> bool:
-        """Called about once a second while there are records: settle what the peer has for certain. False: none left."""
+        """Called about once a second while there are records: settle what is certain. False: none left."""
         if not self.closed and self._carrier.unsent() == 0:
             self.records.ripen()
         return bool(self.records)
@@ -289,11 +292,10 @@ class Session:
         self.closed = True
         self._become_unavailable(build("presence", {"type": "unavailable", "from": self.jid.full}))
         last = self._parts.manager.close(self._row)
-        self._notify(SessionClosed(self, last))
+        self._notify(SessionClosed(self, last), self.state.clear)
         if clean:
             self.records.confirm_all()
         self._parts.manager.reroute(self.records.take())
-        self.state.clear()
 
     def replaced(self) -> None:
         """Another stream bound this resource (requirements ST-01)."""

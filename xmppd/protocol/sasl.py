@@ -76,7 +76,7 @@ class Secret:
     """What is stored instead of a password (RFC 5802 section 3). `kind` is `sha1`, `sha256` or `sha512`."""
 
     kind: str
-    salt: bytes
+    salt: bytes = field(repr=False)
     iterations: int
     stored_key: bytes = field(repr=False)
     server_key: bytes = field(repr=False)

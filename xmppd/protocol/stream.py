@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
+from xml.sax.saxutils import quoteattr
 
 from lxml import etree
 from lxml.etree import _Element
@@ -46,6 +47,10 @@ _TAG: Final = re.compile(rb"""<!\[CDATA\[(?:.*?\]\]>|.*)|<(?![!?])(?:[^<>"']++|"
 _BLANK_RUN: Final = re.compile(rb">([ \t\r\n]{16,59})(?=<)")
 _UNDECLARED_ENTITY: Final = 26  # libxml2's XML_ERR_UNDECLARED_ENTITY
 _PLAIN_NAMESPACES: Final = {None: ns.CLIENT, "stream": ns.STREAMS}
+
+
+# Parsers that were given up in the middle of a document since the start: work for the garbage collector.
+abandoned = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +98,7 @@ class _Stamp:
     attribute: bytes = field(init=False)
 
     def __post_init__(self) -> None:
-        escaped = self.jid.full.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
-        self.attribute = b' from="' + escaped.encode() + b'"'
+        self.attribute = b" from=" + _quoted(self.jid.full)
 
 
 class Stream:
@@ -113,6 +117,7 @@ class Stream:
         "_held",
         "_iter",
         "_lang",
+        "_lang_attribute",
         "_limits",
         "_names",
         "_parser",
@@ -129,10 +134,14 @@ class Stream:
         self._names: set[str | bytes] = set()
         self._stamp: _Stamp | None = None
         self._total = 0
-        self.restart()
+        self._begin()
 
     def restart(self) -> None:
         """Expect a new stream header; what was counted as novel names stays counted."""
+        self.release()
+        self._begin()
+
+    def _begin(self) -> None:
         self._parser = etree.XMLPullParser(events=_EVENTS, collect_ids=False)
         self._iter = self._parser.read_events()
         self._root: _Element | None = None
@@ -146,6 +155,30 @@ class Stream:
         self._simple = False  # the root declares nothing but the two usual namespaces
         self._exact = False  # the last read held one whole stanza and nothing else
         self._lang: str | None = None
+        self._lang_attribute = b""
+
+    def release(self) -> None:
+        """The stream is over: let go of the parser.
+
+        A parser and its document refer to each other until the document is finished, and hold some 12 KiB that the
+        collector knows nothing of. Where the document cannot be finished, `abandoned` counts it.
+        """
+        global abandoned
+        root, self._root = self._root, None
+        if root is None:
+            return
+        try:
+            if self._depth == 1 and not self._held and not self._ended:
+                self._parser.feed(b"</stream:stream>")
+                self._depth = 0
+            for _ in self._iter:
+                pass
+            if self._depth == 0:
+                self._parser.close()
+                return
+        except etree.XMLSyntaxError:
+            pass
+        abandoned += 1
 
     def set_limits(self, limits: Limits) -> None:
         """Other limits from here on (after authentication)."""
@@ -307,6 +340,8 @@ class Stream:
         self._root = element
         self._simple = nsmap == _PLAIN_NAMESPACES
         self._lang = element.get(_XML_LANG)
+        if self._lang is not None:
+            self._lang_attribute = b" xml:lang=" + _quoted(self._lang)
         return StreamOpened(
             element.get("to"), element.get("from"), element.get("version"), self._lang, element.get("id")
         )
@@ -348,23 +383,26 @@ class Stream:
         to_text, claimed = get("to"), get("from")
         own: JID | None = None
         changed = False
+        added = b""  # attributes the stanza gets
         if stamp is not None:
             own = stamp.jid
-            if claimed is not None and claimed != own.full:
+            if claimed is None:
+                added = stamp.attribute
+            elif claimed != own.full:
                 if not _is_own(claimed, own):
                     raise StreamError("invalid-from", "a stanza's sender must be the address bound to the stream")
                 changed = True
-                element.set("from", own.full)
         if self._lang is not None and get(_XML_LANG) is None:
-            element.set(_XML_LANG, self._lang)
-            changed = True
+            added += self._lang_attribute
         xml = b""
         if chunk and self._simple and not changed and not element.tail:
             # The usual case, one read that holds one whole stanza: its bytes are neutral as they are.
-            xml = self._raw(chunk, kind, self._elements, stamp if claimed is None else None)
+            xml = self._raw(chunk, kind, self._elements, added)
         if not xml:
-            if stamp is not None and claimed is None:
-                element.set("from", stamp.jid.full)
+            if own is not None:
+                element.set("from", own.full)
+            if self._lang is not None and get(_XML_LANG) is None:
+                element.set(_XML_LANG, self._lang)
             xml = neutral(element)
         to, malformed = None, False
         if to_text is not None:
@@ -377,8 +415,8 @@ class Stream:
             stanza.malformed = True
         return stanza
 
-    def _raw(self, chunk: bytes, kind: str, elements: int, stamp: _Stamp | None) -> bytes:
-        """The chunk as a stanza's neutral bytes, stamped; b"" when it is not exactly that one stanza.
+    def _raw(self, chunk: bytes, kind: str, elements: int, added: bytes) -> bytes:
+        """The chunk as a stanza's neutral bytes with added attributes; b"" when it is not exactly that one stanza.
 
         The parser has accepted these bytes, but an unfinished tag or a text may still wait in it. A tag left over
         begins with "<", so then there are more of those than the stanza's start and end tags account for. A text is
@@ -390,15 +428,12 @@ class Stream:
             or chunk[len(start)] not in _AFTER_NAME  # else the rest of a prefix: <message:message/>
             or not (chunk.endswith(end) or chunk.find(b">") == len(chunk) - 1)
             or chunk.count(b"<") != elements + chunk.count(b"</")
-            or b"jabber:client" in chunk
-            or b"&#" in chunk  # a namespace could be spelled with it
-            or b"xmlns:" in chunk  # the parser drops declarations that are against the rules, and says nothing
-            or b"http://www.w3.org/" in chunk
+            or (b"xmlns" in chunk and _declares_oddly(chunk))
             or _BLANK_RUN.search(chunk) is not None
         ):
             return b""
         self._exact = len(chunk) <= self._limits.size
-        return chunk if stamp is None else start + stamp.attribute + chunk[len(start) :]
+        return start + added + chunk[len(start) :] if added else chunk
 
     # -- counting
 
@@ -518,6 +553,20 @@ def _unit_ends(data: bytes, depth: int) -> Iterator[int]:
 
 def _restricted() -> StreamError:
     return StreamError("restricted-xml", "comments and processing instructions are not allowed")
+
+
+def _declares_oddly(chunk: bytes) -> bool:
+    """Whether there is, or may be, a namespace declaration that does not survive being copied as it stands."""
+    return (
+        b"jabber:client" in chunk
+        or b"&#" in chunk  # a namespace could be spelled with it
+        or b"xmlns:" in chunk  # the parser drops declarations that are against the rules, and says nothing
+        or b"http://www.w3.org/" in chunk
+    )
+
+
+def _quoted(text: str) -> bytes:
+    return quoteattr(text).encode()
 
 
 def _too_large(size: int) -> StreamError:

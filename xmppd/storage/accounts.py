@@ -3,7 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from secrets import token_bytes
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ _REMEMBERED_FOR: Final = 60.0  # seconds; bounds what a removal on another node 
 class Account:
     username: str
     host: str
-    secrets: Mapping[str, Secret]  # by kind
+    secrets: Mapping[str, Secret] = field(repr=False)  # by kind; logs are no place for keys
 
 
 class Accounts:

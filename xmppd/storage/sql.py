@@ -1,13 +1,15 @@
 """The few statements that the two databases spell differently."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import Dialect, Insert, Table
+from sqlalchemy import Dialect, Insert, Integer, Table, TextClause, bindparam, text
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ColumnElement
+from sqlalchemy.types import TypeEngine
 
 from xmppd.storage.tables import Stamp
 
@@ -58,3 +60,18 @@ def by_host(keys: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     for host, username in keys:
         hosts.setdefault(host, []).append(username)
     return hosts
+
+
+def limited_update(table: str, changes: str, where: str, types: Mapping[str, TypeEngine[Any]]) -> dict[str, TextClause]:
+    """An UPDATE of the first `:limit` rows by `id` that match, for each database by its dialect's name.
+
+    UPDATE … ORDER BY … LIMIT is MySQL's, and locks the rows it changes in one go; SQLite as it is usually built does
+    without, and its writer has the database to itself anyway. `types` tells those of the other parameters.
+    """
+    rows = f"{where} ORDER BY id LIMIT :limit"
+    spelt = {
+        "mysql": f"UPDATE {table} SET {changes} WHERE {rows}",
+        "sqlite": f"UPDATE {table} SET {changes} WHERE id IN (SELECT id FROM {table} WHERE {rows})",
+    }
+    used = [bindparam(name, type_=types[name]) for name in types if re.search(rf":{name}\b", spelt["mysql"])]
+    return {name: text(sql).bindparams(*used, bindparam("limit", type_=Integer())) for name, sql in spelt.items()}
