@@ -53,6 +53,7 @@ from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 _log = get_logger("xmppd.server")
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _COLLECT_EVERY: Final = 5.0  # seconds
 _COLLECT_ABANDONED: Final = 500  # parsers, about 6 MiB
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
@@ -171,10 +172,11 @@ class Server:
     async def run(self) -> bool:
         """Serve until told to stop; True when the process should start again."""
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._forget_signals)  # at the very end: another signal must not cut the stop short
             for part in (self._data_folder, self._storage, self._routing_parts, self._modules, self._control):
                 await stack.enter_async_context(part())
             await stack.enter_async_context(self._clients())
-            stack.enter_context(self._signals())
+            self._heed_signals()
             self._ready()
             await self._stopping.wait()
             self._status = "stopping"
@@ -380,16 +382,13 @@ class Server:
                 return rule.value if isinstance(rule.value, int) else None
         return None
 
-    @contextlib.contextmanager
-    def _signals(self) -> Any:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
+    def _heed_signals(self) -> None:
+        for number in _STOP_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+
+    def _forget_signals(self) -> None:
+        for number in _STOP_SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(number)
 
     def _ready(self) -> None:
         gc.collect()
