@@ -126,6 +126,7 @@ class Raw(Inbox):
             if not self._closing and self._writer is not None and not self._writer.is_closing():
                 self._closing = True
                 self.send_raw("</stream:stream>")
+                self._writer.close()
             self._changed.set()
 
     def stop_reading(self) -> None:
