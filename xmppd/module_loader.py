@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import itertools
 import sys
+import typing
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -346,6 +347,8 @@ class ModuleLoader:
         except Exception as exc:
             _log.error("module did not stop properly", module=loaded.name, exc=exc)
         self._unregister(loaded)  # what `stop` may have switched on
+        if loaded.instance.tables:
+            loaded.instance.storage.forget_statements()
 
     def _tidy_up(self, stopped: int) -> None:
         """Code that was unloaded is full of cycles; with our thresholds it would stay for hours. Looking for it takes
@@ -353,6 +356,8 @@ class ModuleLoader:
         self._stopped += stopped
         if self._stopped >= _COLLECT_AFTER:
             self._stopped = 0
+            for forget in getattr(typing, "_cleanups", ()):
+                forget()  # it remembers the last 128 of each, `Module[Config]`, `Annotated[...]`, and the code behind
             gc.collect()
 
     def _register(self, loaded: Loaded) -> None:
