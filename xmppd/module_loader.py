@@ -193,14 +193,12 @@ class ModuleLoader:
     async def load(self, name: str) -> None:
         """Load one module at run time, with its options from the configuration if it has any there. CommandError when
         it runs already, is not there or needs another one; ConfigError when its code or its options are wrong."""
-        name = name.removeprefix("mod_")
         async with self._lock:
             await self._load(name)
         _log.info("module loaded", module=name)
 
     async def unload(self, name: str) -> None:
         """Unload one module; CommandError when it does not run or another one needs it."""
-        name = name.removeprefix("mod_")
         async with self._lock:
             self._must_run(name)
             self._nobody_needs(name)
@@ -211,7 +209,6 @@ class ModuleLoader:
     async def reload(self, name: str) -> None:
         """Start a module again with its files of now; those that require it keep running meanwhile. The old one serves
         until the new one is ready, and goes on where the new one is wrong (ConfigError) or does not start."""
-        name = name.removeprefix("mod_")
         async with self._lock:
             self._must_run(name)
             python_name = type(self._loaded[name].instance).__module__

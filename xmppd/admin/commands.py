@@ -171,6 +171,7 @@ class ModuleCommands:
         return await self._do(self._loader.reload, name, "reloaded")
 
     async def _do(self, action: Callable[[str], Awaitable[None]], name: str, done: str) -> str:
+        name = name.removeprefix("mod_")  # ejabberd's
         try:
             await action(name)
         except LookupError as exc:
