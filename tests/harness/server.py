@@ -78,6 +78,18 @@ class Server:
         self.launch(*prefix)
         self.wait_until_ready()
 
+    def second_start(self) -> subprocess.CompletedProcess[str]:
+        """Another process with the same configuration."""
+        return subprocess.run(
+            [sys.executable, "-m", "xmppd", "--config", str(self.path)],
+            env=self.environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+
     def wait_until_ready(self) -> None:
         assert self.process is not None
         deadline = time.monotonic() + PATIENCE
@@ -104,11 +116,16 @@ class Server:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """End it in order; the exit code."""
+        if self.process is not None:
+            self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait until it has ended by itself; the exit code."""
         process, self.process = self.process, None
         self._end_batch()
         if process is None:
             return 0
-        process.send_signal(number)
         try:
             return process.wait(PATIENCE)
         except subprocess.TimeoutExpired:

@@ -340,3 +340,35 @@ async def test_messages_that_wait_are_delivered_when_the_offline_module_is_loade
     scene.asked("module", "load", "offline")
 
     assert (await juliet.next_message()).body == "wait for me"
+
+
+async def test_an_unloaded_module_is_gone_and_a_loaded_one_is_there(fresh):
+    scene = fresh()
+    romeo = await scene.raw_login("romeo")
+    version = f"<query xmlns='{VERSION}'/>"
+    await romeo.query("get", version, to="localhost")
+    features = await features_of(romeo)
+    assert VERSION in features
+
+    scene.asked("module", "unload", "version")
+    assert await romeo.refusal("get", version, to="localhost") == "service-unavailable"
+    assert features - await features_of(romeo) == {VERSION}
+
+    scene.asked("module", "load", "version")
+    await romeo.query("get", version, to="localhost")
+    assert await features_of(romeo) == features
+
+
+async def features_of(client) -> set[str]:
+    answer = await client.query("get", f"<query xmlns='{DISCO}'/>", to="localhost")
+    return {child.get("var") for child in answer.payload if child.tag.endswith("feature")}
+
+
+async def test_without_offline_the_sender_is_told(fresh):
+    scene = fresh()
+    romeo = await scene.raw_login("romeo")
+    scene.account("juliet")
+    scene.asked("module", "unload", "offline")
+    id = romeo.send_message("juliet@localhost", "anybody?")
+    answer = await romeo.next_message()
+    assert (answer.id, answer.condition) == (id, "service-unavailable")
