@@ -27,7 +27,7 @@ from xmppd.events import Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
-from xmppd.spool import Holder, QuotaReached, SpoolRow
+from xmppd.spool import Holder, NoAccount, QuotaReached, SpoolRow
 from xmppd.storage import Storage
 from xmppd.storage.ids import new_id
 from xmppd.storage.sql import by_host, insert_new, upsert
@@ -61,6 +61,7 @@ __all__ = [
     "IqRequest",
     "List",
     "Module",
+    "NoAccount",
     "NoReply",
     "OptionalRate",
     "Outcome",
