@@ -22,6 +22,7 @@ class Scram:
 
 @dataclass
 class Settings:
+    auth_method: tuple[str, ...] = ("sql",)
     auth_scram: Scram = field(default_factory=Scram)
     disable_sasl_mechanisms: tuple[str, ...] = ()
 

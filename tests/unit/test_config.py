@@ -118,9 +118,6 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
         "listen[].use_proxy_protocol",
         "listen[].trusted_proxies",
         "listen[].request_handlers",
-        "login_limits.per_address",
-        "login_limits.per_account",
-        "login_limits.exempt",
         "database.read",
         "cluster.listen",
         "cluster.advertise",
@@ -133,7 +130,6 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
         "shaper",
         "shaper_rules",
     ]
-    assert "`auth_method: anonymous` (a throw-away account per login): not yet" in DOCS
 
     everything = parse(
         {
@@ -153,14 +149,12 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
             "access_rules": {"x": "allow"},
             "shaper": {"x": 5},
             "shaper_rules": {"x": 5},
-            "auth_method": "anonymous",
-            "login_limits": {"per_address": "1/s", "per_account": "1/s", "exempt": "10.0.0.0/8"},
         },
         source="x.yml",
     ).without_effect()
 
     documented = {"cluster" if path.startswith("cluster.") else path for path, effect in rows if effect == "not yet"}
-    assert set(everything) == documented | {"auth_method: anonymous"}
+    assert set(everything) == documented
 
 
 def test_only_what_somebody_changed_is_warned_about() -> None:

@@ -42,7 +42,8 @@ VECTORS = [
 
 
 def start(mechanism="SCRAM-SHA-1", offered=OFFERED, channel_binding=None):
-    return exchange(mechanism, host="localhost", offered=offered, channel_binding=channel_binding)
+    bindings = dict([channel_binding]) if channel_binding else None
+    return exchange(mechanism, host="localhost", offered=offered, bindings=bindings)
 
 
 def client(mechanism, *, username="juliet", password="pencil", authzid="", binding=None, proposed=True):

@@ -87,10 +87,15 @@ def _shaper_names(config: Schema) -> Iterator[Problem]:
 
 
 def _mechanisms(config: Schema) -> Iterator[Problem]:
-    if "sql" in config.auth_method:
-        offered = {SCRAM_MECHANISMS[name] for name in config.auth_scram.hashes} | {"PLAIN"}
-        if offered <= set(config.disable_sasl_mechanisms):
-            yield "disable_sasl_mechanisms", "no mechanism is left with which anybody could log in"
+    offered = {
+        "sql": {name + plus for name in SCRAM_MECHANISMS.values() for plus in ("", "-PLUS")} | {"PLAIN"},
+        "anonymous": {"ANONYMOUS"},
+    }
+    unused = set(SCRAM_MECHANISMS).difference(config.auth_scram.hashes)
+    offered["sql"] -= {SCRAM_MECHANISMS[name] + plus for name in unused for plus in ("", "-PLUS")}
+    for method in dict.fromkeys(config.auth_method):
+        if offered[method] <= set(config.disable_sasl_mechanisms):
+            yield "disable_sasl_mechanisms", f"no mechanism is left with which anybody could log in by {method}"
 
 
 def _database(config: Schema) -> Iterator[Problem]:
