@@ -80,7 +80,7 @@ class Auth:
         if threads is None:
             threads = max(1, min(4, (os.cpu_count() or 1) - 1))
         self.config = config  # replaced at a reload
-        self.limits = limits or LoginLimits()
+        self.limits = LoginLimits() if limits is None else limits
         self._accounts = accounts
         self._pool = ThreadPoolExecutor(threads, "xmppd-password")
         self._max_waiting = max_waiting

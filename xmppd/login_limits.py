@@ -118,8 +118,9 @@ class LoginLimits:
         self._trusted: OrderedDict[bytes, float] = OrderedDict()  # account and address -> the last login
         self._secret = secrets.token_bytes(16)  # so that nobody can choose names whose hashes collide
 
-    def __len__(self) -> int:
-        """How much is remembered."""
+    @property
+    def remembered(self) -> int:
+        """How many addresses and accounts, at most three times `size`."""
         return len(self._addresses) + len(self._accounts) + len(self._trusted)
 
     def refusal(self, address: str, host: str, username: str) -> Refusal | None:

@@ -1,6 +1,6 @@
 """What no single option can know: names that must exist elsewhere, values that contradict each other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from .problems import key, suggest
@@ -87,15 +87,15 @@ def _shaper_names(config: Schema) -> Iterator[Problem]:
 
 
 def _mechanisms(config: Schema) -> Iterator[Problem]:
-    offered = {
-        "sql": {name + plus for name in SCRAM_MECHANISMS.values() for plus in ("", "-PLUS")} | {"PLAIN"},
-        "anonymous": {"ANONYMOUS"},
-    }
-    unused = set(SCRAM_MECHANISMS).difference(config.auth_scram.hashes)
-    offered["sql"] -= {SCRAM_MECHANISMS[name] + plus for name in unused for plus in ("", "-PLUS")}
-    for method in dict.fromkeys(config.auth_method):
-        if offered[method] <= set(config.disable_sasl_mechanisms):
-            yield "disable_sasl_mechanisms", f"no mechanism is left with which anybody could log in by {method}"
+    if _locked_out(config.auth_method, config.auth_scram.hashes, set(config.disable_sasl_mechanisms)):
+        yield "disable_sasl_mechanisms", "no mechanism is left with which anybody could log in"
+
+
+def _locked_out(methods: Iterable[str], hashes: Iterable[str], disabled: set[str]) -> bool:
+    """Whether one of the methods has no mechanism left. Those with channel binding are enough for `sql`."""
+    offered = {"anonymous": {"ANONYMOUS"}, "sql": {"PLAIN"}}
+    offered["sql"] |= {SCRAM_MECHANISMS[name] + plus for name in hashes for plus in ("", "-PLUS")}
+    return any(offered[method] <= disabled for method in methods)
 
 
 def _database(config: Schema) -> Iterator[Problem]:
