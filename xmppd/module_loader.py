@@ -8,9 +8,11 @@ shadow anything.
 import asyncio
 import difflib
 import functools
+import gc
 import importlib
 import importlib.util
 import sys
+import typing
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -185,6 +187,8 @@ class ModuleLoader:
             await self._stop(name)
             await self._start(name, cls, config)
             self._loaded = {key: self._loaded[key] for key in order}
+            del old
+        _let_go_of_old_code()
         _log.info("module reloaded", module=name)
 
     async def apply(self, modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -422,3 +426,10 @@ def _forget_code(python_name: str) -> None:
     for known in [key for key in sys.modules if key == root or key.startswith(f"{root}.")]:
         del sys.modules[known]
     importlib.invalidate_caches()
+
+
+def _let_go_of_old_code() -> None:
+    """Free the classes that a reload replaced: some 100 KiB, in cycles that the collector would find much later."""
+    for clear in getattr(typing, "_cleanups", ()):  # subscripted types (`Module[Config]`) are cached by what is in them
+        clear()
+    gc.collect()

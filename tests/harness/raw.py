@@ -40,6 +40,7 @@ class Raw(Inbox):
         self.at_end = False  # its closing tag has come
         self.received = b""
         self._deaf = False
+        self._closing = False  # our closing tag is sent
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -76,6 +77,7 @@ class Raw(Inbox):
 
     async def disconnect(self) -> None:
         """Close the stream properly."""
+        self._closing = True
         self.send_raw("</stream:stream>")
         await self.assert_closed()
 
@@ -128,6 +130,10 @@ class Raw(Inbox):
             self.root.remove(element)
         elif self._depth == 0:
             self.at_end = True
+            if not self._closing and self._writer is not None and not self._writer.is_closing():
+                self._closing = True
+                self.send_raw("</stream:stream>")
+                self._writer.close()
             self._changed.set()
 
     def stop_reading(self) -> None:

@@ -116,11 +116,16 @@ class Server:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """End it in order; the exit code."""
+        if self.process is not None:
+            self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait until it has ended by itself; the exit code."""
         process, self.process = self.process, None
         self._end_batch()
         if process is None:
             return 0
-        process.send_signal(number)
         try:
             return process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
