@@ -135,6 +135,8 @@ class Offline(Module[Config]):
     async def flush(self, event: SessionBecameAvailable) -> None:
         if event.priority < 0 or (event.old_priority is not None and event.old_priority >= 0):
             return
+        if event.session.anonymous:
+            return  # nothing was kept
         if not await self._flush(event.session):
             self._retry(event.session)
 

@@ -55,7 +55,6 @@ MECHANISMS: Final = (
 NO_EFFECT_YET: Final = (
     "acl",
     "access_rules",
-    "auth_method: anonymous",
     "cluster",
     "database.read",
     "listen[].access",
@@ -63,9 +62,6 @@ NO_EFFECT_YET: Final = (
     "listen[].shaper",
     "listen[].trusted_proxies",
     "listen[].use_proxy_protocol",
-    "login_limits.exempt",
-    "login_limits.per_account",
-    "login_limits.per_address",
     "shaper",
     "shaper_rules",
 )
