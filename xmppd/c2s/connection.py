@@ -18,9 +18,10 @@ from typing import Any, Final, Protocol, cast
 from xml.sax.saxutils import escape, quoteattr
 
 from xmppd.c2s.session import Session
-from xmppd.delivery import Pending, Spawn
+from xmppd.delivery import ERROR, SAFE, Pending, Spawn
 from xmppd.errors import StreamError
 from xmppd.log import Logger
+from xmppd.metrics import Counters, add
 from xmppd.protocol import ns
 from xmppd.protocol.stanza import Stanza
 from xmppd.protocol.stream import Event, Limits, Nonza, Stream, StreamClosed, StreamOpened
@@ -77,7 +78,9 @@ class Flusher:
 class Connection(asyncio.Protocol):
     """Fulfils session.Carrier."""
 
-    def __init__(self, settings: Settings, flusher: Flusher, spawn: Spawn, log: Logger, *, secure: bool) -> None:
+    def __init__(
+        self, settings: Settings, flusher: Flusher, spawn: Spawn, log: Logger, *, secure: bool, counters: Counters
+    ) -> None:
         self.settings = settings
         self.name = settings.name
         self.log = log
@@ -87,6 +90,7 @@ class Connection(asyncio.Protocol):
         self.session: Session | None = None
         self.negotiator: Negotiator | None = None
         self.on_lost: Callable[[Connection], None] | None = None
+        self._counters = counters
         self._flusher = flusher
         self._spawn = spawn
         self._stream = Stream(settings.before)
@@ -134,11 +138,13 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._paused = True
+        self._counters.stalled.add(self)
         loop = asyncio.get_running_loop()
         self._stuck = loop.call_later(self.settings.send_timeout, self._cut_off, "takes nothing")
 
     def resume_writing(self) -> None:
         self._paused = False
+        self._counters.stalled.discard(self)
         if self._stuck is not None:
             self._stuck.cancel()
             self._stuck = None
@@ -147,6 +153,7 @@ class Connection(asyncio.Protocol):
         for timer in (self._deadline, self._stuck):
             if timer is not None:
                 timer.cancel()
+        self._counters.stalled.discard(self)
         self._closing = True
         self._waiting.clear()
         self._out.clear()
@@ -172,9 +179,18 @@ class Connection(asyncio.Protocol):
             except StreamError as error:
                 self.end(error)
                 return
-            if isinstance(outcome, Pending) and not outcome.decided:
-                self._hold()
-                outcome.when_decided(self._go_on_soon)
+            count = self._counters.stanzas[event.kind]
+            count.received += 1
+            if outcome is SAFE:
+                count.safe += 1
+            elif outcome is ERROR:
+                count.error += 1
+            else:
+                assert isinstance(outcome, Pending)
+                outcome.then(count.settled)
+                if not outcome.decided:
+                    self._hold()
+                    outcome.when_decided(self._go_on_soon)
             return
         work = self._other(event)
         if work is not None:
@@ -259,7 +275,7 @@ class Connection(asyncio.Protocol):
         """Bytes the peer's machine has not acknowledged: ours, the transport's and the kernel's."""
         if self._transport is None:
             return 1
-        queued = sum(map(len, self._out)) + self._transport.get_write_buffer_size()
+        queued = self.queued()
         if queued or self._socket is None:
             return queued
         try:
@@ -268,6 +284,11 @@ class Connection(asyncio.Protocol):
             return 1
         unacknowledged: int = struct.unpack("i", answer)[0]
         return unacknowledged
+
+    def queued(self) -> int:
+        """Bytes that wait in this process."""
+        waiting = sum(map(len, self._out))
+        return waiting + self._transport.get_write_buffer_size() if self._transport is not None else waiting
 
     # -- for the negotiation
 
@@ -304,6 +325,7 @@ class Connection(asyncio.Protocol):
                 ssl_shutdown_timeout=_CLOSE_PATIENCE,
             )
         except (OSError, ssl.SSLError, asyncio.CancelledError) as exc:
+            self._counters.tls_failures += 1
             self.log.info("tls handshake failed", peer=self.peer[0], error=exc)
             self.abort()
             return
@@ -341,6 +363,7 @@ class Connection(asyncio.Protocol):
             return
         if self.session is not None or error.condition not in ("conflict", "system-shutdown"):
             self.log.info("stream error", condition=error.condition, text=error.text, peer=self.peer[0])
+        add(self._counters.stream_errors, error.condition)
         if not self._header_sent:
             self.send_header("", "0", None)
         text = f"<text xmlns='{ns.STREAM_ERRORS}' xml:lang='en'>{escape(error.text)}</text>" if error.text else ""
@@ -403,6 +426,7 @@ class Connection(asyncio.Protocol):
             self.abort()
 
     def _cut_off(self, why: str) -> None:
+        self._counters.cut_off += 1
         self.log.warning("slow reader cut off", why=why, peer=self.peer[0], queued=self.unsent())
         self.abort()
 

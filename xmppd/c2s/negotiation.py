@@ -17,6 +17,7 @@ from xmppd.c2s.session import Parts, Session
 from xmppd.delivery import as_stanza_error
 from xmppd.errors import JidError, StanzaError, StorageError, StreamError
 from xmppd.events import FeaturesOffering, Handled, UnauthenticatedIq
+from xmppd.metrics import add
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, make, parse
 from xmppd.protocol.sasl import Challenge, Exchange, NeedsSecret, NeedsVerify, SaslError, Step, Success, exchange
@@ -191,6 +192,7 @@ class Negotiation:
             self._fail(SaslError("temporary-auth-failure", _WAIT))
 
     def _succeed(self, step: Success) -> None:
+        add(self._parts.counters.logins, self._mechanism)
         data = f">{_encode(step.data)}</success>" if step.data else "/>"
         self._connection.write(f"<success xmlns='{ns.SASL}'{data}".encode())
         self._user = make(step.username, self._host)
@@ -199,6 +201,7 @@ class Negotiation:
 
     def _fail(self, error: SaslError) -> None:
         self._exchange = None
+        add(self._parts.counters.login_failures, error.condition)
         connection = self._connection
         text = f"<text xml:lang='en'>{escape(error.text)}</text>" if error.text else ""
         connection.write(f"<failure xmlns='{ns.SASL}'><{error.condition}/>{text}</failure>".encode())
