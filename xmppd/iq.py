@@ -1,5 +1,6 @@
 """IQ handlers (RFC 6120 8.2.3): who answers which payload, for accounts and for the hosts themselves."""
 
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from inspect import isawaitable
@@ -66,6 +67,10 @@ class IqHandlers:
 
     def count(self) -> int:
         return len(self._handlers)
+
+    def owners(self) -> Counter[str]:
+        """How many handlers each module has."""
+        return Counter(owner for owner, _ in self._handlers.values())
 
     def find(self, target: Target, type: str, payload: _Element) -> Handler | None:
         """The handler for a payload, if there is one."""

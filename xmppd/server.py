@@ -47,7 +47,7 @@ from xmppd.log import get_logger
 from xmppd.metrics import Counters, LoopLag
 from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
-from xmppd.protocol import ns
+from xmppd.protocol import ns, stream
 from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stream import Limits
 from xmppd.router import Router
@@ -57,6 +57,8 @@ from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 _log = get_logger("xmppd.server")
+_COLLECT_EVERY: Final = 5.0  # seconds
+_COLLECT_ABANDONED: Final = 500  # parsers, about 6 MiB
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
 _HTTP_GRACE: Final = 2.0  # seconds for requests that run at stop
 _GC_THRESHOLDS: Final = (50_000, 20, 50)
@@ -124,7 +126,9 @@ class Server:
         self._status = "starting"
         self._stopping = asyncio.Event()
         self._restart = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._interrupted = False  # told to stop while starting
+        self._tasks: set[asyncio.Task[None]] = set()  # each ends by itself, soon
+        self._services: set[asyncio.Task[None]] = set()  # each goes on until it is cancelled
         self._listeners: list[ClientListener] = []
 
     # -- what operators and modules ask
@@ -174,17 +178,15 @@ class Server:
     async def run(self) -> bool:
         """Serve until told to stop; True when the process should start again."""
         async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(self._signals())
             for part in (self._data_folder, self._storage, self._routing_parts, self._modules, self._control):
                 await stack.enter_async_context(part())
             await stack.enter_async_context(self._http())
             await stack.enter_async_context(self._clients())
-            stack.enter_context(self._signals())
             self._ready()
             await self._stopping.wait()
             self._status = "stopping"
             _log.info("stopping", node=self.node)
-        for task in list(self._tasks):
-            task.cancel()
         _log.info("stopped", node=self.node)
         return self._restart
 
@@ -204,8 +206,23 @@ class Server:
         task.add_done_callback(self._task_done)
         return task
 
+    def spawn_service(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Run a task that goes on as long as the node; it is cancelled when the node stops."""
+        task = self.spawn(coroutine, name=name)
+        self._tasks.discard(task)
+        self._services.add(task)
+        return task
+
+    async def _finish_tasks(self) -> None:
+        """What the ending sessions have set going (messages on their way to storage) gets its time."""
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=self.config.shutdown_grace)
+        for task in [*self._tasks, *self._services]:
+            task.cancel()
+
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._services.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
             _log.error("task failed", task=task.get_name(), exc=exc)
 
@@ -247,7 +264,12 @@ class Server:
                 _log.info("messages of an earlier run are free again", messages=freed)
             yield
         finally:
-            await self.storage.close()
+            try:
+                # A database that is away must not keep the node from stopping; nobody was told that these are stored.
+                async with asyncio.timeout(self.config.shutdown_grace + 1):
+                    await self.storage.close()
+            except TimeoutError:
+                _log.warning("writes given up", database=self.storage.where)
 
     @contextlib.asynccontextmanager
     async def _routing_parts(self) -> AsyncIterator[None]:
@@ -339,7 +361,7 @@ class Server:
             log=get_logger(f"modules.{name}"),
             clock=time.time,
             route=self.router.route,
-            spawn=self.spawn,
+            spawn=self.spawn_service,
             service=self.loader.service,
         )
 
@@ -388,6 +410,7 @@ class Server:
             for listener in self._listeners:
                 listener.stop_listening()
             await asyncio.gather(*(listener.close(self.config.shutdown_grace) for listener in self._listeners))
+            await self._finish_tasks()
 
     async def _listen(self, listen: C2SListen) -> None:
         listener = ClientListener(
@@ -421,14 +444,29 @@ class Server:
 
     @contextlib.contextmanager
     def _signals(self) -> Any:
+        """From the first moment to the last, so that a signal never finds the default handler, which kills."""
         loop = asyncio.get_running_loop()
+        main = asyncio.current_task()
+        assert main is not None
+
+        def stop() -> None:
+            if self._status == "starting":
+                self._interrupted = True
+                main.cancel()
+            self.stop()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(number, stop)
         try:
             yield
+        except asyncio.CancelledError:
+            if not self._interrupted:
+                raise
+            main.uncancel()
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)  # nothing is left but to exit
 
     def _ready(self) -> None:
         gc.collect()
@@ -437,10 +475,23 @@ class Server:
         self._status = "started"
         ready = {"node": self.node, "pid": os.getpid(), "hosts": list(self.hosts), "listen": self._addresses}
         self.folder.write_ready(ready)
+        self.spawn_service(self._collect(), name="collect abandoned parsers")
         waiting = self.hooks.notify(ServerStarted())
         if waiting is not None:
             self.spawn(_await(waiting), name="server started")
         _log.info("serving", node=self.node, hosts=",".join(self.hosts), database=self.storage.where)
+
+    async def _collect(self) -> None:
+        """Streams that were cut in the middle of a stanza leave cycles with much memory and few objects, which would
+        not make the collector run."""
+        collected = stream.abandoned
+        while True:
+            await asyncio.sleep(_COLLECT_EVERY)
+            if stream.abandoned - collected >= _COLLECT_ABANDONED:
+                collected = stream.abandoned
+                began = time.perf_counter()
+                gc.collect()
+                _log.debug("abandoned parsers collected", ms=int((time.perf_counter() - began) * 1000))
 
     # -- reload
 

@@ -6,7 +6,7 @@ import secrets
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Final, cast
 
 from xmppd.errors import CommandError, JidError, StanzaError, StorageError
 from xmppd.events import HANDLED, Handled, MessageUndeliverable, SessionBecameAvailable, SessionClosed
@@ -30,6 +30,8 @@ from xmppd.protocol.stanza import Stanza, delay_element, with_child
 from .flush import RETRY_FIRST, RETRY_LONGEST, Chores, Flush, KeptMessage
 from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, repetition_key, sender_of
 
+_AT_ONCE: Final = 200  # sessions looked up together
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -48,13 +50,27 @@ class Offline(Module[Config]):
         # Messages that are being stored, by bare JID: a login waits for them, or a later message would overtake them.
         self._storing: dict[str, set[asyncio.Future[None]]] = {}
 
+    async def start(self) -> None:
+        takers = [s for s in self.sessions.local() if s.priority is not None and s.priority >= 0]
+        if takers:
+            self.spawn(self._catch_up(takers), name="messages from before")
+
+    async def _catch_up(self, takers: list[Session]) -> None:
+        """Deliver what was stored while the module did not run, or was just being delivered when it was reloaded."""
+        for first in range(0, len(takers), _AT_ONCE):
+            some = takers[first : first + _AT_ONCE]
+            flushed = await asyncio.gather(*(self._flush(session) for session in some))
+            for session, done in zip(some, flushed, strict=True):
+                if not done:
+                    self._retry(session)
+
     # -- keeping
 
     @hook(MessageUndeliverable, after=("push",))
     def keep(self, event: MessageUndeliverable) -> Handled | None:
         message = event.message
-        if isinstance(message, KeptMessage):
-            return self._came_back(event, message)
+        if getattr(message, "row_id", None) is not None:  # not by its class, which a reload makes anew
+            return self._came_back(event, cast(KeptMessage, message))
         verdict = judge(message, self.config.store_empty_body)
         if verdict is Verdict.REFUSE:
             return None

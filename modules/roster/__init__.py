@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from xmppd.errors import CommandError, JidError, StanzaError, StorageError
 from xmppd.events import (
@@ -239,9 +239,20 @@ class Roster(Module[Config]):
             done = await change
         except (StorageError, asyncio.CancelledError):
             self._rosters.invalidate(user)  # the answer to a COMMIT may have been lost
+            self._tell_successor(user)
             raise
         self._rosters.apply(user, done)
+        self._tell_successor(user)
         return done
+
+    def _tell_successor(self, user: JID) -> None:
+        """This change was under way when the module was reloaded: the new one may have read the roster before it."""
+        try:
+            serving: Any = self.service(RosterService)  # type: ignore[type-abstract]
+        except LookupError:
+            return
+        if serving is not self and hasattr(serving, "invalidate"):
+            serving.invalidate(user)
 
     def push(self, user: JID, change: Change) -> None:
         """Tell every interested resource (RFC 6121 2.1.6)."""
