@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import io
 import json
 import os
 import re
@@ -10,35 +11,27 @@ import signal
 import socket
 import sqlite3
 import ssl
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import aiohttp
 import pytest
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.harness.server import Server, options
 from xmppd.errors import XmppdError
 from xmppd.http import listener as listening
 from xmppd.http.answers import Answer, only_reads
 from xmppd.http.listener import HttpListener
 
-ROOT = Path(__file__).parents[2]
 PATIENCE = 30.0
 FIXED = "a token from the configuration"
 
 
-class Node:
-    """A server process with one c2s listener (direct TLS) and two http listeners, one of them with TLS."""
+class Node(Server):
+    """One c2s listener (direct TLS) and two http listeners, one of them with TLS."""
 
-    def __init__(self, folder: Path, **options: object) -> None:
-        self.folder = folder
-        self.data = folder / "var"
-        self.options = {
-            "data_dir": str(self.data),
-            "hosts": ["localhost"],
+    def __init__(self, folder: Path, **changes: object) -> None:
+        defaults = {
             "listen": [
                 {"module": "c2s", "ip": "127.0.0.1", "port": 0, "tls": True},
                 {"module": "http", "ip": "127.0.0.1", "port": 0},
@@ -49,56 +42,19 @@ class Node:
                 "file": {"who": {"token": "fixed"}, "what": ["stats", "module *", "!module_unload"]},
                 "near": {"who": "loopback", "what": "status"},
             },
-            **options,
         }
-        self.configure()
-        self.process: subprocess.Popen[str] | None = None
+        super().__init__(folder, options(**defaults | changes))
 
-    def configure(self, **changes: object) -> None:
-        self.options |= changes
-        (self.folder / "xmppd.yml").write_text(yaml.safe_dump(self.options))
-
-    def start(self) -> None:
-        with (self.folder / "log").open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "xmppd", "--config", str(self.folder / "xmppd.yml")],
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                stderr=log,
-                stdout=subprocess.DEVNULL,
-            )
-        deadline = time.monotonic() + PATIENCE
-        while not (self.data / "ready.json").exists():
-            assert self.process.poll() is None, self.log()
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.02)
-        self.ready = json.loads((self.data / "ready.json").read_text())
-
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
-
-    def port(self, module: str, *, tls: bool) -> int:
-        return next(one["port"] for one in self.ready["listen"] if (one["module"], one["tls"]) == (module, tls))
+    def http_port(self, *, tls: bool = False) -> int:
+        return next(one["port"] for one in self.ready["listen"] if (one["module"], one["tls"]) == ("http", tls))
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port('http', tls=False)}"
+        return f"http://127.0.0.1:{self.http_port()}"
 
-    def ctl(self, *argv: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "xmppd.ctl", "--data-dir", str(self.data), *argv],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout.strip()
-
-    def end(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-        if self.process is not None:
-            self.process.wait()
+    def reload(self, **changes: object) -> None:
+        self.configure(self.options | changes)
+        self.asked("reload_config")
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +64,9 @@ def node(tmp_path_factory):
     try:
         node.start()
         yield node
+        node.judge()
     finally:
-        node.end()
-    assert "ERROR" not in node.log()
+        node.kill()
 
 
 @pytest.fixture
@@ -120,8 +76,9 @@ def fresh(tmp_path):
     try:
         node.start()
         yield node
+        node.judge()
     finally:
-        node.end()
+        node.kill()
 
 
 @pytest.fixture
@@ -141,7 +98,7 @@ async def elsewhere():
 @pytest.fixture(scope="module")
 def token(node):
     """May call everything that a pattern covers."""
-    return node.ctl("api_token", "create", "all", "*")
+    return node.asked("api_token", "create", "all", "*")
 
 
 def bearer(secret: str) -> dict[str, str]:
@@ -201,7 +158,7 @@ async def test_health_is_read_with_get_and_head_alone(node, http, token, path):
 
 
 async def test_no_answer_names_the_software(node, http, token):
-    port = node.port("http", tls=False)
+    port = node.http_port()
     seen = [
         await raw(port, b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"),
         await raw(port, b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"),
@@ -215,7 +172,7 @@ async def test_no_answer_names_the_software(node, http, token):
 
 
 async def test_readiness_goes_and_comes_back_with_the_database(fresh, http):
-    with sqlite3.connect(fresh.data / "xmppd.db") as database:
+    with sqlite3.connect(fresh.data_dir / "xmppd.db") as database:
         database.execute("ALTER TABLE alembic_version RENAME TO gone")
 
     async def readiness():
@@ -223,7 +180,7 @@ async def test_readiness_goes_and_comes_back_with_the_database(fresh, http):
 
     await eventually(readiness, lambda found: found == (503, "unavailable"))
     assert await text(http, f"{fresh.url}/livez") == (200, "alive")
-    with sqlite3.connect(fresh.data / "xmppd.db") as database:
+    with sqlite3.connect(fresh.data_dir / "xmppd.db") as database:
         database.execute("ALTER TABLE gone RENAME TO alembic_version")
     await eventually(readiness, lambda found: found == (200, "ready"))
 
@@ -242,8 +199,7 @@ async def test_a_node_that_stops_says_so_before_it_goes(fresh, http):
     assert found == (503, "stopping")
     assert b"system-shutdown" in await reader.read()
     writer.close()
-    assert await asyncio.to_thread(fresh.process.wait, PATIENCE) == 0
-    assert "Traceback" not in fresh.log()
+    assert await asyncio.to_thread(fresh.wait) == 0
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -252,7 +208,7 @@ async def test_a_node_that_stops_says_so_before_it_goes(fresh, http):
 async def xmpp_stream(node, host="localhost"):
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    port = node.port("c2s", tls=True)
+    port = node.tls_port
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
     writer.write(header(host))
     return reader, writer
@@ -294,7 +250,7 @@ async def metrics(http, node) -> dict[tuple[str, ...], float]:
 
 async def test_what_clients_do_is_counted(fresh, http):
     for user in ("romeo", "juliet"):
-        fresh.ctl("register", user, "localhost", "rose")
+        fresh.asked("register", user, "localhost", "rose")
 
     reader, writer = await login(fresh, "romeo", "rose")
     assert await login(fresh, "juliet", "thorn") is None
@@ -303,8 +259,8 @@ async def test_what_clients_do_is_counted(fresh, http):
     closing.close()
     for recipient in ("juliet@localhost", "nobody@localhost", "x@far.example"):
         writer.write(f"<message to='{recipient}' type='chat' id='m'><body>O</body></message>".encode())
-    writer.write(b"<iq type='get' id='p' to='localhost'><ping xmlns='urn:xmpp:ping'/></iq>")
-    await expect(reader, until="id='p'")
+    writer.write(b"<iq type='get' id='ping77' to='localhost'><ping xmlns='urn:xmpp:ping'/></iq>")
+    await expect(reader, until="ping77")
     found = await eventually(lambda: metrics(http, fresh), lambda found: not found["xmppd_stanzas_pending", "message"])
 
     assert found["xmppd_sessions", "localhost"] == 1
@@ -338,7 +294,7 @@ async def test_what_clients_do_is_counted(fresh, http):
 
 async def test_a_client_that_reads_nothing_shows_in_the_write_queues(fresh, http):
     for user in ("romeo", "juliet"):
-        fresh.ctl("register", user, "localhost", "rose")
+        fresh.asked("register", user, "localhost", "rose")
     _, writer = await login(fresh, "romeo", "rose")
     _, deaf = await login(fresh, "juliet", "rose")
     deaf.write(b"<presence/>")
@@ -380,9 +336,9 @@ async def test_commands_answer_as_xmppctl_does_with_json(node, http, token):
     status, modules = await call(http, node, "module_list", token, {})
     assert status == 200
     assert {"name": "roster", "state": "loaded", "source": "bundled"} in modules
-    assert json.loads(node.ctl("--json", "module", "list")) == modules
+    assert json.loads(node.asked("--json", "module", "list")) == modules
     assert await call(http, node, "connected_users_number", token, params={"local": "true"}) == (200, 0)
-    assert "command done command=register via=http caller=all code=0" in node.log()
+    assert "command done command=register via=http caller=all code=0" in node.log
 
 
 @pytest.mark.parametrize(
@@ -398,7 +354,7 @@ async def test_commands_answer_as_xmppctl_does_with_json(node, http, token):
         ("stats", [], 400, 2, "the arguments are a JSON object"),
         ("no_such", {}, 404, 404, "there is no such command"),
         ("registered_users", {"host": "far.example"}, 404, 1, "Unknown virtual host"),
-        ("module_load", {"name": "no_such"}, 404, 13, "no_such"),
+        ("module_unload", {"name": "no_such"}, 404, 13, "no_such"),
         ("module_load", {"name": "roster"}, 409, 14, "roster"),
         ("register", {"user": "a b", "host": "localhost", "password": "x"}, 400, 1, "Malformed username"),
     ],
@@ -437,7 +393,7 @@ async def test_a_name_that_is_taken_is_a_conflict(node, http, token):
 )
 async def test_what_is_no_json_object_is_refused(node, http, token, body, content_type, status):
     headers = bearer(token) | {"Content-Type": content_type}
-    async with http.post(f"{node.url}/api/stats", data=body, headers=headers) as answer:
+    async with http.post(f"{node.url}/api/stats", data=io.BytesIO(body), headers=headers) as answer:
         assert answer.status == status, await answer.text()
 
 
@@ -470,19 +426,19 @@ async def test_arguments_do_not_go_into_the_address(node, http, token, query):
 
 async def test_a_long_list_arrives_whole(fresh, http):
     names = [f"user{number:05}" for number in range(3500)]
-    with sqlite3.connect(fresh.data / "xmppd.db") as database:
+    with sqlite3.connect(fresh.data_dir / "xmppd.db") as database:
         rows = [("localhost", name, 0) for name in names]
         database.executemany("INSERT INTO account (server_host, username, created_at) VALUES (?, ?, ?)", rows)
-    secret = fresh.ctl("api_token", "create", "all", "*")
+    secret = fresh.asked("api_token", "create", "all", "*")
 
     assert await call(http, fresh, "registered_users", secret, {"host": "localhost"}) == (200, names)
 
 
 async def test_stop_is_answered_before_the_node_goes(fresh, http):
-    secret = fresh.ctl("api_token", "create", "stopper", "stop")
+    secret = fresh.asked("api_token", "create", "stopper", "stop")
 
     assert await call(http, fresh, "stop", secret) == (200, 0)
-    assert await asyncio.to_thread(fresh.process.wait, PATIENCE) == 0
+    assert await asyncio.to_thread(fresh.wait) == 0
 
 
 # ---------------------------------------------------------------------------------------------- who may
@@ -498,8 +454,7 @@ async def test_without_a_token_nothing_may_be_done_but_what_the_configuration_gr
 
 
 async def test_a_stranger_learns_nothing_about_commands(fresh, http):
-    fresh.configure(api_permissions={})
-    fresh.ctl("reload_config")
+    fresh.reload(api_permissions={})
 
     for command in ("stats", "no_such_command", "openapi.json", ""):
         async with http.request("GET" if "." in command else "POST", f"{fresh.url}/api/{command}") as answer:
@@ -529,7 +484,7 @@ async def test_a_token_may_what_its_name_is_granted_and_no_more(node, http):
 async def test_no_pattern_covers_the_commands_that_make_tokens(node, http, token):
     assert (await call(http, node, "api_token_create", token, {"name": "more", "what": ["*"]}))[0] == 403
 
-    named = node.ctl("api_token", "create", "maker", "api_token create")
+    named = node.asked("api_token", "create", "maker", "api_token create")
 
     wanted = {"name": "made", "what": ["stats", "[tag:session]"]}
     status, made = await call(http, node, "api_token_create", named, wanted)
@@ -539,10 +494,10 @@ async def test_no_pattern_covers_the_commands_that_make_tokens(node, http, token
 
 
 async def test_a_revoked_token_opens_nothing(node, http):
-    secret = node.ctl("api_token", "create", "brief", "stats")
+    secret = node.asked("api_token", "create", "brief", "stats")
     assert (await call(http, node, "stats", secret, {"name": "uptimeseconds"}))[0] == 200
 
-    node.ctl("api_token", "revoke", "brief")
+    node.asked("api_token", "revoke", "brief")
 
     assert (await call(http, node, "stats", secret, {"name": "uptimeseconds"}))[0] == 401
 
@@ -554,8 +509,7 @@ async def test_a_wrong_token_is_refused_even_where_none_is_needed(node, http):
 async def test_permissions_are_taken_up_by_a_reload(fresh, http):
     assert (await call(http, fresh, "registered_vhosts", FIXED))[0] == 403
 
-    fresh.configure(api_permissions={"file": {"who": {"token": "fixed"}, "what": "registered_vhosts"}})
-    fresh.ctl("reload_config")
+    fresh.reload(api_permissions={"file": {"who": {"token": "fixed"}, "what": "registered_vhosts"}})
 
     assert await call(http, fresh, "registered_vhosts", FIXED) == (200, ["localhost"])
     assert (await call(http, fresh, "stats", FIXED, {"name": "uptimeseconds"}))[0] == 403
@@ -581,7 +535,9 @@ async def test_the_description_shows_what_the_caller_may_call(node, http, token)
     assert everything["openapi"] == "3.1.0"
     assert everything["servers"] == [{"url": "/api"}]
     assert {"/register", "/module_list", "/get_roster", "/stop"} < set(everything["paths"])
-    assert set(little["paths"]) == {"/stats", "/module_list", "/module_load", "/module_reload"}
+    assert {"/status", "/stats", "/module_list", "/module_load"} <= set(little["paths"])
+    assert not [path for path in little["paths"] if not path.startswith(("/stat", "/module_"))]
+    assert "/module_unload" not in little["paths"]
     references = set(re.findall(r'"\$ref": "#/components/(\w+)/(\w+)"', json.dumps(everything)))
     assert all(name in everything["components"][group] for group, name in references)
 
@@ -590,8 +546,8 @@ async def test_the_description_shows_what_the_caller_may_call(node, http, token)
 
 
 async def test_tls_shows_the_certificate_of_the_host(node, http):
-    context = ssl.create_default_context(cafile=str(node.data / "certs" / "localhost.pem"))
-    url = f"https://localhost:{node.port('http', tls=True)}/registered_vhosts"
+    context = ssl.create_default_context(cafile=str(node.data_dir / "certs" / "localhost.pem"))
+    url = f"https://localhost:{node.http_port(tls=True)}/registered_vhosts"
 
     async with http.post(url, ssl=context) as answer:
         assert answer.status == 401
@@ -614,9 +570,7 @@ async def test_tls_shows_the_certificate_of_the_host(node, http):
     ],
 )
 async def test_paths_are_taken_as_they_come(node, path):
-    answer = await raw(
-        node.port("http", tls=False), b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    )
+    answer = await raw(node.http_port(), b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 
     assert answer.split()[1] in (b"401", b"404", b"400")
     assert b"root:" not in answer
@@ -637,7 +591,7 @@ async def test_paths_are_taken_as_they_come(node, path):
     ],
 )
 async def test_what_is_no_request_is_refused_and_the_connection_ends(node, data):
-    answer = await raw(node.port("http", tls=False), data)
+    answer = await raw(node.http_port(), data)
 
     assert answer == b"" or answer.split()[1] in (b"400", b"431")
 
@@ -646,19 +600,12 @@ async def test_a_port_that_somebody_else_has_is_named(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         node = Node(tmp_path, listen=[{"module": "http", "ip": "127.0.0.1", "port": port}])
-        done = await asyncio.to_thread(
-            subprocess.run,
-            [sys.executable, "-m", "xmppd", "--config", str(tmp_path / "xmppd.yml")],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
+        done = await asyncio.to_thread(node.second_start)
 
     assert done.returncode == 1
     assert f"xmppd: cannot listen on 127.0.0.1 port {port}: Address already in use" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not (node.data / "ready.json").exists()
+    assert not (node.data_dir / "ready.json").exists()
 
 
 class Big:
@@ -734,7 +681,6 @@ async def test_who_takes_no_answer_is_cut_off(small, monkeypatch):
     gone = asyncio.Event()
     monkeypatch.setattr(listening._Server, "connection_lost", lambda *arguments: gone.set())
     sock = socket.create_connection(("127.0.0.1", port))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.setblocking(False)
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(sock, b"GET /big/all HTTP/1.1\r\nHost: x\r\n\r\n")

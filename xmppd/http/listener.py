@@ -6,9 +6,12 @@ IDLE seconds to send the head of a request, and SEND seconds to take an answer.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import socket
 import ssl
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -144,8 +147,7 @@ class HttpListener:
         except Exception as exc:
             # the head is out: only a broken connection can still say that the answer is not whole
             _log.error("http answer failed", exc=exc, handler=name)
-        if request.transport is not None:
-            request.transport.abort()
+        _cut(request)
         raise ConnectionResetError
 
     def _find(self, path: str) -> tuple[Handler | None, str]:
@@ -155,6 +157,15 @@ class HttpListener:
             if not handler.exact and path.startswith(f"{prefix}/"):
                 return handler, path[len(prefix) + 1 :]
         return None, ""
+
+
+def _cut(request: web.BaseRequest) -> None:
+    """End the connection, and have the kernel throw away what it still holds for the peer."""
+    if request.transport is not None:
+        sock = request.transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        request.transport.abort()
 
 
 def _longest(item: tuple[str, Handler]) -> int:
