@@ -123,8 +123,8 @@ class Batcher:
         An Exception in the answer says that this item was not written and fails it alone; its unit, if it has other
         items, is left out as a whole. Raising fails the transaction. `write` may be called again for items whose COMMIT
         failed or was not answered, so doing it twice must be the same as doing it once: row ids made by the node and
-        `insert_new`. `size` tells an item's bytes. `committed` is called with item and result after the
-        commit; it must not raise. Defining again replaces; what is queued keeps the old one.
+        `insert_new`. `size` tells an item's bytes. `committed` is called with each item and its result
+        after the commit; it must not raise. Defining again replaces; what is queued keeps the old one.
         """
         rank = self._ranks.setdefault(kind, len(self._ranks))
         self._kinds[kind] = _Kind(kind, write, size, committed, rank)
