@@ -91,7 +91,7 @@ class Counters:
         self.cut_off = 0  # connections of peers that read too slowly
         self.tls_failures = 0
         self.logins: dict[str, int] = {}  # by mechanism
-        self.login_failures: dict[str, int] = {}  # by SASL condition
+        self.login_failures: dict[str, int] = {}  # by SASL condition, or `limited`
         self.stream_errors: dict[str, int] = {}  # by condition, sent by us
         self.stanza_errors: dict[str, int] = {}  # by condition, sent by us
         self.stalled: set[Queue] = set()

@@ -44,6 +44,7 @@ from xmppd.identity import DataFolder
 from xmppd.iq import IqDispatcher, IqHandlers
 from xmppd.local_router import LocalRouter
 from xmppd.log import get_logger
+from xmppd.login_limits import LoginLimits
 from xmppd.metrics import Counters, LoopLag
 from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
@@ -82,7 +83,8 @@ class Accountant:
         self._hooks = hooks
 
     async def exists(self, host: str, username: str) -> bool:
-        return await self._accounts.exists(host, username)
+        """Also an anonymous account, for as long as its session lives."""
+        return self._sessions.is_anonymous(make(username, host)) or await self._accounts.exists(host, username)
 
     async def register(self, host: str, user: str, password: str) -> bool:
         """Make an account; False when there is one."""
@@ -299,8 +301,8 @@ class Server:
             self.routes.insert(Route(host, self.owner, local.route))
         # Old clients ask for a session behind bind (RFC 3921 3); there is nothing to it.
         for target in ("account", "host"):
-            self.iqs.add("core", target, "set", ns.SESSION, "session", lambda request: None)
-        self.auth = Auth(self.accounts, self.config)
+            self.iqs.add("core", target, "set", ns.SESSION, "session", lambda request: None, anonymous=True)
+        self.auth = Auth(self.accounts, self.config, limits=LoginLimits(lambda: self.config.login_limits))
         self.accountant = Accountant(self.auth, self.accounts, self.sessions, self.hooks)
         self.flusher = Flusher(loop)
         self.sweeper = RecordSweeper(loop)

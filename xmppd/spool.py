@@ -20,7 +20,7 @@ from sqlalchemy.types import TypeEngine
 from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.storage import Stamp, Storage, Utf8, by_host, fixed_bytes, insert_new, new_id
 from xmppd.storage.sql import limited_update
-from xmppd.storage.tables import HOST_BYTES, PART_BYTES
+from xmppd.storage.tables import HOST_BYTES, PART_BYTES, account
 from xmppd.storage.tables import spool as table
 
 log = logging.getLogger("xmppd.spool")
@@ -36,6 +36,10 @@ User = tuple[str, str]  # server_host, username
 
 class QuotaReached(StorageError):
     """The user has as many offline messages as they may have; nothing was stored."""
+
+
+class NoAccount(StorageError):
+    """The user is not registered."""
 
 
 class Kept(enum.Enum):
@@ -74,6 +78,7 @@ class KeepItem:
     dedup: bytes | None
     quota: int | None
     holder: Holder | None
+    for_account: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +125,15 @@ class Spool:
         expires_at: float | None = None,
         holder: Holder | None = None,
         row_id: bytes | None = None,
+        for_account: bool = False,
     ) -> "asyncio.Future[Kept]":
         """Stores one message; the future is resolved when it is committed.
 
         `dedup`: 32 bytes; the same within the window, for the same user, gives DUPLICATE. `quota` never refuses a row
         with a holder, else the future raises QuotaReached. `row_id`: from `new_id()`, made just now, for a caller that
-        will have to delete or release the row. `take` gives rows back in the order of these calls.
+        will have to delete or release the row. `for_account`: the future raises NoAccount when the user is not
+        registered (any more), else an account made anew with that name would get the message. `take` gives rows back
+        in the order of these calls.
         Raises StorageUnavailable at once when the write queue is full.
         """
         kind, item = self.keep_item(
@@ -138,6 +146,7 @@ class Spool:
             expires_at=expires_at,
             holder=holder,
             row_id=row_id,
+            for_account=for_account,
         )
         return self._storage.batcher.submit(kind, item)
 
@@ -153,16 +162,27 @@ class Spool:
         expires_at: float | None = None,
         holder: Holder | None = None,
         row_id: bytes | None = None,
+        for_account: bool = False,
     ) -> tuple[str, KeepItem]:
         """As `keep`, for `Batcher.submit_unit`: a row that commits together with rows of other tables."""
         if dedup is not None:  # the column is unique in the whole table, so the user has to be part of it
             dedup = hashlib.sha256(b"\0".join((host.encode(), username.encode(), dedup))).digest()
         item = KeepItem(
-            row_id or new_id(), host, username, sender_bare, stanza, self._clock(), expires_at, dedup, quota, holder
+            row_id or new_id(),
+            host,
+            username,
+            sender_bare,
+            stanza,
+            self._clock(),
+            expires_at,
+            dedup,
+            quota,
+            holder,
+            for_account,
         )
         return KEEP, item
 
-    def _count_kept(self, item: KeepItem, result: Kept | QuotaReached) -> None:
+    def _count_kept(self, item: KeepItem, result: Kept | StorageError) -> None:
         if result is Kept.STORED:
             self.stored += 1
         elif result is Kept.DUPLICATE:
@@ -173,13 +193,17 @@ class Spool:
     def _count_deleted(self, ids: tuple[bytes, ...], result: object) -> None:
         self.flushed += len(ids)
 
-    async def _write_keeps(self, connection: AsyncConnection, items: list[KeepItem]) -> list[Kept | QuotaReached]:
+    async def _write_keeps(self, connection: AsyncConnection, items: list[KeepItem]) -> list[Kept | StorageError]:
         now = self._clock()
+        gone = await self._find_gone(connection, items)
         repeated = await self._find_repeated(connection, items, now)
         free = await self._count_free(connection, items, now)
-        results: dict[bytes, Kept | QuotaReached] = {}
+        results: dict[bytes, Kept | StorageError] = {}
         seen: set[bytes] = set()
         for item in items:
+            if (item.host, item.username) in gone and item.for_account:
+                results[item.id] = NoAccount(f"{item.username}@{item.host} is not registered")
+                continue
             if item.dedup is not None and (item.dedup in seen or repeated.get(item.dedup, item.id) != item.id):
                 results[item.id] = Kept.DUPLICATE
                 continue
@@ -195,6 +219,18 @@ class Spool:
             results[item.id] = Kept.STORED
         await self._insert(connection, [item for item in items if results[item.id] is Kept.STORED], results)
         return [results[item.id] for item in items]
+
+    async def _find_gone(self, connection: AsyncConnection, items: list[KeepItem]) -> set[User]:
+        """Users without an account; those that are there stay until this transaction ends."""
+        gone = {(item.host, item.username) for item in items if item.for_account}
+        for host, names in by_host(sorted(gone)).items():
+            query = (
+                select(account.c.username)
+                .where(account.c.server_host == host, account.c.username.in_(names))
+                .with_for_update(read=True)
+            )
+            gone -= {(host, name) for name in (await connection.execute(query)).scalars()}
+        return gone
 
     async def _find_repeated(
         self, connection: AsyncConnection, items: list[KeepItem], now: float
@@ -233,7 +269,7 @@ class Spool:
         return counts
 
     async def _insert(
-        self, connection: AsyncConnection, items: list[KeepItem], results: dict[bytes, Kept | QuotaReached]
+        self, connection: AsyncConnection, items: list[KeepItem], results: dict[bytes, Kept | StorageError]
     ) -> None:
         if not items:
             return

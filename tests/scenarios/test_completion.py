@@ -86,7 +86,7 @@ def test_commands_arguments_and_options_are_completed(node, program):
 
     assert sorted(offered[0]) == ["registered_users", "registered_vhosts"]
     assert sorted(offered[1]) == ["start", "started", "stats", "stats_host", "status", "stop", "stopped"]
-    assert sorted(offered[2]) == ["list", "load", "reload", "unload"]
+    assert {"list", "load", "reload", "unload"} <= set(offered[2])
     assert offered[3] == ["ping"]
     assert "localhost" in offered[4]
     assert offered[5] == []

@@ -90,7 +90,7 @@ class Connection(asyncio.Protocol):
         self.session: Session | None = None
         self.negotiator: Negotiator | None = None
         self.on_lost: Callable[[Connection], None] | None = None
-        self._counters = counters
+        self.counters = counters
         self._flusher = flusher
         self._spawn = spawn
         self._stream = Stream(settings.before)
@@ -138,13 +138,13 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._paused = True
-        self._counters.stalled.add(self)
+        self.counters.stalled.add(self)
         loop = asyncio.get_running_loop()
         self._stuck = loop.call_later(self.settings.send_timeout, self._cut_off, "takes nothing")
 
     def resume_writing(self) -> None:
         self._paused = False
-        self._counters.stalled.discard(self)
+        self.counters.stalled.discard(self)
         if self._stuck is not None:
             self._stuck.cancel()
             self._stuck = None
@@ -153,7 +153,7 @@ class Connection(asyncio.Protocol):
         for timer in (self._deadline, self._stuck):
             if timer is not None:
                 timer.cancel()
-        self._counters.stalled.discard(self)
+        self.counters.stalled.discard(self)
         self._closing = True
         self._waiting.clear()
         self._out.clear()
@@ -180,7 +180,7 @@ class Connection(asyncio.Protocol):
             except StreamError as error:
                 self.end(error)
                 return
-            count = self._counters.stanzas[event.kind]
+            count = self.counters.stanzas[event.kind]
             count.received += 1
             if outcome is SAFE:
                 count.safe += 1
@@ -326,7 +326,7 @@ class Connection(asyncio.Protocol):
                 ssl_shutdown_timeout=_CLOSE_PATIENCE,
             )
         except (OSError, ssl.SSLError, asyncio.CancelledError) as exc:
-            self._counters.tls_failures += 1
+            self.counters.tls_failures += 1
             self.log.info("tls handshake failed", peer=self.peer[0], error=exc)
             self.abort()
             return
@@ -364,7 +364,7 @@ class Connection(asyncio.Protocol):
             return
         if self.session is not None or error.condition not in ("conflict", "system-shutdown"):
             self.log.info("stream error", condition=error.condition, text=error.text, peer=self.peer[0])
-        add(self._counters.stream_errors, error.condition)
+        add(self.counters.stream_errors, error.condition)
         if not self._header_sent:
             self.send_header("", "0", None)
         text = f"<text xmlns='{ns.STREAM_ERRORS}' xml:lang='en'>{escape(error.text)}</text>" if error.text else ""
@@ -427,7 +427,7 @@ class Connection(asyncio.Protocol):
             self.abort()
 
     def _cut_off(self, why: str) -> None:
-        self._counters.cut_off += 1
+        self.counters.cut_off += 1
         self.log.warning("slow reader cut off", why=why, peer=self.peer[0], queued=self.unsent())
         self.abort()
 

@@ -56,16 +56,12 @@ MECHANISMS: Final = (
 NO_EFFECT_YET: Final = (
     "acl",
     "access_rules",
-    "auth_method: anonymous",
     "cluster",
     "database.read",
     "listen[].access",
     "listen[].shaper",
     "listen[].trusted_proxies",
     "listen[].use_proxy_protocol",
-    "login_limits.exempt",
-    "login_limits.per_account",
-    "login_limits.per_address",
     "shaper",
     "shaper_rules",
 )
