@@ -240,6 +240,7 @@ class ModuleLoader:
             return task
 
         context.spawn = spawn_owned
+        context.notify, context.decide = self._hooks.notify, self._hooks.decide
         instance = cls(context, config)
         context.switch = functools.partial(self._switch, name)
         loaded = Loaded(name, self._source(name), instance, tasks)
