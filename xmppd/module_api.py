@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 from xmppd.admin.registry import Arg, command
 from xmppd.admin.results import List, Rescode, Tuple, integer, string
 from xmppd.cluster.tables import Owner
-from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, sized
+from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, several, sized
 from xmppd.delivery import SAFE, Outcome, Pending, as_stanza_error
 from xmppd.events import Handled, Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
@@ -99,6 +99,7 @@ __all__ = [
     "long_text",
     "module_table",
     "new_id",
+    "several",
     "sized",
     "string",
     "upsert",

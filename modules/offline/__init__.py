@@ -191,7 +191,8 @@ class Offline(Module[Config]):
             service: BlockingService = self.service(BlockingService)  # type: ignore[type-abstract]
         except LookupError:
             return None
-        return service.cached(user) or await service.blocklist(user)
+        known = service.cached(user)
+        return await service.blocklist(user) if known is None else known
 
     # -- looking through them (XEP-0013)
 

@@ -29,7 +29,7 @@ from xmppd.hooks import Hooks
 from xmppd.log import Logger
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, bare, parse
-from xmppd.protocol.stanza import Stanza, build
+from xmppd.protocol.stanza import Stanza, build, error_reply
 from xmppd.router import Router
 from xmppd.session_manager import SUBSCRIPTIONS, SessionInfo, SessionManager
 
@@ -135,7 +135,15 @@ class Session:
                 return self._let_out(stanza)
             return self._route(stanza)
         except Exception as exc:
-            return parts.router.bounce(stanza, as_stanza_error(exc))
+            return self._refuse(stanza, as_stanza_error(exc))
+
+    def _refuse(self, stanza: Stanza, error: StanzaError) -> Outcome:
+        """Straight to the client: as a stanza from the address it was meant for, a guard would stop it."""
+        reply = error_reply(stanza, error)
+        if reply is None:
+            return SAFE
+        self.send(reply)
+        return ERROR
 
     def _let_out(self, stanza: Stanza) -> Outcome:
         if self._parts.hooks.wants(StanzaSending):
