@@ -13,6 +13,7 @@ accounts of all hosts the address is `announce/all-hosts/all`.
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Annotated, Final
 from xml.sax.saxutils import escape
@@ -57,7 +58,7 @@ class Announce(Module[Config]):
         super().__init__(context, config)
         self._store = Store(self.storage)
         self._motds: dict[str, tuple[float, Motd | None]] = {}  # by host: when it was looked up, and what it was
-        self._showing: set[str] = set()  # users whose session is being looked after
+        self._showing: set[str] = set()  # users who are being shown it, until that is written down
 
     async def start(self) -> None:
         self._store.open()
@@ -152,19 +153,21 @@ class Announce(Module[Config]):
         if event.priority < 0 or user.bare in self._showing:
             return
         self._showing.add(user.bare)
+        current = None
         try:
-            await self._show(session, user)
+            current = await self._unseen(user)
         except StorageError as exc:
             self.log.warning("message of the day not shown", user=user.bare, error=exc)
         finally:
-            self._showing.discard(user.bare)
+            if current is None:
+                self._showing.discard(user.bare)
+        if current is not None:
+            session.send(Stanza.from_bytes(current.stanza).addressed(user))
+            self._mark((user,), current)
 
-    async def _show(self, session: Session, user: JID) -> None:
+    async def _unseen(self, user: JID) -> Motd | None:
         current = await self._current(user.domain)
-        if current is None or await self._store.seen(user) == current.id:
-            return
-        session.send(Stanza.from_bytes(current.stanza).addressed(user))
-        self._mark((user,), current)
+        return None if current is None or await self._store.seen(user) == current.id else current
 
     async def _current(self, host: str) -> Motd | None:
         looked, found = self._motds.get(host, (0.0, None))
@@ -175,12 +178,15 @@ class Announce(Module[Config]):
 
     def _mark(self, users: "set[JID] | tuple[JID, ...]", shown: Motd) -> None:
         for user in users:
+            self._showing.add(user.bare)
             try:
-                self._store.mark(user, shown.id).add_done_callback(self._marked)
+                self._store.mark(user, shown.id).add_done_callback(partial(self._marked, user))
             except StorageError as exc:
+                self._showing.discard(user.bare)
                 self.log.warning("message of the day will be shown again", user=user.bare, error=exc)
 
-    def _marked(self, future: "asyncio.Future[None]") -> None:
+    def _marked(self, user: JID, future: "asyncio.Future[None]") -> None:
+        self._showing.discard(user.bare)
         if not future.cancelled() and (error := future.exception()) is not None:
             self.log.warning("message of the day will be shown again", error=error)
 

@@ -318,4 +318,4 @@ def message(
     """A message as a client writes it."""
     ident = f" id='{id}'" if id else ""
     text = "" if body is None else f"<body>{body}</body>"
-    return f"<message type='chat' to='{to}'{ident}>{text}{inner}</message>"
+    return f"<message type='{type}' to='{to}'{ident}>{text}{inner}</message>"
