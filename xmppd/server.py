@@ -88,6 +88,9 @@ class Accountant:
         """Also an anonymous account, for as long as its session lives."""
         return self._sessions.is_anonymous(make(username, host)) or await self._accounts.exists(host, username)
 
+    async def names(self, host: str, *, limit: int, after: str | None) -> list[str]:
+        return await self._accounts.names(host, limit=limit, after=after)
+
     async def register(self, host: str, user: str, password: str) -> bool:
         """Make an account; False when there is one."""
         if not await self._auth.register(host, user, password):
@@ -303,7 +306,7 @@ class Server:
             spawn=self.spawn,
             strict=self.config.routing.profile == "rfc6121",
         )
-        local = LocalRouter(self.sessions, dispatcher, self.router.bounce)
+        local = LocalRouter(self.sessions, dispatcher, self.gate)
         for host in self.config.hosts:
             self.routes.insert(Route(host, self.owner, local.route))
         # Old clients ask for a session behind bind (RFC 3921 3); there is nothing to it.

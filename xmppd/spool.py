@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, ColumnElement, case, delete, func, null, or_, select, update
+from sqlalchemy import BigInteger, ColumnElement, Select, case, delete, func, null, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
@@ -43,6 +43,10 @@ class QuotaReached(StorageError):
 
 class NoAccount(StorageError):
     """The user is not registered."""
+
+
+class _NotThere(Exception):
+    """Rolls a removal back."""
 
 
 class Kept(enum.Enum):
@@ -369,6 +373,60 @@ class Spool:
             return int((await connection.execute(query)).scalar_one())
 
         return await self._storage.read(work)
+
+    async def look(self, host: str, username: str, *, after: bytes | None = None, limit: int = 100) -> list[SpoolRow]:
+        """The user's offline messages as they are, oldest first, in pages; `after` the last id of the page before."""
+        query = self._free_rows(host, username).order_by(table.c.id).limit(limit)
+        return await self._rows(query if after is None else query.where(table.c.id > after))
+
+    async def find(self, host: str, username: str, ids: Iterable[bytes]) -> list[SpoolRow]:
+        """Those of the ids that are offline messages of the user."""
+        found: list[SpoolRow] = []
+        for some in _chunks(sorted(ids)):
+            found += await self._rows(self._free_rows(host, username).where(table.c.id.in_(some)))
+        return found
+
+    def _free_rows(self, host: str, username: str) -> Select[Any]:
+        columns = (table.c.id, table.c.created_at, table.c.sender, table.c.stanza)
+        return select(*columns).where(*_of(host, username), table.c.holder_member.is_(None), _lives(self._clock()))
+
+    async def _rows(self, query: Select[Any]) -> list[SpoolRow]:
+        async def work(connection: AsyncConnection) -> list[SpoolRow]:
+            rows = await connection.execute(query)
+            return [SpoolRow(row.id, row.created_at, row.sender, row.stanza) for row in rows]
+
+        return await self._storage.read(work)
+
+    async def remove(self, host: str, username: str, ids: Sequence[bytes]) -> bool:
+        """Their user does not want these offline messages: all of them go, or, when one is not there, none."""
+        wanted = set(ids)
+
+        async def work(connection: AsyncConnection) -> bool:
+            mine = (*_of(host, username), table.c.holder_member.is_(None))
+            for some in _chunks(sorted(wanted)):
+                gone = await connection.execute(delete(table).where(*mine, table.c.id.in_(some)))
+                if gone.rowcount < len(some):
+                    raise _NotThere
+            return True
+
+        try:
+            return await self._storage.run(work)
+        except _NotThere:
+            return False
+
+    async def purge(self, host: str, username: str) -> None:
+        """Removes all offline messages of a user, in pieces, so that no transaction is long."""
+        query = select(table.c.id).where(*_of(host, username), table.c.holder_member.is_(None)).limit(_FREE_AT_ONCE)
+
+        async def work(connection: AsyncConnection) -> int:
+            ids = list((await connection.execute(query)).scalars())
+            for some in _chunks(sorted(ids)):
+                free = table.c.holder_member.is_(None)
+                await connection.execute(delete(table).where(table.c.id.in_(some), free))
+            return len(ids)
+
+        while await self._storage.run(work) == _FREE_AT_ONCE:
+            pass
 
     async def freed_since(self, when: float, *, limit: int = 10_000) -> list[User]:
         """The users with rows that were stored without holder, or released, at or after `when`, and are free now.

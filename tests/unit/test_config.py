@@ -62,7 +62,7 @@ def test_nothing_at_all_is_a_whole_configuration() -> None:
     assert config.auth_scram.hashes == ("sha1", "sha256")
     assert config.login_limits.per_address == Rate(20, 60)
     assert list(config.modules) == [
-        *("roster", "presence", "offline", "disco", "ping", "version", "time", "last", "private", "vcard")
+        *("roster", "presence", "offline", "disco", "caps", "ping", "version", "time", "last", "private", "vcard")
     ]
 
 

@@ -341,5 +341,5 @@ DEFAULT_NAMES: Final[dict[str, dict[str, Any]]] = {
     },
 }
 DEFAULT_MODULES: Final = (
-    *("roster", "presence", "offline", "disco", "ping", "version", "time", "last", "private", "vcard"),
+    *("roster", "presence", "offline", "disco", "caps", "ping", "version", "time", "last", "private", "vcard"),
 )
