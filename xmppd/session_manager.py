@@ -94,6 +94,7 @@ class SessionManager:
         self._bounce = bounce
         self._gate = Gate(hooks, spawn, bounce)
         self.strict = strict  # routing.profile: rfc6121
+        self.rerouted = 0  # stanzas whose session turned out to be dead
 
     # -- sessions
 
@@ -157,6 +158,7 @@ class SessionManager:
         for record in records:
             if record.outcome.result is not None:
                 continue
+            self.rerouted += 1
             stanza = record.stanza
             try:
                 if stanza.kind == "iq":

@@ -104,10 +104,14 @@ class Spool:
         self._clock = clock
         self._dedup_window = dedup_window
         self._untakes: dict[User, int] = {}  # takes of which it is not known what they got
+        # rows since the start: written, already there, over the quota, taken for a session, acknowledged by its client
+        self.stored = self.duplicates = self.refused = self.taken = self.flushed = 0
         # In this order within a transaction: a row that is stored and acknowledged in one tick has to be gone after it.
-        storage.batcher.define(KEEP, self._write_keeps, size=lambda item: 512 + len(item.stanza))
+        storage.batcher.define(
+            KEEP, self._write_keeps, size=lambda item: 512 + len(item.stanza), committed=self._count_kept
+        )
         storage.batcher.define(FREE, self._write_frees, size=lambda item: 64 + 16 * len(item.ids))
-        storage.batcher.define(DELETE, _write_deletes, size=lambda ids: 16 * len(ids))
+        storage.batcher.define(DELETE, _write_deletes, size=lambda ids: 16 * len(ids), committed=self._count_deleted)
         storage.loader.define("spool waiting", _fetch_waiting)
 
     # -- storing -----------------------------------------------------------------------------------------------------
@@ -180,6 +184,17 @@ class Spool:
             for_account,
         )
         return KEEP, item
+
+    def _count_kept(self, item: KeepItem, result: Kept | StorageError) -> None:
+        if result is Kept.STORED:
+            self.stored += 1
+        elif result is Kept.DUPLICATE:
+            self.duplicates += 1
+        else:
+            self.refused += 1
+
+    def _count_deleted(self, ids: tuple[bytes, ...], result: object) -> None:
+        self.flushed += len(ids)
 
     async def _write_keeps(self, connection: AsyncConnection, items: list[KeepItem]) -> list[Kept | StorageError]:
         now = self._clock()
@@ -306,12 +321,14 @@ class Spool:
             return [SpoolRow(row.id, row.created_at, row.sender, row.stanza) for row in rows]
 
         try:
-            return await self._storage.run(work, repeatable=True)
+            rows = await self._storage.run(work, repeatable=True)
         except BaseException:  # it may have been committed all the same: then these rows must not be held for ever
             user = (host, username)
             self._untakes[user] = self._untakes.get(user, 0) + 1
             self._untake(_FreeItem(user=user, take_id=take_id), user)
             raise
+        self.taken += len(rows)
+        return rows
 
     def release(self, ids: Iterable[bytes], holder: Holder) -> "asyncio.Future[None]":
         """Makes those of the rows free which `holder` still holds."""

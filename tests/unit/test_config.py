@@ -117,7 +117,6 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
         "listen[].shaper",
         "listen[].use_proxy_protocol",
         "listen[].trusted_proxies",
-        "listen[].request_handlers",
         "database.read",
         "cluster.listen",
         "cluster.advertise",

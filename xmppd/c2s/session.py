@@ -6,7 +6,7 @@ manager, so that another carrier can take it over.
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Records, Spawn, as_stanza_error
@@ -25,6 +25,7 @@ from xmppd.events import (
 )
 from xmppd.hooks import Hooks
 from xmppd.log import Logger
+from xmppd.metrics import Counters
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, bare, parse
 from xmppd.protocol.stanza import Stanza, build
@@ -75,6 +76,7 @@ class Parts:
     gate: Gate
     spawn: Spawn
     sweeper: Sweeper
+    counters: Counters = field(default_factory=Counters)
 
 
 class Session:
@@ -266,6 +268,7 @@ class Session:
             return self._too_late(stanza)
         self._carrier.write(stanza.xml)
         kind = stanza.kind
+        self._parts.counters.stanzas[kind].sent += 1
         if (
             kind == "presence"
             or (kind == "message" and stanza.type in ("headline", "error"))
