@@ -1,6 +1,7 @@
 """`python -m xmppd`: run a node in the foreground."""
 
 import argparse
+import faulthandler
 import os
 import signal
 import sys
@@ -22,12 +23,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.version:
         print(f"xmppd {software_version()}")
         return 0
+    # What each thread was doing, when the process dies of a signal: also that of a watchdog (SIGABRT).
+    faulthandler.enable()
     overrides: dict[str, Any] = {}
     if arguments.data_dir is not None:
         overrides["data_dir"] = str(arguments.data_dir)
     try:
         loaded = config.load(arguments.config, overrides=overrides, node=arguments.name)
-        log.setup(loaded.loglevel)
+        log.setup_from(loaded)
         again = uvloop.run(_serve(Server, loaded))
     except XmppdError as exc:
         print(f"xmppd: {exc}", file=sys.stderr)

@@ -12,6 +12,7 @@ import functools
 import gc
 import os
 import signal
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -36,7 +37,7 @@ from xmppd.config import Config
 from xmppd.config.changes import RESTART
 from xmppd.config.schema import C2SListen, HttpListen
 from xmppd.delivery import Gate
-from xmppd.errors import CommandError
+from xmppd.errors import CommandError, XmppdError
 from xmppd.events import ConfigReloaded, ServerStarted, UserDeleted, UserRegistered
 from xmppd.hooks import Hooks
 from xmppd.http.node import HttpServers
@@ -48,6 +49,7 @@ from xmppd.login_limits import LoginLimits
 from xmppd.metrics import Counters, LoopLag
 from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
+from xmppd.notify import Notifier
 from xmppd.protocol import ns, stream
 from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stream import Limits
@@ -132,6 +134,8 @@ class Server:
         self._tasks: set[asyncio.Task[None]] = set()  # each ends by itself, soon
         self._services: set[asyncio.Task[None]] = set()  # each goes on until it is cancelled
         self._listeners: list[ClientListener] = []
+        self._notifier = Notifier.from_environment()
+        self._reloading = asyncio.Lock()
 
     # -- what operators and modules ask
 
@@ -179,7 +183,9 @@ class Server:
 
     async def run(self) -> bool:
         """Serve until told to stop; True when the process should start again."""
+        self._notifier.beat(asyncio.get_running_loop(), self._condition)
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._notifier.rest)
             stack.enter_context(self._signals())
             for part in (self._data_folder, self._storage, self._routing_parts, self._modules, self._control):
                 await stack.enter_async_context(part())
@@ -188,6 +194,7 @@ class Server:
             self._ready()
             await self._stopping.wait()
             self._status = "stopping"
+            self._tell_systemd_that_we_stop()
             _log.info("stopping", node=self.node)
         _log.info("stopped", node=self.node)
         return self._restart
@@ -235,12 +242,12 @@ class Server:
         self.folder = DataFolder.open(self.config.data_dir)
         try:
             for warning in self.folder.warnings:
-                _log.warning(warning)
+                _log.warning("data folder needs attention", problem=warning)
             for path in self.config.without_effect():
                 _log.warning("option has no effect yet", option=path)
             self.certificates = Certificates(self.config.hosts, self.config.certfiles, self.config.data_dir)
             for warning in self.certificates.report.warnings:
-                _log.warning(warning)
+                _log.warning("certificate needs attention", problem=warning)
             yield
         finally:
             self.folder.close()
@@ -459,6 +466,7 @@ class Server:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up, sys.stdin is not None and sys.stdin.isatty())
         try:
             yield
         except asyncio.CancelledError:
@@ -466,7 +474,7 @@ class Server:
                 raise
             main.uncancel()
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
                 signal.signal(number, signal.SIG_IGN)  # nothing is left but to exit
 
@@ -481,6 +489,7 @@ class Server:
         waiting = self.hooks.notify(ServerStarted())
         if waiting is not None:
             self.spawn(_await(waiting), name="server started")
+        self._notifier.ready(self._condition()[1])
         _log.info("serving", node=self.node, hosts=",".join(self.hosts), database=self.storage.where)
 
     async def _collect(self) -> None:
@@ -495,7 +504,40 @@ class Server:
                 gc.collect()
                 _log.debug("abandoned parsers collected", ms=int((time.perf_counter() - began) * 1000))
 
+    # -- what systemd sees
+
+    def _condition(self) -> tuple[bool, str]:
+        """For `Notifier.beat`: whether the node is still on its way up, and what `systemctl status` shows."""
+        if self._status != "started":
+            return self._status == "starting", self._status
+        return False, f"serving {', '.join(self.hosts)}: {self.sessions.count()} sessions"
+
+    def _tell_systemd_that_we_stop(self) -> None:
+        # A service that said STOPPING may not become ready again, which a restart in the same process will.
+        if self._restart:
+            self._notifier.reloading("restarting")
+        else:
+            self._notifier.stopping("stopping")
+
     # -- reload
+
+    def _hang_up(self, had_terminal: bool) -> None:
+        """SIGHUP: the terminal we were started in has gone, or somebody wants the log and configuration read anew."""
+        if had_terminal and not _terminal_lives():
+            self.stop()
+        else:
+            self.spawn(self._reload(), name="reload")
+
+    async def _reload(self) -> None:
+        async with self._reloading:
+            self._notifier.reloading("reloading")
+            try:
+                log.reopen()
+                await self.reload_config()
+            except (XmppdError, OSError) as exc:
+                _log.error("not reloaded", problem=exc)
+            finally:
+                self._notifier.ready(self._condition()[1])
 
     async def reload_config(self) -> list[str]:
         """Read the file again; all or nothing. What was applied, and what needs a restart, comes back."""
@@ -506,6 +548,8 @@ class Server:
         self.loader.check(new.modules)
         report = [str(change) for change in configuration.diff(self.config, new)]
         await asyncio.to_thread(self.certificates.reload, new.hosts, new.certfiles)
+        if (new.log_file, new.log_format) != (self.config.log_file, self.config.log_format):
+            log.setup_from(new)
         await self._apply(new)
         waiting = self.hooks.notify(ConfigReloaded())
         if waiting is not None:
@@ -546,6 +590,14 @@ def _settings(listen: C2SListen) -> Settings:
         max_write_queue=listen.max_write_queue,
         send_timeout=listen.send_timeout,
     )
+
+
+def _terminal_lives() -> bool:
+    try:
+        os.tcgetpgrp(0)
+    except OSError:
+        return False
+    return True
 
 
 async def _await(waiting: Any) -> None:

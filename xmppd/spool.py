@@ -7,10 +7,10 @@ counts see rows without holder only. A row is deleted by its id, after its recip
 import asyncio
 import enum
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import BigInteger, ColumnElement, case, delete, func, null, or_, select, update
@@ -18,18 +18,21 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
 from xmppd.errors import StorageError, StorageUnavailable
+from xmppd.log import get_logger
 from xmppd.storage import Stamp, Storage, Utf8, by_host, fixed_bytes, insert_new, new_id
 from xmppd.storage.sql import limited_update
 from xmppd.storage.tables import HOST_BYTES, PART_BYTES, account
 from xmppd.storage.tables import spool as table
 
-log = logging.getLogger("xmppd.spool")
+log = get_logger("spool")
 
 KEEP: Final = "spool keep"
 FREE: Final = "spool free"
 DELETE: Final = "spool delete"
 _CHUNK: Final = 500  # ids in one IN (…)
 _FREE_AT_ONCE: Final = 1000
+_UNTAKE_FIRST: Final = 0.2  # seconds
+_UNTAKE_LONGEST: Final = 10.0
 
 User = tuple[str, str]  # server_host, username
 
@@ -100,7 +103,7 @@ class Spool:
         self._storage = storage
         self._clock = clock
         self._dedup_window = dedup_window
-        self._untakes: set[asyncio.Future[Any]] = set()
+        self._untakes: dict[User, int] = {}  # takes of which it is not known what they got
         # rows since the start: written, already there, over the quota, taken for a session, acknowledged by its client
         self.stored = self.duplicates = self.refused = self.taken = self.flushed = 0
         # In this order within a transaction: a row that is stored and acknowledged in one tick has to be gone after it.
@@ -287,6 +290,8 @@ class Spool:
 
         One conditional UPDATE: no row is ever given to two takers. Expired rows are deleted.
         """
+        if (host, username) in self._untakes:
+            raise StorageUnavailable("what an earlier attempt took is not free again yet")  # it would be passed over
         if not await self._storage.loader.get("spool waiting", (host, username)):
             return []  # what most logins find, in a merged look-up
         take_id = new_id()
@@ -318,7 +323,9 @@ class Spool:
         try:
             rows = await self._storage.run(work, repeatable=True)
         except BaseException:  # it may have been committed all the same: then these rows must not be held for ever
-            self._untake(_FreeItem(user=(host, username), take_id=take_id))
+            user = (host, username)
+            self._untakes[user] = self._untakes.get(user, 0) + 1
+            self._untake(_FreeItem(user=user, take_id=take_id), user)
             raise
         self.taken += len(rows)
         return rows
@@ -409,19 +416,31 @@ class Spool:
                 await connection.execute(update(table).where(table.c.id.in_(some), *still_held).values(**free))
         return [None] * len(items)
 
-    def _untake(self, item: _FreeItem) -> None:
+    def _untake(self, item: _FreeItem, user: User, pause: float = _UNTAKE_FIRST) -> None:
+        """Free what a take may have got, again and again until the database has done it: only then is it known."""
         try:
             future = self._storage.batcher.submit(FREE, item)
         except StorageUnavailable as exc:
-            log.error("spooled messages may stay held until this node restarts user=%s reason=%s", item.user, exc)
-            return
-        self._untakes.add(future)
-        future.add_done_callback(self._untaken)
+            self._untake_later(item, user, pause, exc)
+        else:
+            future.add_done_callback(partial(self._untaken, item, user, pause))
 
-    def _untaken(self, future: "asyncio.Future[Any]") -> None:
-        self._untakes.discard(future)
-        if not future.cancelled() and (exc := future.exception()):
-            log.error("spooled messages may stay held until this node restarts reason=%s", exc)
+    def _untaken(self, item: _FreeItem, user: User, pause: float, future: "asyncio.Future[Any]") -> None:
+        exc = None if future.cancelled() else future.exception()
+        if isinstance(exc, StorageUnavailable):
+            self._untake_later(item, user, pause, exc)
+            return
+        if exc is not None:
+            log.error("spooled messages may stay held until this node restarts", user=f"{user[1]}@{user[0]}", exc=exc)
+        self._untakes[user] -= 1
+        if not self._untakes[user]:
+            del self._untakes[user]
+
+    def _untake_later(self, item: _FreeItem, user: User, pause: float, exc: StorageUnavailable) -> None:
+        if self._storage.closed:
+            return  # the next start frees all that this run holds
+        log.warning("spooled messages wait to be free again", user=f"{user[1]}@{user[0]}", reason=exc)
+        asyncio.get_running_loop().call_later(pause, self._untake, item, user, min(pause * 2, _UNTAKE_LONGEST))
 
 
 def _row(item: KeepItem) -> dict[str, Any]:

@@ -207,5 +207,5 @@ class Offline(Module[Config]):
         except JidError as exc:
             raise CommandError(str(exc)) from exc
         if jid.domain not in self.server.hosts:
-            raise CommandError(f"unknown host: {host}")
+            raise CommandError("Unknown virtual host")
         return await self.spool.count(jid.domain, jid.local)

@@ -461,6 +461,36 @@ async def test_rows_of_a_take_that_reported_failure_do_not_stay_held(storage, sp
     assert await stanzas(spool) == [b"0", b"1", b"2"]
 
 
+async def test_rows_of_a_take_become_free_when_the_database_is_back_however_late(storage, spool, monkeypatch):
+    await keep(spool, b"<message id='1'/>")
+    run, submit = storage.run, storage.batcher.submit
+    refusals = iter(range(3))
+
+    async def answer_is_lost(work, **options):
+        await run(work, **options)
+        raise StorageUnavailable("gone")
+
+    def away(kind, item):
+        if kind == FREE and next(refusals, None) is not None:
+            raise StorageUnavailable("the write queue is full")
+        return submit(kind, item)
+
+    monkeypatch.setattr(storage, "run", answer_is_lost)
+    monkeypatch.setattr(storage.batcher, "submit", away)
+    with pytest.raises(StorageUnavailable):
+        await stanzas(spool)
+    monkeypatch.setattr(storage, "run", run)
+    with pytest.raises(StorageUnavailable):  # not "there is nothing", or the row would be forgotten
+        await stanzas(spool)
+
+    async with asyncio.timeout(30):
+        while not await spool.count(HOST, "juliet"):  # noqa: ASYNC110 - the database is what we wait for
+            await asyncio.sleep(0.02)
+    assert next(refusals, None) is None
+
+    assert await stanzas(spool) == [b"<message id='1'/>"]
+
+
 async def test_a_take_that_is_cancelled_leaves_the_rows_free(storage, spool):
     await keep(spool)
     task = asyncio.create_task(spool.take(HOST, "juliet", BALCONY))

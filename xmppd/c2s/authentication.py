@@ -171,13 +171,13 @@ class Authentication:
         if error.condition in _GUESSES:
             self._auth.limits.failed(connection.peer[0], self._host, attempt.username if attempt else "")
         self._failures += 1
-        connection.log.info(
-            "login limited" if isinstance(error, _Limited) else "authentication failed",
-            peer=connection.peer[0],
-            mechanism=self.mechanism[:40],
-            condition=error.condition,
-            text=error.text,
-        )
+        peer, mechanism = connection.peer[0], self.mechanism[:40]
+        if isinstance(error, _Limited):
+            connection.log.info("login limited", peer=peer, mechanism=mechanism, text=error.text)
+        else:
+            connection.log.info(
+                "authentication failed", peer=peer, mechanism=mechanism, condition=error.condition, text=error.text
+            )
         if self._failures >= _ATTEMPTS:
             connection.end(StreamError("policy-violation", "too many failed attempts"))
 

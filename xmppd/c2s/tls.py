@@ -10,7 +10,6 @@ Choices made here, for every context:
   two apart. What such a client sends must still be an XMPP stream header, so no other protocol gets through.
 """
 
-import logging
 import os
 import ssl
 import tempfile
@@ -24,11 +23,12 @@ from typing import Final
 from cryptography.hazmat.primitives import hashes
 
 from xmppd.errors import ConfigError, XmppdError
+from xmppd.log import get_logger
 
 from .certificate import Found, dns_name, name_matches, read_certificates, self_signed
 from .channel_binding import HostContext, end_point
 
-log = logging.getLogger(__name__)
+log = get_logger("c2s")
 
 ALPN_CLIENT: Final = "xmpp-client"  # XEP-0368 section 3
 RENEW_BEFORE: Final = timedelta(days=30)  # a self-signed certificate with less left is made anew
@@ -170,7 +170,7 @@ class Certificates:
             _write(path, self_signed(host, now))
         except OSError as exc:
             raise XmppdError(f"{path}: cannot write the self-signed certificate: {exc.strerror}") from exc
-        log.info("self-signed certificate made host=%s file=%s", host, path)
+        log.info("self-signed certificate made", host=host, file=path)
         return read_certificates([escape(str(path))])[0][0]
 
     def _folder(self) -> Path:

@@ -42,6 +42,7 @@ from .types import (
 )
 
 LogLevel = Literal["none", "emergency", "alert", "critical", "error", "warning", "notice", "info", "debug"]
+LogFormat = Literal["text", "json"]
 AuthMethod = Literal["sql", "anonymous"]
 ResourceConflict = Literal["acceptnew", "setresource", "closeold", "closenew"]
 ScramHash = Literal["sha1", "sha256", "sha512"]
@@ -294,6 +295,8 @@ class Schema(Options):
     data_dir: AbsolutePath = Field(default_factory=lambda: _absolute("var"))
     hosts: tuple[Host, ...] = ("localhost",)
     loglevel: LogLevel = "info"
+    log_file: AbsolutePath | None = None
+    log_format: LogFormat = "text"
     certfiles: Annotated[tuple[AbsolutePath, ...], several] = ()
     listen: tuple[Listen, ...] = Field(
         default_factory=lambda: (
