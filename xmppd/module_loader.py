@@ -368,7 +368,7 @@ class ModuleLoader:
             for mark in marks:
                 assert isinstance(mark, IqMark)
                 for target in mark.targets:
-                    self._iqs.add(name, target, mark.type, mark.namespace, mark.name, call)
+                    self._iqs.add(name, target, mark.type, mark.namespace, mark.name, call, anonymous=mark.anonymous)
         self._registry.register(name, commands_of(instance))
 
     def _add_hook(self, loaded: Loaded, call: Callable[..., Any], mark: HookMark) -> None:

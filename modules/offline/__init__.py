@@ -16,6 +16,7 @@ from xmppd.module_api import (
     Context,
     Holder,
     Module,
+    NoAccount,
     QuotaReached,
     Session,
     between,
@@ -94,6 +95,7 @@ class Offline(Module[Config]):
             dedup=key,
             quota=self.config.max_messages,
             expires_at=expiry(message, now),
+            for_account=True,
         )
         kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._storing.setdefault(user.bare, set()).add(kept)
@@ -112,6 +114,8 @@ class Offline(Module[Config]):
         if error is None:
             kept.set_result(None)
             self._wake(user)
+        elif isinstance(error, NoAccount):
+            kept.set_exception(StanzaError("service-unavailable"))
         elif isinstance(error, QuotaReached):
             kept.set_exception(StanzaError("resource-constraint", "too many offline messages wait for this user"))
         else:
@@ -131,6 +135,8 @@ class Offline(Module[Config]):
     async def flush(self, event: SessionBecameAvailable) -> None:
         if event.priority < 0 or (event.old_priority is not None and event.old_priority >= 0):
             return
+        if event.session.anonymous:
+            return  # nothing was kept
         if not await self._flush(event.session):
             self._retry(event.session)
 

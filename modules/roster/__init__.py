@@ -45,7 +45,7 @@ from xmppd.protocol.stanza import build
 
 from .cache import Rosters
 from .items import Limits, check_texts, item_xml, query_xml, read_edit, removed_xml
-from .store import Change, Store, roster_item, roster_version
+from .store import Change, Loaded, Store, roster_item, roster_version
 from .subscriptions import Subscriptions, decided, kept_request
 
 _FEATURE: Final = f"<ver xmlns='{ns.ROSTER_VERSIONING}'/>".encode()
@@ -72,7 +72,7 @@ class Roster(Module[Config]):
         super().__init__(context, config)
         self._limits = Limits(config.max_items, config.max_requests, config.max_groups, config.max_length)
         self._store = Store(self.storage, self._limits)
-        self._rosters = Rosters(self._store.load, self.sessions.sessions)
+        self._rosters = Rosters(self._load, self.sessions.sessions)
         self._flows = Subscriptions(self, self._store.move, self.route)
         self._pushes = itertools.count(1)
 
@@ -103,6 +103,9 @@ class Roster(Module[Config]):
             await self._rosters.get(user)
         except StorageError as exc:
             self.log.warning("roster not loaded again", user=user.bare, error=exc)  # the next to ask tries again
+
+    async def _load(self, user: JID) -> Loaded:
+        return Loaded() if self.sessions.is_anonymous(user) else await self._store.load(user)
 
     # -- sessions
 

@@ -49,9 +49,16 @@ class Raw(Inbox):
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", port)
         self._listen()
 
-    async def connect_tls(self, port: int, context: ssl.SSLContext | None = None, name: str | None = None) -> None:
+    async def connect_tls(
+        self, port: int, context: ssl.SSLContext | None = None, name: str | None = None, source: str | None = None
+    ) -> None:
+        """`source` is the address to come from, any of 127.0.0.0/8."""
         self._reader, self._writer = await asyncio.open_connection(
-            "127.0.0.1", port, ssl=context or self.context, server_hostname=name or self.host
+            "127.0.0.1",
+            port,
+            ssl=context or self.context,
+            server_hostname=name or self.host,
+            local_addr=(source, 0) if source else None,
         )
         self._listen()
 

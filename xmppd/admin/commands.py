@@ -12,7 +12,7 @@ from xmppd.admin.registry import Arg, Registry, command, commands_of
 from xmppd.admin.results import List, Rescode, Restuple, Tuple, integer, string
 from xmppd.admin.user_commands import HOST, AccountCommands, SessionCommands, StanzaCommands, served_host
 from xmppd.errors import CommandError, ConfigError
-from xmppd.log import LEVELS, get_level, set_level
+from xmppd.log import LEVELS, get_level, reopen, set_level
 
 # docs/exit-codes.md
 CONFIG_INVALID: Final = 10
@@ -113,6 +113,18 @@ class ServerCommands:
         if loglevel not in LEVELS:
             raise CommandError("Invalid log level")
         set_level(loglevel)
+
+    @command(
+        "reopen_log",
+        result=Rescode(),
+        tags=("logs",),
+        doc="Reopen the log file after it has been renamed",
+    )
+    def reopen_log(self) -> None:
+        try:
+            reopen()
+        except OSError as exc:
+            raise CommandError(f"the log file cannot be opened, the old one is kept: {exc}") from exc
 
     @command(
         "help",

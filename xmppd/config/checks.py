@@ -1,6 +1,6 @@
 """What no single option can know: names that must exist elsewhere, values that contradict each other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from .problems import key, suggest
@@ -87,10 +87,15 @@ def _shaper_names(config: Schema) -> Iterator[Problem]:
 
 
 def _mechanisms(config: Schema) -> Iterator[Problem]:
-    if "sql" in config.auth_method:
-        offered = {SCRAM_MECHANISMS[name] for name in config.auth_scram.hashes} | {"PLAIN"}
-        if offered <= set(config.disable_sasl_mechanisms):
-            yield "disable_sasl_mechanisms", "no mechanism is left with which anybody could log in"
+    if _locked_out(config.auth_method, config.auth_scram.hashes, set(config.disable_sasl_mechanisms)):
+        yield "disable_sasl_mechanisms", "no mechanism is left with which anybody could log in"
+
+
+def _locked_out(methods: Iterable[str], hashes: Iterable[str], disabled: set[str]) -> bool:
+    """Whether one of the methods has no mechanism left. Those with channel binding are enough for `sql`."""
+    offered = {"anonymous": {"ANONYMOUS"}, "sql": {"PLAIN"}}
+    offered["sql"] |= {SCRAM_MECHANISMS[name] + plus for name in hashes for plus in ("", "-PLUS")}
+    return any(offered[method] <= disabled for method in methods)
 
 
 def _database(config: Schema) -> Iterator[Problem]:

@@ -41,6 +41,7 @@ from .types import (
 )
 
 LogLevel = Literal["none", "emergency", "alert", "critical", "error", "warning", "notice", "info", "debug"]
+LogFormat = Literal["text", "json"]
 AuthMethod = Literal["sql", "anonymous"]
 ResourceConflict = Literal["acceptnew", "setresource", "closeold", "closenew"]
 ScramHash = Literal["sha1", "sha256", "sha512"]
@@ -55,7 +56,6 @@ MECHANISMS: Final = (
 NO_EFFECT_YET: Final = (
     "acl",
     "access_rules",
-    "auth_method: anonymous",
     "cluster",
     "database.read",
     "listen[].access",
@@ -63,9 +63,6 @@ NO_EFFECT_YET: Final = (
     "listen[].shaper",
     "listen[].trusted_proxies",
     "listen[].use_proxy_protocol",
-    "login_limits.exempt",
-    "login_limits.per_account",
-    "login_limits.per_address",
     "shaper",
     "shaper_rules",
 )
@@ -297,6 +294,8 @@ class Schema(Options):
     data_dir: AbsolutePath = Field(default_factory=lambda: _absolute("var"))
     hosts: tuple[Host, ...] = ("localhost",)
     loglevel: LogLevel = "info"
+    log_file: AbsolutePath | None = None
+    log_format: LogFormat = "text"
     certfiles: Annotated[tuple[AbsolutePath, ...], several] = ()
     listen: tuple[Listen, ...] = Field(
         default_factory=lambda: (

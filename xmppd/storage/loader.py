@@ -1,7 +1,6 @@
 """The loader: look-ups made at the same time become one SELECT … IN (…)."""
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -10,8 +9,9 @@ from typing import Any, Final, Protocol, TypeVar
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from xmppd.errors import StorageError, StorageUnavailable
+from xmppd.log import get_logger
 
-log = logging.getLogger("xmppd.storage")
+log = get_logger("storage")
 K = TypeVar("K")
 V = TypeVar("V")
 T = TypeVar("T")
@@ -120,7 +120,7 @@ class Loader:
         """One key that cannot be looked up must not fail the others: halve until it is alone."""
         if len(batch) == 1:
             if not isinstance(exc, StorageError):
-                log.error("look-up failed kind=%s", kind.name, exc_info=exc)
+                log.error("look-up failed", kind=kind.name, exc=exc)
             for waiters in batch.values():
                 _fail(waiters, exc)
             return
