@@ -311,6 +311,7 @@ class ModuleLoader:
             return task
 
         context.spawn = spawn_owned
+        context.notify, context.decide = self._hooks.notify, self._hooks.decide
         context.switch = functools.partial(self._switch, name)
         source = self._source(name)
         with _named(name):

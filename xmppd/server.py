@@ -1,8 +1,9 @@
 """Builds every part of a node, starts them in order, stops them in reverse.
 
-Start: data folder → certificates → storage → tables, router, managers → modules → control socket → listeners → ready.
-Stop: not ready → stop listening → `system-shutdown` to each stream → wait `shutdown_grace` → modules in reverse →
-control socket → storage → data folder.
+Start: data folder → certificates → storage → tables, router, managers → modules → control socket → http → listeners →
+ready.
+Stop: not ready → stop listening → `system-shutdown` to each stream → wait `shutdown_grace` → http → control socket →
+modules in reverse → storage → data folder.
 """
 
 import asyncio
@@ -20,8 +21,9 @@ from typing import Any, Final
 
 from xmppd import config as configuration
 from xmppd import log
+from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
 from xmppd.admin.commands import register_core
-from xmppd.admin.registry import Registry
+from xmppd.admin.registry import Registry, commands_of
 from xmppd.admin.socket import ControlSocket
 from xmppd.auth import Auth
 from xmppd.c2s.connection import Flusher, Settings
@@ -33,16 +35,18 @@ from xmppd.c2s.tls import Certificates
 from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
 from xmppd.config import Config
 from xmppd.config.changes import RESTART
-from xmppd.config.schema import C2SListen
+from xmppd.config.schema import C2SListen, HttpListen
 from xmppd.delivery import Gate
 from xmppd.errors import CommandError, XmppdError
 from xmppd.events import ConfigReloaded, ServerStarted, UserDeleted, UserRegistered
 from xmppd.hooks import Hooks
+from xmppd.http.node import HttpServers
 from xmppd.identity import DataFolder
 from xmppd.iq import IqDispatcher, IqHandlers
 from xmppd.local_router import LocalRouter
 from xmppd.log import get_logger
 from xmppd.login_limits import LoginLimits
+from xmppd.metrics import Counters, LoopLag
 from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
 from xmppd.notify import Notifier
@@ -59,6 +63,7 @@ _log = get_logger("xmppd.server")
 _COLLECT_EVERY: Final = 5.0  # seconds
 _COLLECT_ABANDONED: Final = 500  # parsers, about 6 MiB
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
+_HTTP_GRACE: Final = 2.0  # seconds for requests that run at stop
 _GC_THRESHOLDS: Final = (50_000, 20, 50)
 
 
@@ -82,6 +87,9 @@ class Accountant:
     async def exists(self, host: str, username: str) -> bool:
         """Also an anonymous account, for as long as its session lives."""
         return self._sessions.is_anonymous(make(username, host)) or await self._accounts.exists(host, username)
+
+    async def names(self, host: str, *, limit: int, after: str | None) -> list[str]:
+        return await self._accounts.names(host, limit=limit, after=after)
 
     async def register(self, host: str, user: str, password: str) -> bool:
         """Make an account; False when there is one."""
@@ -184,6 +192,7 @@ class Server:
             stack.enter_context(self._signals())
             for part in (self._data_folder, self._storage, self._routing_parts, self._modules, self._control):
                 await stack.enter_async_context(part())
+            await stack.enter_async_context(self._http())
             await stack.enter_async_context(self._clients())
             self._ready()
             await self._stopping.wait()
@@ -281,7 +290,9 @@ class Server:
         self.iqs = IqHandlers()
         self.routes = RouteTable()
         self.table = SessionTable()
-        self.router = Router(self.routes, self.hooks, self.spawn)
+        self.counters = Counters()
+        self.lag = LoopLag(loop)
+        self.router = Router(self.routes, self.hooks, self.spawn, self.counters)
         self.router.connect(S2SManager(self.router.bounce))
         self.gate = Gate(self.hooks, self.spawn, self.router.bounce)
         dispatcher = IqDispatcher(self.iqs, send=self.router.route, bounce=self.router.bounce, gate=self.gate)
@@ -295,7 +306,7 @@ class Server:
             spawn=self.spawn,
             strict=self.config.routing.profile == "rfc6121",
         )
-        local = LocalRouter(self.sessions, dispatcher, self.router.bounce)
+        local = LocalRouter(self.sessions, dispatcher, self.gate)
         for host in self.config.hosts:
             self.routes.insert(Route(host, self.owner, local.route))
         # Old clients ask for a session behind bind (RFC 3921 3); there is nothing to it.
@@ -306,11 +317,19 @@ class Server:
         self.flusher = Flusher(loop)
         self.sweeper = RecordSweeper(loop)
         self.parts = Parts(
-            self.config.node, self.router, self.sessions, self.hooks, self.gate, self.spawn, self.sweeper
+            self.config.node,
+            self.router,
+            self.sessions,
+            self.hooks,
+            self.gate,
+            self.spawn,
+            self.sweeper,
+            self.counters,
         )
         try:
             yield
         finally:
+            self.lag.stop()
             self.sweeper.stop()
             self.auth.close()
 
@@ -334,6 +353,8 @@ class Server:
             router=self.router,
             loader=self.loader,
         )
+        self.api_tokens = ApiTokens(self.storage, lambda: self.config.api_tokens)
+        self.registry.register("core", commands_of(ApiTokenCommands(self.api_tokens)))
         try:
             await self.loader.start(self.config.modules)
             yield
@@ -366,8 +387,31 @@ class Server:
             await self.control.close()
 
     @contextlib.asynccontextmanager
-    async def _clients(self) -> AsyncIterator[None]:
+    async def _http(self) -> AsyncIterator[None]:
+        # Before the clients' listeners and after their end: a balancer that asks whether we are ready gets its answer.
         self._addresses: list[dict[str, Any]] = []
+        http = HttpServers(self)
+        try:
+            for listen in self.config.listen:
+                if isinstance(listen, HttpListen):
+                    self._addresses.append(await http.open(listen))
+            yield
+        finally:
+            await http.close(_HTTP_GRACE)
+
+    def listening(self) -> bool:
+        """Whether every listener of clients is open."""
+        return all(listener.listening for listener in self._listeners)
+
+    def connections(self) -> dict[str, int]:
+        """How many client connections each kind of listener has."""
+        found: dict[str, int] = {}
+        for listener in self._listeners:
+            found[listener.settings.name] = found.get(listener.settings.name, 0) + listener.connections
+        return found
+
+    @contextlib.asynccontextmanager
+    async def _clients(self) -> AsyncIterator[None]:
         try:
             for listen in self.config.listen:
                 if isinstance(listen, C2SListen):

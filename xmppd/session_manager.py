@@ -13,7 +13,13 @@ from typing import Protocol
 from xmppd.cluster.tables import Owner, SessionRow, SessionTable
 from xmppd.delivery import SAFE, Bounce, Gate, Outcome, Pending, Record, Spawn, first_of
 from xmppd.errors import StanzaError
-from xmppd.events import MessageUndeliverable, PresenceBounced, ProbeReceiving, SubscriptionReceiving
+from xmppd.events import (
+    MessageUndeliverable,
+    PresenceBounced,
+    ProbeReceiving,
+    RequestReceiving,
+    SubscriptionReceiving,
+)
 from xmppd.hooks import Hooks
 from xmppd.iq import IqDispatcher
 from xmppd.protocol.jid import JID, bare
@@ -94,6 +100,7 @@ class SessionManager:
         self._bounce = bounce
         self._gate = Gate(hooks, spawn, bounce)
         self.strict = strict  # routing.profile: rfc6121
+        self.rerouted = 0  # stanzas whose session turned out to be dead
 
     # -- sessions
 
@@ -157,7 +164,11 @@ class SessionManager:
         for record in records:
             if record.outcome.result is not None:
                 continue
+            self.rerouted += 1
             stanza = record.stanza
+            if stanza.copy:
+                record.outcome.settle(SAFE)
+                continue
             try:
                 if stanza.kind == "iq":
                     record.outcome.follow(self._bounce(stanza, StanzaError("service-unavailable")))
@@ -254,14 +265,23 @@ class SessionManager:
         if not request:
             return SAFE
         if rows or self._accounts.known(to.domain, to.local):
-            return self._iqs.dispatch("account", stanza, anonymous=any(row.anonymous for row in rows.values()))
+            return self._ask_account(stanza, to, anonymous=any(row.anonymous for row in rows.values()))
         return self._gate.wait(stanza, self._iq_for_absent(stanza, to))
 
     async def _iq_for_absent(self, stanza: Stanza, to: JID) -> Outcome:
         # No account, no handler: else accounts could be told apart from names that are free.
         if not await self._accounts.exists(to.domain, to.local):
             raise StanzaError("service-unavailable")
-        return self._iqs.dispatch("account", stanza)
+        return self._ask_account(stanza, to)
+
+    def _ask_account(self, stanza: Stanza, to: JID, *, anonymous: bool = False) -> Outcome:
+        own = stanza.from_ is not None and stanza.from_.bare == to.bare
+        if own or not self._hooks.wants(RequestReceiving):
+            return self._iqs.dispatch("account", stanza, anonymous=anonymous)
+        event = RequestReceiving(bare(to), stanza)
+        return self._gate.ask(
+            event, stanza, lambda decided: self._iqs.dispatch("account", decided.stanza, anonymous=anonymous)
+        )
 
     def _presence(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
         if stanza.type in SUBSCRIPTIONS:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, ColumnElement, case, delete, func, null, or_, select, update
+from sqlalchemy import BigInteger, ColumnElement, Select, case, delete, func, null, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
@@ -43,6 +43,10 @@ class QuotaReached(StorageError):
 
 class NoAccount(StorageError):
     """The user is not registered."""
+
+
+class _NotThere(Exception):
+    """Rolls a removal back."""
 
 
 class Kept(enum.Enum):
@@ -104,10 +108,14 @@ class Spool:
         self._clock = clock
         self._dedup_window = dedup_window
         self._untakes: dict[User, int] = {}  # takes of which it is not known what they got
+        # rows since the start: written, already there, over the quota, taken for a session, acknowledged by its client
+        self.stored = self.duplicates = self.refused = self.taken = self.flushed = 0
         # In this order within a transaction: a row that is stored and acknowledged in one tick has to be gone after it.
-        storage.batcher.define(KEEP, self._write_keeps, size=lambda item: 512 + len(item.stanza))
+        storage.batcher.define(
+            KEEP, self._write_keeps, size=lambda item: 512 + len(item.stanza), committed=self._count_kept
+        )
         storage.batcher.define(FREE, self._write_frees, size=lambda item: 64 + 16 * len(item.ids))
-        storage.batcher.define(DELETE, _write_deletes, size=lambda ids: 16 * len(ids))
+        storage.batcher.define(DELETE, _write_deletes, size=lambda ids: 16 * len(ids), committed=self._count_deleted)
         storage.loader.define("spool waiting", _fetch_waiting)
 
     # -- storing -----------------------------------------------------------------------------------------------------
@@ -180,6 +188,17 @@ class Spool:
             for_account,
         )
         return KEEP, item
+
+    def _count_kept(self, item: KeepItem, result: Kept | StorageError) -> None:
+        if result is Kept.STORED:
+            self.stored += 1
+        elif result is Kept.DUPLICATE:
+            self.duplicates += 1
+        else:
+            self.refused += 1
+
+    def _count_deleted(self, ids: tuple[bytes, ...], result: object) -> None:
+        self.flushed += len(ids)
 
     async def _write_keeps(self, connection: AsyncConnection, items: list[KeepItem]) -> list[Kept | StorageError]:
         now = self._clock()
@@ -306,12 +325,14 @@ class Spool:
             return [SpoolRow(row.id, row.created_at, row.sender, row.stanza) for row in rows]
 
         try:
-            return await self._storage.run(work, repeatable=True)
+            rows = await self._storage.run(work, repeatable=True)
         except BaseException:  # it may have been committed all the same: then these rows must not be held for ever
             user = (host, username)
             self._untakes[user] = self._untakes.get(user, 0) + 1
             self._untake(_FreeItem(user=user, take_id=take_id), user)
             raise
+        self.taken += len(rows)
+        return rows
 
     def release(self, ids: Iterable[bytes], holder: Holder) -> "asyncio.Future[None]":
         """Makes those of the rows free which `holder` still holds."""
@@ -352,6 +373,60 @@ class Spool:
             return int((await connection.execute(query)).scalar_one())
 
         return await self._storage.read(work)
+
+    async def look(self, host: str, username: str, *, after: bytes | None = None, limit: int = 100) -> list[SpoolRow]:
+        """The user's offline messages as they are, oldest first, in pages; `after` the last id of the page before."""
+        query = self._free_rows(host, username).order_by(table.c.id).limit(limit)
+        return await self._rows(query if after is None else query.where(table.c.id > after))
+
+    async def find(self, host: str, username: str, ids: Iterable[bytes]) -> list[SpoolRow]:
+        """Those of the ids that are offline messages of the user."""
+        found: list[SpoolRow] = []
+        for some in _chunks(sorted(ids)):
+            found += await self._rows(self._free_rows(host, username).where(table.c.id.in_(some)))
+        return found
+
+    def _free_rows(self, host: str, username: str) -> Select[Any]:
+        columns = (table.c.id, table.c.created_at, table.c.sender, table.c.stanza)
+        return select(*columns).where(*_of(host, username), table.c.holder_member.is_(None), _lives(self._clock()))
+
+    async def _rows(self, query: Select[Any]) -> list[SpoolRow]:
+        async def work(connection: AsyncConnection) -> list[SpoolRow]:
+            rows = await connection.execute(query)
+            return [SpoolRow(row.id, row.created_at, row.sender, row.stanza) for row in rows]
+
+        return await self._storage.read(work)
+
+    async def remove(self, host: str, username: str, ids: Sequence[bytes]) -> bool:
+        """Their user does not want these offline messages: all of them go, or, when one is not there, none."""
+        wanted = set(ids)
+
+        async def work(connection: AsyncConnection) -> bool:
+            mine = (*_of(host, username), table.c.holder_member.is_(None))
+            for some in _chunks(sorted(wanted)):
+                gone = await connection.execute(delete(table).where(*mine, table.c.id.in_(some)))
+                if gone.rowcount < len(some):
+                    raise _NotThere
+            return True
+
+        try:
+            return await self._storage.run(work)
+        except _NotThere:
+            return False
+
+    async def purge(self, host: str, username: str) -> None:
+        """Removes all offline messages of a user, in pieces, so that no transaction is long."""
+        query = select(table.c.id).where(*_of(host, username), table.c.holder_member.is_(None)).limit(_FREE_AT_ONCE)
+
+        async def work(connection: AsyncConnection) -> int:
+            ids = list((await connection.execute(query)).scalars())
+            for some in _chunks(sorted(ids)):
+                free = table.c.holder_member.is_(None)
+                await connection.execute(delete(table).where(table.c.id.in_(some), free))
+            return len(ids)
+
+        while await self._storage.run(work) == _FREE_AT_ONCE:
+            pass
 
     async def freed_since(self, when: float, *, limit: int = 10_000) -> list[User]:
         """The users with rows that were stored without holder, or released, at or after `when`, and are free now.

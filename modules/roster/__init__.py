@@ -109,7 +109,7 @@ class Roster(Module[Config]):
 
     # -- sessions
 
-    @hook(SessionBound)
+    @hook(SessionBound, after=("blocking",))
     async def load(self, event: SessionBound) -> None:
         await self._rosters.get(event.session.user)
 

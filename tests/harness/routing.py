@@ -94,7 +94,7 @@ class Node:
             spawn=self.spawn,
             strict=strict,
         )
-        self.routes.insert(Route(HOST, OWNER, LocalRouter(self.manager, dispatcher, self.router.bounce).route))
+        self.routes.insert(Route(HOST, OWNER, LocalRouter(self.manager, dispatcher, gate).route))
         self.romeo = self.bind("romeo@localhost/orchard", 0)[0]
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> object:

@@ -62,7 +62,7 @@ def test_nothing_at_all_is_a_whole_configuration() -> None:
     assert config.auth_scram.hashes == ("sha1", "sha256")
     assert config.login_limits.per_address == Rate(20, 60)
     assert list(config.modules) == [
-        *("roster", "presence", "offline", "disco", "ping", "version", "time", "last", "private", "vcard")
+        *("roster", "presence", "offline", "disco", "caps", "ping", "version", "time", "last", "private", "vcard")
     ]
 
 
@@ -117,7 +117,6 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
         "listen[].shaper",
         "listen[].use_proxy_protocol",
         "listen[].trusted_proxies",
-        "listen[].request_handlers",
         "database.read",
         "cluster.listen",
         "cluster.advertise",

@@ -17,6 +17,7 @@ from xmppd.auth import Auth, AuthBusy
 from xmppd.c2s.channel_binding import bindings
 from xmppd.c2s.connection import Connection
 from xmppd.errors import StorageError, StreamError
+from xmppd.metrics import add
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, make
 from xmppd.protocol.sasl import (
@@ -150,6 +151,7 @@ class Authentication:
     def _succeed(self, step: Success) -> None:
         data = f">{_encode(step.data)}</success>" if step.data else "/>"
         self._connection.write(f"<success xmlns='{ns.SASL}'{data}".encode())
+        add(self._connection.counters.logins, self.mechanism)
         assert self._exchange is not None
         self.user = make(step.username, self._exchange.host)
         self.anonymous = step.anonymous
@@ -161,6 +163,7 @@ class Authentication:
     def _fail(self, error: SaslError) -> None:
         attempt, self._exchange = self._exchange, None
         connection = self._connection
+        add(connection.counters.login_failures, "limited" if isinstance(error, _Limited) else error.condition)
         text = f"<text xml:lang='en'>{escape(error.text)}</text>" if error.text else ""
         connection.write(f"<failure xmlns='{ns.SASL}'><{error.condition}/>{text}</failure>".encode())
         if error.condition in ("aborted", "temporary-auth-failure") and not isinstance(error, _Limited):

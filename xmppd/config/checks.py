@@ -78,6 +78,14 @@ def _acl_names(config: Schema) -> Iterator[Problem]:
                     yield f"{group}.{key(name)}[{index}]", _unknown("acl", rule.acl, known)
 
 
+def _api_permissions(config: Schema) -> Iterator[Problem]:
+    known = ["all", "none", "loopback", *config.acl]
+    for name, permission in config.api_permissions.items():
+        for acl in dict.fromkeys(acl for who in permission.who for acl in who.acl):
+            if acl not in known:
+                yield f"api_permissions.{key(name)}.who", _unknown("acl", acl, known)
+
+
 def _shaper_names(config: Schema) -> Iterator[Problem]:
     known = ["none", "infinity", *config.shaper]
     for name, entries in config.shaper_rules.items():
@@ -113,6 +121,7 @@ CHECKS: Final[tuple[tuple[frozenset[str], Check], ...]] = (
     (frozenset({"listen"}), _c2s_listeners),
     (frozenset({"listen", "access_rules", "shaper_rules"}), _listener_rules),
     (frozenset({"acl", "access_rules", "shaper_rules"}), _acl_names),
+    (frozenset({"acl", "api_permissions"}), _api_permissions),
     (frozenset({"shaper", "shaper_rules"}), _shaper_names),
     (frozenset({"auth_method", "auth_scram", "disable_sasl_mechanisms"}), _mechanisms),
     (frozenset({"database", "data_dir"}), _database),
