@@ -3,6 +3,7 @@
 import argparse
 import faulthandler
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     if again:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # what is ignored would stay so in the new program
         os.execv(sys.executable, [sys.executable, "-m", "xmppd", *(sys.argv[1:] if argv is None else argv)])
     return 0
 

@@ -40,13 +40,15 @@ class ConfigError(XmppdError):
 
 
 class StanzaError(XmppdError):
-    """The sender of a stanza is told (RFC 6120 8.3): a condition, its type and a text for humans."""
+    """The sender of a stanza is told (RFC 6120 8.3): a condition, its type and a text for humans. `application`: an
+    application-specific condition (8.3.4), as XML."""
 
-    def __init__(self, condition: str, text: str = "", *, type: str | None = None) -> None:
+    def __init__(self, condition: str, text: str = "", *, type: str | None = None, application: bytes = b"") -> None:
         super().__init__(f"{condition}: {text}" if text else condition)
         self.condition = condition
         self.text = text
         self.type = type or STANZA_ERROR_TYPES[condition]
+        self.application = application
 
 
 class StreamError(XmppdError):

@@ -35,6 +35,11 @@ class Session(Protocol):
     priority: int | None  # None until it is available
     presence: Stanza | None  # the last available presence it broadcast
     state: dict[str, object]  # a module keeps what it knows about this session under its own name
+    anonymous: bool  # its account ends with it: write nothing about it
+
+    def guard(self, module: str, on: bool) -> None:
+        """Whether the module wants to see every stanza to and from this client (GuardedSending, GuardedDelivering)."""
+        ...
 
     def send(self, stanza: Stanza) -> object:
         """Write a stanza to this session's client; what became of it comes back (delivery.Outcome)."""
@@ -73,6 +78,15 @@ class StanzaSending:
 
 
 @dataclass(slots=True)
+class GuardedSending:
+    """As StanzaSending, and before it, but only for sessions that a module guards (`session.guard`).
+    Unhandled: StanzaSending is next."""
+
+    session: Session
+    stanza: Stanza
+
+
+@dataclass(slots=True)
 class StanzaRouting:
     """Any stanza, whoever sent it, is about to be routed by its destination; on the node where it is.
     Unhandled: it is routed."""
@@ -86,6 +100,33 @@ class StanzaDelivering:
     Unhandled: it is written."""
 
     session: Session
+    stanza: Stanza
+
+
+@dataclass(slots=True)
+class GuardedDelivering:
+    """As StanzaDelivering, and before it, but only for sessions that a module guards (`session.guard`).
+    Unhandled: StanzaDelivering is next."""
+
+    session: Session
+    stanza: Stanza
+
+
+@dataclass(slots=True)
+class RequestReceiving:
+    """An IQ request of somebody else for an account of ours (its bare JID), which the server answers for the user.
+    Unhandled: the handler of its payload does."""
+
+    user: JID
+    stanza: Stanza
+
+
+@dataclass(slots=True)
+class HostStanzaReceiving:
+    """A message for one of our hosts itself, or any stanza for a resource of one (`HOST/announce/online`); on the node
+    where it is. Unhandled: the sender gets `item-not-found`."""
+
+    host: str
     stanza: Stanza
 
 
@@ -196,6 +237,40 @@ class SessionClosed:
 
     session: Session
     last: bool
+
+
+# -- blocking
+
+
+@dataclass(frozen=True, slots=True)
+class AddressesBlocked:
+    """A user has blocked addresses (XEP-0191), which is in force; each a user, a resource or a whole domain."""
+
+    user: JID
+    addresses: tuple[JID, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AddressesUnblocked:
+    """A user has unblocked addresses, which is in force."""
+
+    user: JID
+    addresses: tuple[JID, ...]
+
+
+# -- service discovery
+
+
+@dataclass(slots=True)
+class DiscoNodeAsking:
+    """A node was asked for in the service discovery of a host or an account (XEP-0030 3.2). Whoever has it puts the
+    payload of the answer into `answer` and returns HANDLED. Unhandled: `item-not-found`."""
+
+    asker: JID
+    target: JID  # the host, or the account
+    kind: str  # info or items
+    node: str
+    answer: bytes = b""
 
 
 # -- accounts

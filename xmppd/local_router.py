@@ -5,8 +5,9 @@ The rules are requirements L-1 to L-8.
 
 from typing import Protocol
 
-from xmppd.delivery import SAFE, Bounce, Outcome
+from xmppd.delivery import SAFE, Gate, Outcome
 from xmppd.errors import StanzaError
+from xmppd.events import HostStanzaReceiving
 from xmppd.iq import IqDispatcher
 from xmppd.protocol.stanza import Stanza
 
@@ -20,13 +21,13 @@ class ToUsers(Protocol):
 class LocalRouter:
     """Decides by content for the hosts this cluster serves."""
 
-    def __init__(self, users: ToUsers, iqs: IqDispatcher, bounce: Bounce) -> None:
+    def __init__(self, users: ToUsers, iqs: IqDispatcher, gate: Gate) -> None:
         self._users = users
         self._iqs = iqs
-        self._bounce = bounce
+        self._gate = gate
 
     def route(self, stanza: Stanza) -> Outcome:
-        """Route a stanza whose domain is ours."""
+        """Route a stanza whose domain is ours. Raises StanzaError."""
         to = stanza.to
         assert to is not None
         if to.local:
@@ -40,4 +41,9 @@ class LocalRouter:
         return self._unknown(stanza)
 
     def _unknown(self, stanza: Stanza) -> Outcome:
-        return self._bounce(stanza, StanzaError("item-not-found"))
+        assert stanza.to is not None
+        return self._gate.ask(HostStanzaReceiving(stanza.to.domain, stanza), stanza, _not_found)
+
+
+def _not_found(event: HostStanzaReceiving) -> Outcome:
+    raise StanzaError("item-not-found")

@@ -13,7 +13,7 @@ unregisters.
             return None  # an empty result
 """
 
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 from xmppd.admin.registry import Arg, command
 from xmppd.admin.results import List, Rescode, Tuple, integer, string
 from xmppd.cluster.tables import Owner
-from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, sized
+from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, several, sized
 from xmppd.delivery import SAFE, Outcome, Pending, as_stanza_error
-from xmppd.events import Session
+from xmppd.events import Handled, Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
-from xmppd.spool import Holder, QuotaReached, SpoolRow
+from xmppd.spool import Holder, NoAccount, QuotaReached, SpoolRow
 from xmppd.storage import Storage
 from xmppd.storage.ids import new_id
 from xmppd.storage.sql import by_host, insert_new, upsert
@@ -55,12 +55,17 @@ __all__ = [
     "NO_REPLY",
     "SAFE",
     "Arg",
+    "BlockingService",
+    "Blocklist",
     "Contact",
+    "DiscoInfo",
+    "DiscoService",
     "Duration",
     "Holder",
     "IqRequest",
     "List",
     "Module",
+    "NoAccount",
     "NoReply",
     "OptionalRate",
     "Outcome",
@@ -95,6 +100,7 @@ __all__ = [
     "long_text",
     "module_table",
     "new_id",
+    "several",
     "sized",
     "string",
     "upsert",
@@ -120,6 +126,7 @@ class IqMark:
     namespace: str
     name: str
     targets: tuple[Literal["account", "host"], ...]
+    anonymous: bool
 
 
 def hook(event: type, *, after: Sequence[str] = (), optional: bool = False, switched: bool = False) -> Callable[[F], F]:
@@ -137,16 +144,23 @@ def hook(event: type, *, after: Sequence[str] = (), optional: bool = False, swit
 
 
 def iq(
-    type: Literal["get", "set"], namespace: str, name: str = "", *, at: Literal["account", "host", "both"] = "account"
+    type: Literal["get", "set"],
+    namespace: str,
+    name: str = "",
+    *,
+    at: Literal["account", "host", "both"] = "account",
+    anonymous: bool = False,
 ) -> Callable[[F], F]:
     """Mark a method as the handler of IQ requests with that payload, sent to accounts (a bare JID, or no `to`), to the
     hosts themselves, or both. It takes an IqRequest and returns the payload of the result (bytes or an element), None
-    for an empty one, a whole Stanza, or NO_REPLY; StanzaError becomes the error. A coroutine holds the stream back."""
+    for an empty one, a whole Stanza, or NO_REPLY; StanzaError becomes the error. A coroutine holds the stream back.
+
+    anonymous: a set that anonymous accounts may make too, because it is forgotten with their session."""
     targets: tuple[Literal["account", "host"], ...] = ("account", "host") if at == "both" else (at,)
 
     def mark(function: F) -> F:
         marks = function.__dict__.setdefault("_xmppd_iqs", [])
-        marks.append(IqMark(type, namespace, name, targets))
+        marks.append(IqMark(type, namespace, name, targets, anonymous))
         return function
 
     return mark
@@ -167,6 +181,10 @@ class Sessions(Protocol):
         ...
 
     def is_available(self, user: JID) -> bool: ...
+
+    def is_anonymous(self, user: JID) -> bool:
+        """Whether the account ends with its session (SASL ANONYMOUS): write nothing about it."""
+        ...
 
     def multicast(self, stanza: Stanza, users: Iterable[JID]) -> None:
         """One presence without `to` for every available resource of many users of our hosts."""
@@ -218,6 +236,10 @@ class AccountsInfo(Protocol):
 
     async def exists(self, host: str, username: str) -> bool: ...
 
+    async def names(self, host: str, *, limit: int, after: str | None) -> list[str]:
+        """User names in the order of their bytes, in pages; `after` the last one of the page before."""
+        ...
+
     async def register(self, host: str, username: str, password: str) -> bool: ...
 
     async def set_password(self, host: str, username: str, password: str) -> bool: ...
@@ -243,7 +265,10 @@ class Context:
     route: Callable[[Stanza], Outcome]
     spawn: Callable[..., object]
     service: Callable[[type], Any]
-    switch: Callable[[type, bool], None] = lambda event, on: None  # the loader puts in its own
+    # The loader puts in its own:
+    switch: Callable[[type, bool], None] = lambda event, on: None
+    notify: Callable[[object], Awaitable[None] | None] = lambda event: None
+    decide: Callable[[Any], Any] = lambda event: event
 
 
 class Module(Generic[C]):
@@ -287,6 +312,20 @@ class Module(Generic[C]):
     def switch(self, event: type, on: bool) -> None:
         """Let the module's `switched` handlers of an event listen, or not."""
         self._context.switch(event, on)
+
+    async def tell(self, event: object) -> None:
+        """Tell whoever watches an event that this module has made happen."""
+        waiting = self._context.notify(event)
+        if waiting is not None:
+            await waiting
+
+    async def ask(self, event: T) -> T | Handled:
+        """Ask the other modules about what this one is about to do. Raises StanzaError."""
+        decision: Any = self._context.decide(event)
+        if isinstance(decision, Awaitable):
+            decision = await decision
+        decided: T | Handled = decision
+        return decided
 
     def service(self, protocol: type[T]) -> T:
         """The loaded module that provides a service; LookupError when none does."""
@@ -342,4 +381,45 @@ class RosterService(Protocol):
 
     async def contacts(self, user: JID) -> Mapping[str, Contact]:
         """The roster of any account; StorageUnavailable."""
+        ...
+
+
+class Blocklist(Protocol):
+    """Whom a user has blocked (XEP-0191); false when that is nobody."""
+
+    def blocks(self, other: JID) -> bool: ...
+
+    def __bool__(self) -> bool: ...
+
+
+class BlockingService(Protocol):
+    """Who knows whom users have blocked: the blocking module."""
+
+    def cached(self, user: JID) -> Blocklist | None:
+        """While the user has a session here, without waiting; None when it is not known: then ask `blocklist`."""
+        ...
+
+    async def blocklist(self, user: JID) -> Blocklist:
+        """Of any account; StorageUnavailable."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DiscoInfo:
+    """What service discovery says about an entity (XEP-0030 3.1, XEP-0128)."""
+
+    identities: tuple[tuple[str, str, str], ...]  # category, type, name
+    features: tuple[str, ...]
+    forms: tuple[
+        tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...
+    ] = ()  # FORM_TYPE, its fields with their values
+
+
+class DiscoService(Protocol):
+    """Who answers for the hosts: the disco module."""
+
+    def host_info(self) -> DiscoInfo: ...
+
+    def info_xml(self, info: DiscoInfo, node: str = "") -> bytes:
+        """The payload of an answer."""
         ...

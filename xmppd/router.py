@@ -11,6 +11,7 @@ from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Spawn, as_stanza_error
 from xmppd.errors import StanzaError
 from xmppd.events import StanzaRouting
 from xmppd.hooks import Hooks
+from xmppd.metrics import Counters, add
 from xmppd.protocol.stanza import Stanza, error_reply
 
 
@@ -23,8 +24,9 @@ class ToOtherServers(Protocol):
 class Router:
     """Decides by domain. One per node."""
 
-    def __init__(self, routes: RouteTable, hooks: Hooks, spawn: Spawn) -> None:
+    def __init__(self, routes: RouteTable, hooks: Hooks, spawn: Spawn, counters: Counters | None = None) -> None:
         self._routes = routes
+        self._errors = (counters or Counters()).stanza_errors
         self._hooks = hooks
         self._gate = Gate(hooks, spawn, self.bounce)
         self._s2s: ToOtherServers | None = None
@@ -47,6 +49,7 @@ class Router:
         reply = error_reply(stanza, error)
         if reply is None or reply.to is None:
             return SAFE
+        add(self._errors, error.condition)
         self.route(reply)
         return ERROR
 

@@ -1,8 +1,9 @@
 """Builds every part of a node, starts them in order, stops them in reverse.
 
-Start: data folder → certificates → storage → tables, router, managers → modules → control socket → listeners → ready.
-Stop: not ready → stop listening → `system-shutdown` to each stream → wait `shutdown_grace` → modules in reverse →
-control socket → storage → data folder.
+Start: data folder → certificates → storage → tables, router, managers → modules → control socket → http → listeners →
+ready.
+Stop: not ready → stop listening → `system-shutdown` to each stream → wait `shutdown_grace` → http → control socket →
+modules in reverse → storage → data folder.
 """
 
 import asyncio
@@ -20,8 +21,9 @@ from typing import Any, Final
 
 from xmppd import config as configuration
 from xmppd import log
+from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
 from xmppd.admin.commands import register_core
-from xmppd.admin.registry import Registry
+from xmppd.admin.registry import Registry, commands_of
 from xmppd.admin.socket import ControlSocket
 from xmppd.auth import Auth
 from xmppd.c2s.connection import Flusher, Settings
@@ -33,19 +35,22 @@ from xmppd.c2s.tls import Certificates
 from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
 from xmppd.config import Config
 from xmppd.config.changes import RESTART
-from xmppd.config.schema import C2SListen
+from xmppd.config.schema import C2SListen, HttpListen
 from xmppd.delivery import Gate
 from xmppd.errors import CommandError, XmppdError
 from xmppd.events import ConfigReloaded, ServerStarted, UserDeleted, UserRegistered
 from xmppd.hooks import Hooks
+from xmppd.http.node import HttpServers
 from xmppd.identity import DataFolder
 from xmppd.iq import IqDispatcher, IqHandlers
 from xmppd.local_router import LocalRouter
 from xmppd.log import get_logger
+from xmppd.login_limits import LoginLimits
+from xmppd.metrics import Counters, LoopLag
 from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
 from xmppd.notify import Notifier
-from xmppd.protocol import ns
+from xmppd.protocol import ns, stream
 from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stream import Limits
 from xmppd.router import Router
@@ -55,7 +60,10 @@ from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 _log = get_logger("xmppd.server")
+_COLLECT_EVERY: Final = 5.0  # seconds
+_COLLECT_ABANDONED: Final = 500  # parsers, about 6 MiB
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
+_HTTP_GRACE: Final = 2.0  # seconds for requests that run at stop
 _GC_THRESHOLDS: Final = (50_000, 20, 50)
 
 
@@ -77,7 +85,11 @@ class Accountant:
         self._hooks = hooks
 
     async def exists(self, host: str, username: str) -> bool:
-        return await self._accounts.exists(host, username)
+        """Also an anonymous account, for as long as its session lives."""
+        return self._sessions.is_anonymous(make(username, host)) or await self._accounts.exists(host, username)
+
+    async def names(self, host: str, *, limit: int, after: str | None) -> list[str]:
+        return await self._accounts.names(host, limit=limit, after=after)
 
     async def register(self, host: str, user: str, password: str) -> bool:
         """Make an account; False when there is one."""
@@ -121,7 +133,9 @@ class Server:
         self._status = "starting"
         self._stopping = asyncio.Event()
         self._restart = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._interrupted = False  # told to stop while starting
+        self._tasks: set[asyncio.Task[None]] = set()  # each ends by itself, soon
+        self._services: set[asyncio.Task[None]] = set()  # each goes on until it is cancelled
         self._listeners: list[ClientListener] = []
         self._notifier = Notifier.from_environment()
         self._reloading = asyncio.Lock()
@@ -175,17 +189,16 @@ class Server:
         self._notifier.beat(asyncio.get_running_loop(), self._condition)
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._notifier.rest)
+            stack.enter_context(self._signals())
             for part in (self._data_folder, self._storage, self._routing_parts, self._modules, self._control):
                 await stack.enter_async_context(part())
+            await stack.enter_async_context(self._http())
             await stack.enter_async_context(self._clients())
-            stack.enter_context(self._signals())
             self._ready()
             await self._stopping.wait()
             self._status = "stopping"
             self._tell_systemd_that_we_stop()
             _log.info("stopping", node=self.node)
-        for task in list(self._tasks):
-            task.cancel()
         _log.info("stopped", node=self.node)
         return self._restart
 
@@ -205,8 +218,23 @@ class Server:
         task.add_done_callback(self._task_done)
         return task
 
+    def spawn_service(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Run a task that goes on as long as the node; it is cancelled when the node stops."""
+        task = self.spawn(coroutine, name=name)
+        self._tasks.discard(task)
+        self._services.add(task)
+        return task
+
+    async def _finish_tasks(self) -> None:
+        """What the ending sessions have set going (messages on their way to storage) gets its time."""
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=self.config.shutdown_grace)
+        for task in [*self._tasks, *self._services]:
+            task.cancel()
+
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._services.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
             _log.error("task failed", task=task.get_name(), exc=exc)
 
@@ -248,7 +276,12 @@ class Server:
                 _log.info("messages of an earlier run are free again", messages=freed)
             yield
         finally:
-            await self.storage.close()
+            try:
+                # A database that is away must not keep the node from stopping; nobody was told that these are stored.
+                async with asyncio.timeout(self.config.shutdown_grace + 1):
+                    await self.storage.close()
+            except TimeoutError:
+                _log.warning("writes given up", database=self.storage.where)
 
     @contextlib.asynccontextmanager
     async def _routing_parts(self) -> AsyncIterator[None]:
@@ -257,7 +290,9 @@ class Server:
         self.iqs = IqHandlers()
         self.routes = RouteTable()
         self.table = SessionTable()
-        self.router = Router(self.routes, self.hooks, self.spawn)
+        self.counters = Counters()
+        self.lag = LoopLag(loop)
+        self.router = Router(self.routes, self.hooks, self.spawn, self.counters)
         self.router.connect(S2SManager(self.router.bounce))
         self.gate = Gate(self.hooks, self.spawn, self.router.bounce)
         dispatcher = IqDispatcher(self.iqs, send=self.router.route, bounce=self.router.bounce, gate=self.gate)
@@ -271,22 +306,30 @@ class Server:
             spawn=self.spawn,
             strict=self.config.routing.profile == "rfc6121",
         )
-        local = LocalRouter(self.sessions, dispatcher, self.router.bounce)
+        local = LocalRouter(self.sessions, dispatcher, self.gate)
         for host in self.config.hosts:
             self.routes.insert(Route(host, self.owner, local.route))
         # Old clients ask for a session behind bind (RFC 3921 3); there is nothing to it.
         for target in ("account", "host"):
-            self.iqs.add("core", target, "set", ns.SESSION, "session", lambda request: None)
-        self.auth = Auth(self.accounts, self.config)
+            self.iqs.add("core", target, "set", ns.SESSION, "session", lambda request: None, anonymous=True)
+        self.auth = Auth(self.accounts, self.config, limits=LoginLimits(lambda: self.config.login_limits))
         self.accountant = Accountant(self.auth, self.accounts, self.sessions, self.hooks)
         self.flusher = Flusher(loop)
         self.sweeper = RecordSweeper(loop)
         self.parts = Parts(
-            self.config.node, self.router, self.sessions, self.hooks, self.gate, self.spawn, self.sweeper
+            self.config.node,
+            self.router,
+            self.sessions,
+            self.hooks,
+            self.gate,
+            self.spawn,
+            self.sweeper,
+            self.counters,
         )
         try:
             yield
         finally:
+            self.lag.stop()
             self.sweeper.stop()
             self.auth.close()
 
@@ -310,6 +353,8 @@ class Server:
             router=self.router,
             loader=self.loader,
         )
+        self.api_tokens = ApiTokens(self.storage, lambda: self.config.api_tokens)
+        self.registry.register("core", commands_of(ApiTokenCommands(self.api_tokens)))
         try:
             await self.loader.start(self.config.modules)
             yield
@@ -328,7 +373,7 @@ class Server:
             log=get_logger(f"modules.{name}"),
             clock=time.time,
             route=self.router.route,
-            spawn=self.spawn,
+            spawn=self.spawn_service,
             service=self.loader.service,
         )
 
@@ -342,8 +387,31 @@ class Server:
             await self.control.close()
 
     @contextlib.asynccontextmanager
-    async def _clients(self) -> AsyncIterator[None]:
+    async def _http(self) -> AsyncIterator[None]:
+        # Before the clients' listeners and after their end: a balancer that asks whether we are ready gets its answer.
         self._addresses: list[dict[str, Any]] = []
+        http = HttpServers(self)
+        try:
+            for listen in self.config.listen:
+                if isinstance(listen, HttpListen):
+                    self._addresses.append(await http.open(listen))
+            yield
+        finally:
+            await http.close(_HTTP_GRACE)
+
+    def listening(self) -> bool:
+        """Whether every listener of clients is open."""
+        return all(listener.listening for listener in self._listeners)
+
+    def connections(self) -> dict[str, int]:
+        """How many client connections each kind of listener has."""
+        found: dict[str, int] = {}
+        for listener in self._listeners:
+            found[listener.settings.name] = found.get(listener.settings.name, 0) + listener.connections
+        return found
+
+    @contextlib.asynccontextmanager
+    async def _clients(self) -> AsyncIterator[None]:
         try:
             for listen in self.config.listen:
                 if isinstance(listen, C2SListen):
@@ -354,6 +422,7 @@ class Server:
             for listener in self._listeners:
                 listener.stop_listening()
             await asyncio.gather(*(listener.close(self.config.shutdown_grace) for listener in self._listeners))
+            await self._finish_tasks()
 
     async def _listen(self, listen: C2SListen) -> None:
         listener = ClientListener(
@@ -387,15 +456,30 @@ class Server:
 
     @contextlib.contextmanager
     def _signals(self) -> Any:
+        """From the first moment to the last, so that a signal never finds the default handler, which kills."""
         loop = asyncio.get_running_loop()
+        main = asyncio.current_task()
+        assert main is not None
+
+        def stop() -> None:
+            if self._status == "starting":
+                self._interrupted = True
+                main.cancel()
+            self.stop()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(number, stop)
         loop.add_signal_handler(signal.SIGHUP, self._hang_up, sys.stdin is not None and sys.stdin.isatty())
         try:
             yield
+        except asyncio.CancelledError:
+            if not self._interrupted:
+                raise
+            main.uncancel()
         finally:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)  # nothing is left but to exit
 
     def _ready(self) -> None:
         gc.collect()
@@ -404,11 +488,24 @@ class Server:
         self._status = "started"
         ready = {"node": self.node, "pid": os.getpid(), "hosts": list(self.hosts), "listen": self._addresses}
         self.folder.write_ready(ready)
+        self.spawn_service(self._collect(), name="collect abandoned parsers")
         waiting = self.hooks.notify(ServerStarted())
         if waiting is not None:
             self.spawn(_await(waiting), name="server started")
         self._notifier.ready(self._condition()[1])
         _log.info("serving", node=self.node, hosts=",".join(self.hosts), database=self.storage.where)
+
+    async def _collect(self) -> None:
+        """Streams that were cut in the middle of a stanza leave cycles with much memory and few objects, which would
+        not make the collector run."""
+        collected = stream.abandoned
+        while True:
+            await asyncio.sleep(_COLLECT_EVERY)
+            if stream.abandoned - collected >= _COLLECT_ABANDONED:
+                collected = stream.abandoned
+                began = time.perf_counter()
+                gc.collect()
+                _log.debug("abandoned parsers collected", ms=int((time.perf_counter() - began) * 1000))
 
     # -- what systemd sees
 

@@ -13,7 +13,13 @@ from typing import Protocol
 from xmppd.cluster.tables import Owner, SessionRow, SessionTable
 from xmppd.delivery import SAFE, Bounce, Gate, Outcome, Pending, Record, Spawn, first_of
 from xmppd.errors import StanzaError
-from xmppd.events import MessageUndeliverable, PresenceBounced, ProbeReceiving, SubscriptionReceiving
+from xmppd.events import (
+    MessageUndeliverable,
+    PresenceBounced,
+    ProbeReceiving,
+    RequestReceiving,
+    SubscriptionReceiving,
+)
 from xmppd.hooks import Hooks
 from xmppd.iq import IqDispatcher
 from xmppd.protocol.jid import JID, bare
@@ -27,6 +33,7 @@ class LiveSession(Protocol):
     """A session of this process, as its manager sees it."""
 
     jid: JID
+    anonymous: bool
 
     def deliver(self, stanza: Stanza) -> Outcome:
         """Write to its client, behind what was stored for it. Raises StanzaError."""
@@ -93,12 +100,13 @@ class SessionManager:
         self._bounce = bounce
         self._gate = Gate(hooks, spawn, bounce)
         self.strict = strict  # routing.profile: rfc6121
+        self.rerouted = 0  # stanzas whose session turned out to be dead
 
     # -- sessions
 
     def open(self, session: LiveSession) -> SessionRow:
         """Enter a session that was just bound; one with the same full JID ends with `conflict` (requirements ST-01)."""
-        row = SessionRow(session.jid, self._owner, time.time_ns(), session)
+        row = SessionRow(session.jid, self._owner, time.time_ns(), session, anonymous=session.anonymous)
         displaced = self._table.insert(row)
         if displaced is not None and displaced.session is not None:
             displaced.session.replaced()
@@ -134,6 +142,10 @@ class SessionManager:
         """Whether a resource is there that takes messages (priority not negative)."""
         return bool(_not_negative(self._table.rows(user.bare)))
 
+    def is_anonymous(self, user: JID) -> bool:
+        """Whether this account exists for its session alone: nothing is kept for it, here or on any node."""
+        return any(row.anonymous for row in self._table.rows(user.bare).values())
+
     # -- routing
 
     def route(self, stanza: Stanza) -> Outcome:
@@ -152,7 +164,11 @@ class SessionManager:
         for record in records:
             if record.outcome.result is not None:
                 continue
+            self.rerouted += 1
             stanza = record.stanza
+            if stanza.copy:
+                record.outcome.settle(SAFE)
+                continue
             try:
                 if stanza.kind == "iq":
                     record.outcome.follow(self._bounce(stanza, StanzaError("service-unavailable")))
@@ -228,6 +244,8 @@ class SessionManager:
         raise StanzaError("service-unavailable")
 
     def _undeliverable(self, stanza: Stanza, to: JID) -> Outcome:
+        if self.is_anonymous(to):
+            raise StanzaError("service-unavailable")
         pending = Pending(failed=lambda error: self._bounce(stanza, error))
 
         def nobody(event: MessageUndeliverable) -> Outcome:
@@ -247,17 +265,28 @@ class SessionManager:
         if not request:
             return SAFE
         if rows or self._accounts.known(to.domain, to.local):
-            return self._iqs.dispatch("account", stanza)
+            return self._ask_account(stanza, to, anonymous=any(row.anonymous for row in rows.values()))
         return self._gate.wait(stanza, self._iq_for_absent(stanza, to))
 
     async def _iq_for_absent(self, stanza: Stanza, to: JID) -> Outcome:
         # No account, no handler: else accounts could be told apart from names that are free.
         if not await self._accounts.exists(to.domain, to.local):
             raise StanzaError("service-unavailable")
-        return self._iqs.dispatch("account", stanza)
+        return self._ask_account(stanza, to)
+
+    def _ask_account(self, stanza: Stanza, to: JID, *, anonymous: bool = False) -> Outcome:
+        own = stanza.from_ is not None and stanza.from_.bare == to.bare
+        if own or not self._hooks.wants(RequestReceiving):
+            return self._iqs.dispatch("account", stanza, anonymous=anonymous)
+        event = RequestReceiving(bare(to), stanza)
+        return self._gate.ask(
+            event, stanza, lambda decided: self._iqs.dispatch("account", decided.stanza, anonymous=anonymous)
+        )
 
     def _presence(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
         if stanza.type in SUBSCRIPTIONS:
+            if self.is_anonymous(to):
+                return SAFE  # as for an account that does not exist
             return self._gate.ask(SubscriptionReceiving(bare(to), stanza), stanza, lambda event: SAFE)
         if stanza.type == "probe":
             return self._gate.ask(ProbeReceiving(bare(to), stanza), stanza, lambda event: SAFE)

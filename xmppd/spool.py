@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, ColumnElement, case, delete, func, null, or_, select, update
+from sqlalchemy import BigInteger, ColumnElement, Select, case, delete, func, null, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
@@ -21,7 +21,7 @@ from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.log import get_logger
 from xmppd.storage import Stamp, Storage, Utf8, by_host, fixed_bytes, insert_new, new_id
 from xmppd.storage.sql import limited_update
-from xmppd.storage.tables import HOST_BYTES, PART_BYTES
+from xmppd.storage.tables import HOST_BYTES, PART_BYTES, account
 from xmppd.storage.tables import spool as table
 
 log = get_logger("spool")
@@ -39,6 +39,14 @@ User = tuple[str, str]  # server_host, username
 
 class QuotaReached(StorageError):
     """The user has as many offline messages as they may have; nothing was stored."""
+
+
+class NoAccount(StorageError):
+    """The user is not registered."""
+
+
+class _NotThere(Exception):
+    """Rolls a removal back."""
 
 
 class Kept(enum.Enum):
@@ -77,6 +85,7 @@ class KeepItem:
     dedup: bytes | None
     quota: int | None
     holder: Holder | None
+    for_account: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +108,14 @@ class Spool:
         self._clock = clock
         self._dedup_window = dedup_window
         self._untakes: dict[User, int] = {}  # takes of which it is not known what they got
+        # rows since the start: written, already there, over the quota, taken for a session, acknowledged by its client
+        self.stored = self.duplicates = self.refused = self.taken = self.flushed = 0
         # In this order within a transaction: a row that is stored and acknowledged in one tick has to be gone after it.
-        storage.batcher.define(KEEP, self._write_keeps, size=lambda item: 512 + len(item.stanza))
+        storage.batcher.define(
+            KEEP, self._write_keeps, size=lambda item: 512 + len(item.stanza), committed=self._count_kept
+        )
         storage.batcher.define(FREE, self._write_frees, size=lambda item: 64 + 16 * len(item.ids))
-        storage.batcher.define(DELETE, _write_deletes, size=lambda ids: 16 * len(ids))
+        storage.batcher.define(DELETE, _write_deletes, size=lambda ids: 16 * len(ids), committed=self._count_deleted)
         storage.loader.define("spool waiting", _fetch_waiting)
 
     # -- storing -----------------------------------------------------------------------------------------------------
@@ -119,12 +132,15 @@ class Spool:
         expires_at: float | None = None,
         holder: Holder | None = None,
         row_id: bytes | None = None,
+        for_account: bool = False,
     ) -> "asyncio.Future[Kept]":
         """Stores one message; the future is resolved when it is committed.
 
         `dedup`: 32 bytes; the same within the window, for the same user, gives DUPLICATE. `quota` never refuses a row
         with a holder, else the future raises QuotaReached. `row_id`: from `new_id()`, made just now, for a caller that
-        will have to delete or release the row. `take` gives rows back in the order of these calls.
+        will have to delete or release the row. `for_account`: the future raises NoAccount when the user is not
+        registered (any more), else an account made anew with that name would get the message. `take` gives rows back
+        in the order of these calls.
         Raises StorageUnavailable at once when the write queue is full.
         """
         kind, item = self.keep_item(
@@ -137,6 +153,7 @@ class Spool:
             expires_at=expires_at,
             holder=holder,
             row_id=row_id,
+            for_account=for_account,
         )
         return self._storage.batcher.submit(kind, item)
 
@@ -152,22 +169,48 @@ class Spool:
         expires_at: float | None = None,
         holder: Holder | None = None,
         row_id: bytes | None = None,
+        for_account: bool = False,
     ) -> tuple[str, KeepItem]:
         """As `keep`, for `Batcher.submit_unit`: a row that commits together with rows of other tables."""
         if dedup is not None:  # the column is unique in the whole table, so the user has to be part of it
             dedup = hashlib.sha256(b"\0".join((host.encode(), username.encode(), dedup))).digest()
         item = KeepItem(
-            row_id or new_id(), host, username, sender_bare, stanza, self._clock(), expires_at, dedup, quota, holder
+            row_id or new_id(),
+            host,
+            username,
+            sender_bare,
+            stanza,
+            self._clock(),
+            expires_at,
+            dedup,
+            quota,
+            holder,
+            for_account,
         )
         return KEEP, item
 
-    async def _write_keeps(self, connection: AsyncConnection, items: list[KeepItem]) -> list[Kept | QuotaReached]:
+    def _count_kept(self, item: KeepItem, result: Kept | StorageError) -> None:
+        if result is Kept.STORED:
+            self.stored += 1
+        elif result is Kept.DUPLICATE:
+            self.duplicates += 1
+        else:
+            self.refused += 1
+
+    def _count_deleted(self, ids: tuple[bytes, ...], result: object) -> None:
+        self.flushed += len(ids)
+
+    async def _write_keeps(self, connection: AsyncConnection, items: list[KeepItem]) -> list[Kept | StorageError]:
         now = self._clock()
+        gone = await self._find_gone(connection, items)
         repeated = await self._find_repeated(connection, items, now)
         free = await self._count_free(connection, items, now)
-        results: dict[bytes, Kept | QuotaReached] = {}
+        results: dict[bytes, Kept | StorageError] = {}
         seen: set[bytes] = set()
         for item in items:
+            if (item.host, item.username) in gone and item.for_account:
+                results[item.id] = NoAccount(f"{item.username}@{item.host} is not registered")
+                continue
             if item.dedup is not None and (item.dedup in seen or repeated.get(item.dedup, item.id) != item.id):
                 results[item.id] = Kept.DUPLICATE
                 continue
@@ -183,6 +226,18 @@ class Spool:
             results[item.id] = Kept.STORED
         await self._insert(connection, [item for item in items if results[item.id] is Kept.STORED], results)
         return [results[item.id] for item in items]
+
+    async def _find_gone(self, connection: AsyncConnection, items: list[KeepItem]) -> set[User]:
+        """Users without an account; those that are there stay until this transaction ends."""
+        gone = {(item.host, item.username) for item in items if item.for_account}
+        for host, names in by_host(sorted(gone)).items():
+            query = (
+                select(account.c.username)
+                .where(account.c.server_host == host, account.c.username.in_(names))
+                .with_for_update(read=True)
+            )
+            gone -= {(host, name) for name in (await connection.execute(query)).scalars()}
+        return gone
 
     async def _find_repeated(
         self, connection: AsyncConnection, items: list[KeepItem], now: float
@@ -221,7 +276,7 @@ class Spool:
         return counts
 
     async def _insert(
-        self, connection: AsyncConnection, items: list[KeepItem], results: dict[bytes, Kept | QuotaReached]
+        self, connection: AsyncConnection, items: list[KeepItem], results: dict[bytes, Kept | StorageError]
     ) -> None:
         if not items:
             return
@@ -270,12 +325,14 @@ class Spool:
             return [SpoolRow(row.id, row.created_at, row.sender, row.stanza) for row in rows]
 
         try:
-            return await self._storage.run(work, repeatable=True)
+            rows = await self._storage.run(work, repeatable=True)
         except BaseException:  # it may have been committed all the same: then these rows must not be held for ever
             user = (host, username)
             self._untakes[user] = self._untakes.get(user, 0) + 1
             self._untake(_FreeItem(user=user, take_id=take_id), user)
             raise
+        self.taken += len(rows)
+        return rows
 
     def release(self, ids: Iterable[bytes], holder: Holder) -> "asyncio.Future[None]":
         """Makes those of the rows free which `holder` still holds."""
@@ -316,6 +373,60 @@ class Spool:
             return int((await connection.execute(query)).scalar_one())
 
         return await self._storage.read(work)
+
+    async def look(self, host: str, username: str, *, after: bytes | None = None, limit: int = 100) -> list[SpoolRow]:
+        """The user's offline messages as they are, oldest first, in pages; `after` the last id of the page before."""
+        query = self._free_rows(host, username).order_by(table.c.id).limit(limit)
+        return await self._rows(query if after is None else query.where(table.c.id > after))
+
+    async def find(self, host: str, username: str, ids: Iterable[bytes]) -> list[SpoolRow]:
+        """Those of the ids that are offline messages of the user."""
+        found: list[SpoolRow] = []
+        for some in _chunks(sorted(ids)):
+            found += await self._rows(self._free_rows(host, username).where(table.c.id.in_(some)))
+        return found
+
+    def _free_rows(self, host: str, username: str) -> Select[Any]:
+        columns = (table.c.id, table.c.created_at, table.c.sender, table.c.stanza)
+        return select(*columns).where(*_of(host, username), table.c.holder_member.is_(None), _lives(self._clock()))
+
+    async def _rows(self, query: Select[Any]) -> list[SpoolRow]:
+        async def work(connection: AsyncConnection) -> list[SpoolRow]:
+            rows = await connection.execute(query)
+            return [SpoolRow(row.id, row.created_at, row.sender, row.stanza) for row in rows]
+
+        return await self._storage.read(work)
+
+    async def remove(self, host: str, username: str, ids: Sequence[bytes]) -> bool:
+        """Their user does not want these offline messages: all of them go, or, when one is not there, none."""
+        wanted = set(ids)
+
+        async def work(connection: AsyncConnection) -> bool:
+            mine = (*_of(host, username), table.c.holder_member.is_(None))
+            for some in _chunks(sorted(wanted)):
+                gone = await connection.execute(delete(table).where(*mine, table.c.id.in_(some)))
+                if gone.rowcount < len(some):
+                    raise _NotThere
+            return True
+
+        try:
+            return await self._storage.run(work)
+        except _NotThere:
+            return False
+
+    async def purge(self, host: str, username: str) -> None:
+        """Removes all offline messages of a user, in pieces, so that no transaction is long."""
+        query = select(table.c.id).where(*_of(host, username), table.c.holder_member.is_(None)).limit(_FREE_AT_ONCE)
+
+        async def work(connection: AsyncConnection) -> int:
+            ids = list((await connection.execute(query)).scalars())
+            for some in _chunks(sorted(ids)):
+                free = table.c.holder_member.is_(None)
+                await connection.execute(delete(table).where(table.c.id.in_(some), free))
+            return len(ids)
+
+        while await self._storage.run(work) == _FREE_AT_ONCE:
+            pass
 
     async def freed_since(self, when: float, *, limit: int = 10_000) -> list[User]:
         """The users with rows that were stored without holder, or released, at or after `when`, and are free now.

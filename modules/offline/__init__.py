@@ -6,29 +6,40 @@ import secrets
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Final, cast
 
 from xmppd.errors import CommandError, JidError, StanzaError, StorageError
-from xmppd.events import HANDLED, Handled, MessageUndeliverable, SessionBecameAvailable, SessionClosed
+from xmppd.events import HANDLED, DiscoNodeAsking, Handled, MessageUndeliverable, SessionBecameAvailable, SessionClosed
 from xmppd.module_api import (
     SAFE,
     Arg,
+    BlockingService,
+    Blocklist,
     Context,
     Holder,
+    IqRequest,
     Module,
+    NoAccount,
     QuotaReached,
     Session,
     between,
     command,
     hook,
     integer,
+    iq,
 )
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stanza import Stanza, delay_element, with_child
 
 from .flush import RETRY_FIRST, RETRY_LONGEST, Chores, Flush, KeptMessage
+from .retrieval import Retrieval, count_form, nodes
 from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, repetition_key, sender_of
+
+_AT_ONCE: Final = 200  # sessions looked up together
+_RETRIEVES: Final = "offline"  # in a session's state: it looks through the messages by itself
+_FETCH: Final = f"{{{ns.OFFLINE}}}fetch"
+_PURGE: Final = f"{{{ns.OFFLINE}}}purge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +49,39 @@ class Config:
 
 
 class Offline(Module[Config]):
-    xeps = {160: "1.0.1", 203: "2.0", 334: "0.4.0"}
-    features = (ns.MSGOFFLINE,)
+    xeps = {13: "1.3", 160: "1.0.1", 203: "2.0", 334: "0.4.0"}
+    features = (ns.MSGOFFLINE, ns.OFFLINE)
 
     def __init__(self, context: Context, config: Config) -> None:
         super().__init__(context, config)
         self._chores = Chores(self.spool, self.log)
         self._flushes: dict[Session, Flush] = {}
+        self._retrieval = Retrieval(self.spool, self._blocklist, self._is_here)
         # Messages that are being stored, by bare JID: a login waits for them, or a later message would overtake them.
         self._storing: dict[str, set[asyncio.Future[None]]] = {}
 
+    async def start(self) -> None:
+        takers = [s for s in self.sessions.local() if s.priority is not None and s.priority >= 0]
+        takers = [session for session in takers if not self._is_retrieving(session.user)]
+        if takers:
+            self.spawn(self._catch_up(takers), name="messages from before")
+
+    async def _catch_up(self, takers: list[Session]) -> None:
+        """Deliver what was stored while the module did not run, or was just being delivered when it was reloaded."""
+        for first in range(0, len(takers), _AT_ONCE):
+            some = takers[first : first + _AT_ONCE]
+            flushed = await asyncio.gather(*(self._flush(session) for session in some))
+            for session, done in zip(some, flushed, strict=True):
+                if not done:
+                    self._retry(session)
+
     # -- keeping
 
-    @hook(MessageUndeliverable, after=("push",))
+    @hook(MessageUndeliverable, after=("push", "blocking", "privacy"))
     def keep(self, event: MessageUndeliverable) -> Handled | None:
         message = event.message
-        if isinstance(message, KeptMessage):
-            return self._came_back(event, message)
+        if getattr(message, "row_id", None) is not None:  # not by its class, which a reload makes anew
+            return self._came_back(event, cast(KeptMessage, message))
         verdict = judge(message, self.config.store_empty_body)
         if verdict is Verdict.REFUSE:
             return None
@@ -78,6 +105,7 @@ class Offline(Module[Config]):
             dedup=key,
             quota=self.config.max_messages,
             expires_at=expiry(message, now),
+            for_account=True,
         )
         kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._storing.setdefault(user.bare, set()).add(kept)
@@ -96,6 +124,8 @@ class Offline(Module[Config]):
         if error is None:
             kept.set_result(None)
             self._wake(user)
+        elif isinstance(error, NoAccount):
+            kept.set_exception(StanzaError("service-unavailable"))
         elif isinstance(error, QuotaReached):
             kept.set_exception(StanzaError("resource-constraint", "too many offline messages wait for this user"))
         else:
@@ -115,6 +145,8 @@ class Offline(Module[Config]):
     async def flush(self, event: SessionBecameAvailable) -> None:
         if event.priority < 0 or (event.old_priority is not None and event.old_priority >= 0):
             return
+        if event.session.anonymous or self._is_retrieving(event.session.user):
+            return  # nothing was kept, or the client looks through it by itself
         if not await self._flush(event.session):
             self._retry(event.session)
 
@@ -123,6 +155,8 @@ class Offline(Module[Config]):
         flush = self._flushes.get(event.session)
         if flush is not None:
             flush.end()
+        if _RETRIEVES in event.session.state:
+            self._wake(event.session.user)  # what it has left goes to those who have not asked
 
     async def _flush(self, session: Session) -> bool:
         """Send what is kept for the user; False when the database could not give it."""
@@ -131,7 +165,7 @@ class Offline(Module[Config]):
             flush.again = True
             return True
         holder = Holder(self.owner.member, self.owner.incarnation, secrets.token_hex(8))
-        self._flushes[session] = flush = Flush(session, holder, self.spool, self._chores, self.log)
+        self._flushes[session] = flush = Flush(session, holder, self.spool, self._chores, self.log, self._blocklist)
         try:
             while flush.again and flush.takes:
                 flush.again = False
@@ -147,7 +181,7 @@ class Offline(Module[Config]):
 
     def _wake(self, user: JID) -> None:
         """No message waits in the spool while its recipient is available: it may have become so meanwhile."""
-        if not self.sessions.is_available(user):
+        if not self.sessions.is_available(user) or self._is_retrieving(user):
             return
         takers = [s for s in self.sessions.sessions(user) if s.priority is not None and s.priority >= 0]
         if not takers:
@@ -163,11 +197,89 @@ class Offline(Module[Config]):
             wait = pause
             while True:
                 await asyncio.sleep(wait * random.uniform(0.5, 1.5))
-                if session.priority is None or session.priority < 0 or await self._flush(session):
+                if session.priority is None or session.priority < 0 or self._is_retrieving(session.user):
+                    return
+                if await self._flush(session):
                     return
                 wait = min(max(wait * 2, RETRY_FIRST), RETRY_LONGEST)
 
         self.spawn(retry(), name=f"offline flush {session.jid}")
+
+    async def _blocklist(self, user: JID) -> Blocklist | None:
+        """Whom a user blocks; None: the server does not know blocking. StorageUnavailable."""
+        try:
+            service: BlockingService = self.service(BlockingService)  # type: ignore[type-abstract]
+        except LookupError:
+            return None
+        known = service.cached(user)
+        return await service.blocklist(user) if known is None else known
+
+    # -- looking through them (XEP-0013)
+
+    @hook(DiscoNodeAsking)
+    async def describe(self, event: DiscoNodeAsking) -> Handled | None:
+        """How many there are, or what is known of each."""
+        user = event.target
+        if event.node != ns.OFFLINE or not user.local:
+            return None
+        if event.asker.bare != user.bare:
+            raise StanzaError("forbidden", "offline messages are their recipient's alone")
+        self._retrieving_session(event.asker)
+        if event.kind == "info":
+            event.answer = count_form(await self.spool.count(user.domain, user.local))
+        else:
+            event.answer = await self._retrieval.headers(user)
+        return HANDLED
+
+    @iq("get", ns.OFFLINE, "offline")
+    async def show(self, request: IqRequest) -> None:
+        """Some (`view`), or all (`fetch`)."""
+        session = self._asking(request)
+        if request.payload.find(_FETCH) is not None:
+            await self._retrieval.fetch(session)
+            return
+        ids = nodes(request.payload, "view")
+        if not ids:
+            raise StanzaError("bad-request", "which messages?")
+        await self._retrieval.view(session, ids)
+
+    @iq("set", ns.OFFLINE, "offline")
+    async def drop(self, request: IqRequest) -> None:
+        """Some (`remove`), or all (`purge`)."""
+        self._asking(request)
+        user = request.target
+        if request.payload.find(_PURGE) is not None:
+            await self.spool.purge(user.domain, user.local)
+            return
+        ids = nodes(request.payload, "remove")
+        if not ids:
+            raise StanzaError("bad-request", "which messages?")
+        if not await self.spool.remove(user.domain, user.local, ids):
+            raise StanzaError("item-not-found", "there is no such message")
+
+    def _asking(self, request: IqRequest) -> Session:
+        if not request.is_own:
+            raise StanzaError("forbidden", "offline messages are their recipient's alone")
+        session = self._retrieving_session(request.sender)
+        if session is None:
+            raise StanzaError("unexpected-request", "the session has ended")
+        return session
+
+    def _retrieving_session(self, jid: JID) -> Session | None:
+        """The session that asks. One that has not been sent them yet will not be: it looks for itself."""
+        for session in self.sessions.sessions(jid):
+            if session.jid == jid:
+                if session.priority is None or session.priority < 0:
+                    session.state[_RETRIEVES] = True
+                return session
+        return None
+
+    def _is_retrieving(self, user: JID) -> bool:
+        """XEP-0013 2.2: while one of the user's sessions looks for itself, none is sent them."""
+        return any(_RETRIEVES in session.state for session in self.sessions.sessions(user))
+
+    def _is_here(self, session: Session) -> bool:
+        return any(session is other for other in self.sessions.sessions(session.user))
 
     # -- for operators
 
@@ -185,5 +297,5 @@ class Offline(Module[Config]):
         except JidError as exc:
             raise CommandError(str(exc)) from exc
         if jid.domain not in self.server.hosts:
-            raise CommandError(f"unknown host: {host}")
+            raise CommandError("Unknown virtual host")
         return await self.spool.count(jid.domain, jid.local)

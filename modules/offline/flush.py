@@ -1,12 +1,13 @@
 """Offline messages on their way to a session, and what is left to be written about them."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 from xmppd.errors import JidError, StorageError
-from xmppd.module_api import Holder, Outcome, Pending, Session, SpoolRow
+from xmppd.module_api import Blocklist, Holder, Outcome, Pending, Session, SpoolRow
+from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
 CHUNK: Final = 100  # rows taken at once
@@ -36,6 +37,7 @@ class KeptMessage(Stanza):
 
     __slots__ = ("holder", "row_id")
 
+    kept: ClassVar[bool] = True
     row_id: bytes
     holder: Holder | None  # None as soon as the row is free again
 
@@ -110,7 +112,16 @@ class Flush:
     routed again by the server and comes back to the module as a KeptMessage.
     """
 
-    def __init__(self, session: Session, holder: Holder, spool: Spool, chores: Chores, log: Log) -> None:
+    def __init__(
+        self,
+        session: Session,
+        holder: Holder,
+        spool: Spool,
+        chores: Chores,
+        log: Log,
+        blocklist: Callable[[JID], Awaitable[Blocklist | None]],
+    ) -> None:
+        self._blocklist = blocklist
         self._session = session
         self._holder = holder
         self._spool = spool
@@ -124,10 +135,11 @@ class Flush:
         """Return when all is written that was there; StorageUnavailable."""
         user = self._session.user
         while self.takes:
+            blocked = await self._blocklist(user)
             rows = await self._spool.take(user.domain, user.local, self._holder, limit=CHUNK)
             if not rows:
                 return
-            await self._send_all(rows)
+            await self._send_all(rows, blocked)
 
     @property
     def takes(self) -> bool:
@@ -139,7 +151,7 @@ class Flush:
         """The session has ended: wait no longer for room."""
         self._room.set()
 
-    async def _send_all(self, rows: list[SpoolRow]) -> None:
+    async def _send_all(self, rows: list[SpoolRow], blocked: Blocklist | None) -> None:
         sent = 0
         try:
             for row in rows:
@@ -149,12 +161,12 @@ class Flush:
                 if not self.takes:
                     break
                 sent += 1
-                self._send(row)
+                self._send(row, blocked)
             await asyncio.sleep(0)  # others' turn
         finally:
             self._chores.release((row.id for row in rows[sent:]), self._holder)
 
-    def _send(self, row: SpoolRow) -> None:
+    def _send(self, row: SpoolRow, blocked: Blocklist | None) -> None:
         try:
             message = KeptMessage.from_bytes(row.stanza)
         except (ValueError, JidError) as exc:
@@ -162,6 +174,9 @@ class Flush:
             self._chores.delete(row.id)
             return
         assert isinstance(message, KeptMessage)
+        if blocked is not None and message.from_ is not None and blocked.blocks(message.from_):
+            self._chores.delete(row.id)  # blocked after it was stored
+            return
         message.row_id, message.holder = row.id, self._holder
         size = len(row.stanza)
         self._bytes += size

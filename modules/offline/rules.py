@@ -14,7 +14,6 @@ from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
 EVENTS: Final = "jabber:x:event"  # XEP-0022
-RETRIEVAL: Final = "http://jabber.org/protocol/offline"  # XEP-0013
 REASON: Final = "Offline Storage"
 LONGEST: Final = 10 * 365 * 86400  # seconds; whoever asks for more asks for "never"
 
@@ -37,7 +36,7 @@ def judge(message: Stanza, store_empty_body: EmptyBody) -> Verdict:
     """Keep it or not (O-1 to O-8, O-11)."""
     if message.type in ("error", "groupchat", "headline"):
         return Verdict.REFUSE
-    if message.child(RETRIEVAL) is not None:
+    if message.child(ns.OFFLINE) is not None:
         return Verdict.REFUSE
     if message.child(ns.HINTS, "store") is not None:
         return Verdict.KEEP

@@ -14,6 +14,8 @@ from typing import Any, Final
 from xmppd.errors import StanzaError, StorageError, StorageUnavailable
 from xmppd.events import (
     HANDLED,
+    AddressesBlocked,
+    AddressesUnblocked,
     ConfigReloaded,
     DirectedPresenceSending,
     Handled,
@@ -24,11 +26,13 @@ from xmppd.events import (
     SessionBecameUnavailable,
     SessionClosed,
     StanzaDelivering,
+    UserDeleted,
 )
-from xmppd.module_api import Contact, Context, Module, RosterService, Session, hook
+from xmppd.module_api import BlockingService, Blocklist, Contact, Context, Module, RosterService, Session, hook
 from xmppd.protocol.jid import JID, bare
 from xmppd.protocol.stanza import Stanza, build
 
+from .blocked import NOBODY, Blocks, touched
 from .content import delayed, digest
 from .fanout import PIECE, Fanout
 
@@ -49,6 +53,7 @@ class Presence(Module[Config]):
     def __init__(self, context: Context, config: Config) -> None:
         super().__init__(context, config)
         self._fanout = Fanout(self.sessions.multicast, self.route, self._is_near, self.spawn)
+        self._blocks = Blocks(lambda: self.service(BlockingService))  # type: ignore[type-abstract]
         self._last: OrderedDict[str, tuple[Stanza, float]] = OrderedDict()
 
     async def start(self) -> None:
@@ -101,18 +106,18 @@ class Presence(Module[Config]):
         contacts = self._cached(user)
         if contacts is None:
             contacts = await self._contacts(user)
-            if session.presence is not presence:
-                return
-        known = contacts
+        known, blocked = contacts, await self._blocks.get(user)
+        if session.presence is not presence:
+            return
 
         def wanted(target: JID) -> bool:
             if session.presence is not presence:
                 return False  # it was replaced while it went out
             cached = self._cached(user)
             item = (known if cached is None else cached).get(target.full)
-            return target == user or (item is not None and item.sees_user)
+            return target == user or (item is not None and item.sees_user and not self._blocks.blocks(user, target))
 
-        sending = self._fanout.send(user, presence, self._audience(user, contacts), wanted)
+        sending = self._fanout.send(user, presence, self._audience(user, contacts, blocked), wanted)
         if sending is not None:
             await sending
         if not _state(session)["complete"] and session.presence is presence:
@@ -134,16 +139,23 @@ class Presence(Module[Config]):
         """The presence of the user's other resources and of the contacts (RFC 6121 4.3)."""
         self._answer(session.user, session.jid)
         for count, contact in enumerate(_seen(contacts), 1):
-            if not self._is_near(contact):
-                probe = {"from": session.jid.full, "to": contact.full, "type": "probe"}
-                self.route(build("presence", probe))
-            elif self._present(contact) and await self._may_see(contact, session.user):
-                # Our own users need no probe; of the absent ones a new resource is not told, it takes nobody for there.
-                self._answer(contact, session.jid)
+            await self._bring_one(session, contact)
             if count % PIECE == 0:
                 await asyncio.sleep(0)
             if session.presence is None:
                 return
+
+    async def _bring_one(self, session: Session, contact: JID) -> None:
+        if self._blocks.blocks(session.user, contact):
+            return
+        if not self._is_near(contact):
+            probe = {"from": session.jid.full, "to": contact.full, "type": "probe"}
+            self.route(build("presence", probe))
+            return
+        # Our own users need no probe; of the absent ones a new resource is not told, it takes nobody for there.
+        here = self._present(contact) and not self._blocks.blocks(contact, session.jid)
+        if here and await self._may_see(contact, session.user):
+            self._answer(contact, session.jid)
 
     @hook(SessionBecameUnavailable)
     def end(self, event: SessionBecameUnavailable) -> None:
@@ -152,30 +164,39 @@ class Presence(Module[Config]):
         user, directed = session.user, self._take_directed(session)
         if not self._present(user):
             self._remember(user, presence)
-        contacts = self._cached(user)
-        if contacts is None:
+        contacts, blocked = self._cached(user), self._blocks.known(user)
+        if contacts is None or blocked is None:
             self.spawn(self._end_later(user, presence, directed), name="unavailable presence")
         else:
-            self._end(user, presence, directed, contacts)
+            self._end(user, presence, directed, contacts, blocked)
 
     async def _end_later(self, user: JID, presence: Stanza, directed: list[JID]) -> None:
         contacts: Mapping[str, Contact] = {}
+        blocked: Blocklist = NOBODY
         try:
-            contacts = await self._contacts(user)
+            contacts, blocked = await self._contacts(user), await self._blocks.get(user)
         except (StorageError, StanzaError) as exc:
             self.log.warning("contacts are not told of the end of a session", user=user.bare, error=exc)
-        self._end(user, presence, directed, contacts)
+            contacts = {}
+        self._end(user, presence, directed, contacts, blocked)
 
-    def _end(self, user: JID, presence: Stanza, directed: list[JID], contacts: Mapping[str, Contact]) -> None:
-        audience = self._audience(user, contacts)
+    def _end(
+        self, user: JID, presence: Stanza, directed: list[JID], contacts: Mapping[str, Contact], blocked: Blocklist
+    ) -> None:
+        audience = self._audience(user, contacts, blocked)
         told = {target.bare for target in audience}
-        self._fanout.send(user, presence, audience + [target for target in directed if target.bare not in told])
+        others = [target for target in directed if target.bare not in told and not blocked.blocks(target)]
+        self._fanout.send(user, presence, audience + others)
 
     @hook(SessionClosed)
     def close(self, event: SessionClosed) -> None:
         """One that never was available may have sent directed presence all the same."""
         session = event.session
         self._end_directed(session, build("presence", {"from": session.jid.full, "type": "unavailable"}))
+
+    @hook(UserDeleted)
+    def forget(self, event: UserDeleted) -> None:
+        self._last.pop(event.user.bare, None)
 
     # -- directed presence
 
@@ -214,6 +235,34 @@ class Presence(Module[Config]):
         if directed:
             plain = presence if presence.to is None else presence.replace(to=None)
             self._fanout.send(session.user, plain, directed)
+
+    # -- blocking (XEP-0191 3.3, 3.4)
+
+    @hook(AddressesBlocked)
+    async def hide(self, event: AddressesBlocked) -> None:
+        """Whoever is blocked sees the user go, and with them whoever got directed presence."""
+        user, blocked = event.user, await self._blocks.get(event.user)
+        watching = touched(event.addresses, await self._roster_of(user), _sees_user)
+        for session in self._present(user):
+            gone = build("presence", {"from": session.jid.full, "type": "unavailable"})
+            directed = _state(session)["directed"]
+            met = [target for target in directed.values() if blocked.blocks(target)]
+            for target in met:
+                del directed[target.full]
+            met = [target for target in met if target.bare not in {contact.full for contact in watching}]
+            self._fanout.send(user, gone, [target for target in watching if blocked.blocks(target)] + met)
+
+    @hook(AddressesUnblocked)
+    async def show(self, event: AddressesUnblocked) -> None:
+        """Both see each other again, as at the beginning of a session."""
+        user, blocked = event.user, await self._blocks.get(event.user)
+        contacts = await self._roster_of(user)
+        watching = touched(event.addresses, contacts, _sees_user)
+        for session in self._present(user):
+            if session.presence is not None:
+                self._fanout.send(user, session.presence, [target for target in watching if not blocked.blocks(target)])
+            for contact in touched(event.addresses, contacts, _is_seen):
+                await self._bring_one(session, contact)
 
     # -- those who ask
 
@@ -285,9 +334,10 @@ class Presence(Module[Config]):
     def _present(self, user: JID) -> list[Session]:
         return [session for session in self.sessions.sessions(user) if session.priority is not None]
 
-    def _audience(self, user: JID, contacts: Mapping[str, Contact]) -> list[JID]:
+    def _audience(self, user: JID, contacts: Mapping[str, Contact], blocked: Blocklist) -> list[JID]:
         """The user's own resources and whoever may see the user."""
-        return [user, *(contact.jid for contact in contacts.values() if contact.sees_user)]
+        audience = [user, *(contact.jid for contact in contacts.values() if contact.sees_user)]
+        return [target for target in audience if not blocked.blocks(target)] if blocked else audience
 
     def _roster(self) -> RosterService:
         """Asked for each time: the module may be loaded again while this one runs."""
@@ -300,12 +350,25 @@ class Presence(Module[Config]):
         except LookupError:  # it is just being loaded again
             return None
 
+    async def _roster_of(self, user: JID) -> Mapping[str, Contact]:
+        """As it is now, whatever happens to it while somebody waits. StorageUnavailable."""
+        cached = self._cached(user)
+        return dict(await self._contacts(user) if cached is None else cached)
+
     async def _contacts(self, user: JID) -> Mapping[str, Contact]:
         """Live where it is kept. StorageUnavailable."""
         try:
             return await self._roster().contacts(bare(user))
         except LookupError as exc:
             raise StorageUnavailable("the roster module is being loaded") from exc
+
+
+def _sees_user(contact: Contact) -> bool:
+    return contact.sees_user
+
+
+def _is_seen(contact: Contact) -> bool:
+    return contact.is_seen
 
 
 def _seen(contacts: Mapping[str, Contact]) -> Iterator[JID]:

@@ -407,7 +407,11 @@ def configuration(node: Node, over: dict[str, Any], *, plain: bool, next_port: "
         "node": node.name,
         "data_dir": node.folder,
         "hosts": ["localhost"],
-        "listen": [{"module": "c2s", "starttls_required": not plain}, {"module": "c2s", "tls": True}],
+        "listen": [
+            {"module": "c2s", "starttls_required": not plain},
+            {"module": "c2s", "tls": True},
+            {"module": "http"},
+        ],
     }
     config = merged(own, copy.deepcopy(over))
     for listener in config["listen"] if isinstance(config["listen"], list) else []:

@@ -23,6 +23,8 @@ OWNER = Owner(bytes(16), 0, 1)
 class FakeSession:
     """Remembers what is delivered to it; its outcome is what a test says."""
 
+    anonymous = False
+
     def __init__(self, jid: str, outcome: Outcome = SAFE) -> None:
         self.jid = parse(jid)
         self.received: list[Stanza] = []
@@ -92,7 +94,7 @@ class Node:
             spawn=self.spawn,
             strict=strict,
         )
-        self.routes.insert(Route(HOST, OWNER, LocalRouter(self.manager, dispatcher, self.router.bounce).route))
+        self.routes.insert(Route(HOST, OWNER, LocalRouter(self.manager, dispatcher, gate).route))
         self.romeo = self.bind("romeo@localhost/orchard", 0)[0]
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> object:

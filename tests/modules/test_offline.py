@@ -41,6 +41,12 @@ def of_vector(vector: dict[str, Any], number: int) -> str:
 async def test_offline_vector(any_world, vector):
     world = any_world
     romeo = await prepare(world, max_messages=3)
+    if vector.get("blocked"):
+        await world.loader.load("blocking")
+        await world.until(lambda: not romeo.session.guards)  # that romeo blocks nobody is known
+        juliet = world.login("juliet")
+        await juliet.ask("set", f"<block xmlns='urn:xmpp:blocking'><item jid='romeo@{HOST}'/></block>")
+        juliet.lose()
     if vector.get("quota") == "full":
         for number in range(3):
             await world.stored(await romeo.send(message(JULIET, "filler", f"f{number}")))
@@ -353,5 +359,181 @@ async def test_get_offline_count_refuses_an_unknown_host(world):
     await prepare(world)
 
     assert await world.command("get_offline_count", "nobody", HOST) == 0
-    with pytest.raises(CommandError, match="unknown host"):
+    with pytest.raises(CommandError, match="Unknown virtual host"):
         await world.command("get_offline_count", "juliet", "verona.example")
+
+
+# -- looking through them (XEP-0013)
+
+SPACE = "http://jabber.org/protocol/offline"
+FETCH, PURGE = f"<offline xmlns='{SPACE}'><fetch/></offline>", f"<offline xmlns='{SPACE}'><purge/></offline>"
+
+
+def asking(kind: str) -> str:
+    return f"<query xmlns='http://jabber.org/protocol/disco#{kind}' node='{SPACE}'/>"
+
+
+def naming(action: str, *nodes: str) -> str:
+    items = "".join(f"<item action='{action}' node='{node}'/>" for node in nodes)
+    return f"<offline xmlns='{SPACE}'>{items}</offline>"
+
+
+async def with_three(world: World) -> Any:
+    """Juliet, connected and not available, with three messages."""
+    await world.load(offline={}, disco={})
+    await world.account("romeo", "juliet")
+    romeo = await world.online("romeo")
+    for number in range(3):
+        await world.stored(await romeo.send(message(JULIET, f"line {number}", f"m{number}")))
+    return world.login("juliet")
+
+
+async def headers(client: Any) -> list[tuple[str, str, str]]:
+    query = await client.query("get", asking("items"))
+    return [(item.get("jid"), item.get("node"), item.get("name")) for item in query]
+
+
+async def test_a_client_that_counts_its_messages_is_not_sent_them(any_world):
+    world = any_world
+    juliet = await with_three(world)
+
+    query = await juliet.query("get", asking("info"))
+    await juliet.available()
+    phone = await world.online("juliet", "phone")  # nor is another one meanwhile
+
+    assert (query.get("node"), dict(query[0].attrib)) == (SPACE, {"category": "automation", "type": "message-list"})
+    fields = {field.get("var"): field[0].text for field in query.iter("{jabber:x:data}field")}
+    assert fields == {"FORM_TYPE": SPACE, "number_of_messages": "3"}
+    assert juliet.bodies == phone.bodies == []
+
+    juliet.lose()  # what it has left goes to the one that did not ask
+    await world.until(lambda: phone.bodies == ["line 0", "line 1", "line 2"])
+
+
+async def test_messages_are_listed_viewed_and_removed_one_by_one(any_world):
+    world = any_world
+    juliet = await with_three(world)
+
+    listed = await headers(juliet)
+    nodes = [node for _, node, _ in listed]
+    await juliet.ask("get", naming("view", nodes[2], nodes[0]))
+    shown = [s for s in juliet.received if s.kind == "message"]
+    await juliet.ask("set", naming("remove", nodes[0], nodes[1]))
+
+    assert [(jid, name) for jid, _, name in listed] == [(JULIET, f"romeo@{HOST}/balcony")] * 3
+    assert nodes == sorted(set(nodes))
+    assert [(s.body, s.child(SPACE, "offline")[0].get("node")) for s in shown] == [
+        ("line 2", nodes[2]),
+        ("line 0", nodes[0]),
+    ]
+    assert all(s.child("urn:xmpp:delay", "delay") is not None for s in shown)
+    assert [node for _, node, _ in await headers(juliet)] == nodes[2:]
+
+
+async def test_all_messages_are_fetched_and_purged(any_world):
+    world = any_world
+    juliet = await with_three(world)
+
+    await juliet.ask("get", FETCH)
+    assert juliet.bodies == ["line 0", "line 1", "line 2"]
+    await juliet.available()
+    assert len(juliet.bodies) == 3
+    assert len(await headers(juliet)) == 3
+    await juliet.ask("set", PURGE)
+
+    assert await headers(juliet) == []
+    assert await world.rows() == []
+
+
+@pytest.mark.parametrize(("type", "action"), [("get", "view"), ("set", "remove")])
+@pytest.mark.parametrize("node", ["", "nonsense", "00" * 16])
+async def test_of_messages_one_of_which_is_not_there_none_is_touched(any_world, type, action, node):
+    world = any_world
+    juliet = await with_three(world)
+    [(_, first, _), *_] = await headers(juliet)
+
+    assert await juliet.refusal(type, naming(action, first, node)) == "item-not-found"
+    assert juliet.bodies == []
+    assert await world.spool.count(HOST, "juliet") == 3
+
+
+@pytest.mark.parametrize(("type", "xml", "expected"), [
+    ("get", naming("view"), "bad-request"), ("get", naming("remove", "00" * 16), "bad-request"),
+    ("set", naming("view", "00" * 16), "bad-request"),
+    ("get", naming("view", *(f"{number:032x}" for number in range(501))), "policy-violation"),
+])  # fmt: skip
+async def test_requests_that_make_no_sense(world, type, xml, expected):
+    juliet = await with_three(world)
+
+    assert await juliet.refusal(type, xml) == expected
+
+
+async def test_offline_messages_are_shown_to_nobody_else(any_world):
+    world = any_world
+    await with_three(world)
+    world.rosters.let_see(JULIET, f"romeo@{HOST}")
+    romeo = await world.online("romeo", "orchard")
+
+    for type, xml in (("get", FETCH), ("set", PURGE), ("get", asking("info")), ("get", asking("items"))):
+        assert await romeo.refusal(type, xml, JULIET) == "forbidden"
+    assert await world.spool.count(HOST, "juliet") == 3
+
+
+async def test_one_cannot_remove_the_messages_of_another(any_world):
+    world = any_world
+    juliet = await with_three(world)
+    romeo = await world.online("romeo", "orchard")
+    [(_, first, _), *_] = await headers(juliet)
+
+    assert await romeo.refusal("get", naming("view", first)) == "item-not-found"
+    assert await romeo.refusal("set", naming("remove", first)) == "item-not-found"
+    assert await world.spool.count(HOST, "juliet") == 3
+
+
+async def test_asking_after_the_messages_have_come_changes_nothing(world):
+    juliet = await with_three(world)
+    await juliet.available()
+    assert len(juliet.bodies) == 3
+
+    await juliet.query("get", asking("info"))
+
+    assert world.loader._loaded["offline"].instance._is_retrieving(parse(JULIET)) is False
+
+
+async def test_a_shown_message_that_is_lost_is_neither_bounced_nor_delivered_elsewhere(world):
+    juliet = await with_three(world)
+    [romeo] = [row.session for row in world.table.all() if row.jid.local == "romeo"]
+    juliet.stalled = True
+    await juliet.ask("get", FETCH)
+    phone = await world.online("juliet", "phone", priority=-1)
+
+    juliet.lose()
+    await phone.available(0)
+
+    await world.until(lambda: len(phone.bodies) == 3)
+    assert all(stanza.child(SPACE) is None for stanza in phone.received)
+    assert [s for s in romeo._carrier.received if s.type == "error"] == []
+
+
+async def test_a_large_backlog_is_fetched_as_fast_as_the_client_takes_it(world):
+    await world.load(offline={"max_messages": 1000}, disco={})
+    await world.account("romeo", "juliet")
+    romeo = await world.online("romeo")
+    for number in range(250):
+        last = await romeo.send(message(JULIET, "x" * 10_000, f"m{number}"))
+    await world.settled(last)
+    juliet = world.login("juliet")
+    juliet.stalled = True
+
+    asked = asyncio.create_task(juliet.ask("get", FETCH))
+    await world.until(lambda: len(juliet.received) > 40)
+    await asyncio.sleep(0.05)
+    assert len(juliet.received) < 70  # the window
+    juliet.stalled = False
+    while not asked.done():
+        world.sweep()
+        await asyncio.sleep(0.001)
+
+    assert (await asked).type == "result"
+    assert [s.id for s in juliet.received if s.kind == "message"] == [f"m{number}" for number in range(250)]
+    assert await world.spool.count(HOST, "juliet") == 250

@@ -1,16 +1,23 @@
 """Discovery, version, time and pings."""
 
+import base64
+import hashlib
 import re
 import time
 
 import pytest
+from lxml import etree
 
+from modules.caps import verification
 from tests.modules.world import HOST, Client, World
 from xmppd.config.loader import validate_dataclass
 from xmppd.errors import ConfigError
+from xmppd.events import FeaturesOffering
+from xmppd.module_api import DiscoInfo
 
 INFO = "http://jabber.org/protocol/disco#info"
 ITEMS = "http://jabber.org/protocol/disco#items"
+DATA = "{jabber:x:data}"
 PING = "<ping xmlns='urn:xmpp:ping'/>"
 JULIET = f"juliet@{HOST}"
 
@@ -86,6 +93,94 @@ async def test_ones_own_account_is_registered_and_lists_the_available_resources(
 
     assert dict(info[0].attrib) == {"category": "account", "type": "registered"}
     assert [one.get("jid") for one in items] == [f"romeo@{HOST}/balcony", f"romeo@{HOST}/garden"]
+
+
+async def test_a_host_says_whom_to_write_to(world):
+    contact = {
+        "security": "mailto:security@capulet.example",
+        "abuse": ["xmpp:nurse@capulet.example", "https://a.b/?c&d"],
+    }
+    romeo = await romeo_in(world, disco={"contact": contact})
+
+    query = await romeo.query("get", f"<query xmlns='{INFO}'/>", HOST)
+
+    form = query.find(f"{DATA}x")
+    assert form.get("type") == "result"
+    assert [(field.get("var"), [value.text for value in field]) for field in form] == [
+        ("FORM_TYPE", ["http://jabber.org/network/serverinfo"]),
+        ("abuse-addresses", ["xmpp:nurse@capulet.example", "https://a.b/?c&d"]),
+        ("security-addresses", ["mailto:security@capulet.example"]),
+    ]
+
+
+async def test_a_host_without_contact_addresses_shows_no_form(world):
+    romeo = await romeo_in(world, disco={})
+
+    assert (await romeo.query("get", f"<query xmlns='{INFO}'/>", HOST)).find(f"{DATA}x") is None
+
+
+@pytest.mark.parametrize("contact", [{"abuse": "nurse"}, {"abuse": ["mailto:a b"]}, {"cook": "mailto:a@b"}])
+async def test_a_contact_that_is_no_uri_is_a_configuration_error(contact):
+    from modules.disco import Config
+
+    with pytest.raises(ConfigError, match=r"expected a URI|unknown option"):
+        validate_dataclass(Config, {"contact": contact}, "modules.disco")
+
+
+# -- entity capabilities
+
+
+@pytest.mark.parametrize(("info", "ver"), [
+    (DiscoInfo((("client", "pc", "Exodus 0.9.1"),),
+               ("http://jabber.org/protocol/muc", "http://jabber.org/protocol/caps", INFO, ITEMS)),
+     "QgayPKawpkPSDYmwT/WM94uAlu0="),
+])  # fmt: skip
+def test_the_hash_is_the_one_of_the_specification(info, ver):
+    assert verification(info) == ver
+
+
+def test_forms_are_part_of_the_hash():
+    info = DiscoInfo((("server", "im", "x"),), (INFO,), (("urn:form", (("b", ("2", "1")), ("a", ("3",)))),))
+
+    expected = base64.b64encode(hashlib.sha1(f"server/im//x<{INFO}<urn:form<a<3<b<1<2<".encode()).digest()).decode()
+    assert verification(info) == expected
+
+
+def offered(world: World, authenticated: bool = True) -> bytes:
+    event = FeaturesOffering(HOST, authenticated, True)
+    world.hooks.decide(event)
+    return b"".join(event.features)
+
+
+async def caps_of(world: World, romeo: Client) -> tuple[str, list[str]]:
+    """What the stream features say, and what is found behind it."""
+    element = etree.fromstring(offered(world))
+    assert (element.tag, element.get("hash")) == ("{http://jabber.org/protocol/caps}c", "sha-1")
+    node = f"{element.get('node')}#{element.get('ver')}"
+    query = await romeo.query("get", f"<query xmlns='{INFO}' node='{node}'/>", HOST)
+    assert query.get("node") == node
+    return node, [one.get("var") for one in query.iterfind(f"{{{INFO}}}feature")]
+
+
+async def test_the_stream_features_name_what_discovery_would_say_and_follow_the_modules(world):
+    romeo = await romeo_in(world, disco={"contact": {"abuse": "mailto:a@b"}}, caps={}, ping={})
+
+    node, features = await caps_of(world, romeo)
+    assert {"http://jabber.org/protocol/caps", "urn:xmpp:ping"} <= set(features)
+    await world.loader.unload("ping")
+    new_node, fewer = await caps_of(world, romeo)
+
+    assert set(features) - set(fewer) == {"urn:xmpp:ping"}
+    assert node != new_node
+    assert await romeo.refusal("get", f"<query xmlns='{INFO}' node='{node}'/>", HOST) == "item-not-found"
+    assert await romeo.refusal("get", f"<query xmlns='{ITEMS}' node='{new_node}'/>", HOST) == "item-not-found"
+    assert await romeo.refusal("get", f"<query xmlns='{INFO}' node='{new_node}'/>") == "item-not-found"  # an account
+
+
+async def test_strangers_are_not_offered_capabilities(world):
+    await romeo_in(world, disco={}, caps={})
+
+    assert offered(world, authenticated=False) == b""
 
 
 # -- version and time
@@ -182,7 +277,8 @@ async def test_no_pings_are_sent_when_they_are_switched_off(world):
 
 
 async def test_the_bundled_modules_can_be_reloaded_without_a_trace(world):
-    names = ["disco", "last", "offline", "ping", "private", "register", "time", "vcard", "version"]
+    names = ["announce", "blocking", "disco", "last", "offline", "ping"]
+    names += ["private", "register", "time", "vcard", "version"]
     await world.load(**{name: {} for name in names})
     before = (world.hooks.count(), world.iqs.count(), len(world.tasks), len(world.registry.names()))
 
@@ -195,4 +291,4 @@ async def test_the_bundled_modules_can_be_reloaded_without_a_trace(world):
         await world.loader.unload(name)
     assert (world.hooks.count(), world.iqs.count(), len(world.tasks)) == (0, 0, 0)
     kinds = [*world.storage.loader._kinds, *world.storage.batcher._kinds]
-    assert not [kind for kind in kinds if re.match("last|private|vcard", kind)]
+    assert not [kind for kind in kinds if re.match("last|private|vcard|block|message of the day", kind)]

@@ -20,7 +20,7 @@ from xmppd.hooks import Hooks
 from xmppd.iq import IqDispatcher, IqHandlers
 from xmppd.local_router import LocalRouter
 from xmppd.log import get_logger
-from xmppd.module_api import Contact, Context
+from xmppd.module_api import Contact, Context, RosterService
 from xmppd.module_loader import ModuleLoader
 from xmppd.protocol.jid import JID, parse
 from xmppd.protocol.sasl import prep_password, prep_username
@@ -41,13 +41,13 @@ class Client:
     name = "c2s"
     peer = ("192.0.2.7", 5222)
 
-    def __init__(self, world: "World", jid: str) -> None:
+    def __init__(self, world: "World", jid: str, *, anonymous: bool = False) -> None:
         self.received: list[Stanza] = []
         self.last_heard = time.monotonic()
         self.stalled = False  # takes no more bytes
         self.ended: StreamError | None = None
         self._world = world
-        self.session = Session(parse(jid), self, world.parts, get_logger("c2s"))
+        self.session = Session(parse(jid), self, world.parts, get_logger("c2s"), anonymous=anonymous)
 
     def write(self, data: bytes) -> None:
         self.received.append(Stanza.from_bytes(data))
@@ -123,6 +123,9 @@ class PlainAccounts:
     async def exists(self, host: str, username: str) -> bool:
         return await self._world.accounts.exists(host, username)
 
+    async def names(self, host: str, *, limit: int, after: str | None) -> list[str]:
+        return await self._world.accounts.names(host, limit=limit, after=after)
+
     async def register(self, host: str, username: str, password: str) -> bool:
         username = prep_username(username)
         prep_password(password)
@@ -177,7 +180,7 @@ class World:
             bounce=self.router.bounce,
             spawn=self.spawn,
         )
-        routes.insert(Route(HOST, self.owner, LocalRouter(self.manager, dispatcher, self.router.bounce).route))
+        routes.insert(Route(HOST, self.owner, LocalRouter(self.manager, dispatcher, gate).route))
         sweeper: Any = SimpleNamespace(add=self.with_records.append)
         self.parts = Parts("xmppd@test", self.router, self.manager, self.hooks, gate, self.spawn, sweeper)
         self.loader = ModuleLoader(
@@ -198,7 +201,7 @@ class World:
         return time.time() + self.advanced
 
     def service(self, protocol: type) -> Any:
-        return self.rosters
+        return self.rosters if protocol is RosterService else self.loader.service(protocol)
 
     def _context(self, name: str) -> Context:
         return Context(
@@ -226,9 +229,9 @@ class World:
         for name in names:
             assert await self.accountant.register(HOST, name, "secret")
 
-    def login(self, name: str, resource: str = "balcony") -> Client:
+    def login(self, name: str, resource: str = "balcony", *, anonymous: bool = False) -> Client:
         """A session that has sent no presence."""
-        return Client(self, f"{name}@{HOST}/{resource}")
+        return Client(self, f"{name}@{HOST}/{resource}", anonymous=anonymous)
 
     async def online(self, name: str, resource: str = "balcony", priority: int = 0) -> Client:
         client = self.login(name, resource)
@@ -315,4 +318,4 @@ def message(
     """A message as a client writes it."""
     ident = f" id='{id}'" if id else ""
     text = "" if body is None else f"<body>{body}</body>"
-    return f"<message type='chat' to='{to}'{ident}>{text}{inner}</message>"
+    return f"<message type='{type}' to='{to}'{ident}>{text}{inner}</message>"

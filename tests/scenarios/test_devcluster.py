@@ -49,9 +49,9 @@ def test_a_node_serves_when_up_returns(folder):
 
     assert node["name"] == "xmppd@node01"
     assert node["hosts"] == ["localhost"]
-    assert node["http"] is None
     assert answers(node["c2s"])
     assert answers(node["c2s_tls"])
+    assert answers(node["http"])
     assert (Path(folder) / node["name"] / "pid").read_text().strip() == str(node["pid"])
     assert subprocess.run([*node["xmppctl"], "status"], capture_output=True).returncode == 0
 

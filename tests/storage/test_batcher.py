@@ -75,6 +75,30 @@ async def test_rows_submitted_one_after_the_other_share_commits_too(database, ma
     assert commits.count <= 2 + (loop.time() - started) / 0.05
 
 
+async def test_commits_and_their_rows_are_counted_once_each(numbers):
+    seen = []
+    tries = 0
+
+    async def write(connection, items):
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise StorageUnavailable("away for a moment")
+        return [ValueError("refused") if item == 2 else item * 10 for item in items]
+
+    numbers.batcher.define("counted", write, committed=lambda item, result: seen.append((item, type(result))))
+    futures = [numbers.batcher.submit("counted", item) for item in (1, 2, 3)]
+
+    results = await asyncio.gather(*futures, return_exceptions=True)
+
+    assert tries == 2
+    assert results[0::2] == [10, 30]
+    assert seen == [(1, int), (2, ValueError), (3, int)]
+    assert sum(numbers.batcher.batch_rows.counts) == sum(numbers.batcher.commit_seconds.counts) == 1
+    assert numbers.batcher.batch_rows.sum == 3
+    assert (numbers.batcher.rows_waiting, numbers.batcher.bytes_waiting, numbers.batcher.rows_failed) == (0, 0, 0)
+
+
 async def test_a_future_is_resolved_when_another_connection_can_see_the_row(numbers):
     for number in range(20):
         future = numbers.batcher.submit("number", number)

@@ -14,6 +14,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Column, Integer, MetaData, inspect, select, text, update
 
+from modules.announce.motd import motd, motd_seen
+from modules.blocking.store import block_item, spam_report
 from modules.last import last_activity
 from modules.private import private_xml
 from modules.roster.store import roster_item, roster_version
@@ -23,7 +25,17 @@ from xmppd.storage import Lease, Utf8, db_now, host_column, long_text, migrate, 
 from xmppd.storage.tables import db_lock, metadata
 
 # The tables that the bundled modules declare, each of which a revision has to make.
-BUNDLED = [last_activity, private_xml, roster_item, roster_version, vcard]
+BUNDLED = [
+    block_item,
+    last_activity,
+    motd,
+    motd_seen,
+    private_xml,
+    roster_item,
+    roster_version,
+    spam_report,
+    vcard,
+]
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -111,7 +123,7 @@ async def test_a_schema_of_a_newer_version_is_refused_with_both_revisions(databa
         await connection.execute(text("UPDATE alembic_version SET version_num = 'ff99'"))
 
     old = make_storage(database)
-    with pytest.raises(SchemaTooNew, match=r"revision ff99.*up to 0001"):
+    with pytest.raises(SchemaTooNew, match=r"revision ff99.*up to 0002"):
         await old.open()
 
     with pytest.raises(StorageUnavailable):
@@ -207,6 +219,18 @@ async def test_a_migration_cut_off_in_the_middle_is_completed(database, storage,
             "DROP INDEX spool_free ON spool" if connection.dialect.name == "mysql" else "DROP INDEX spool_free",
         ):
             await connection.execute(text(statement))
+
+    again = make_storage(database)
+    await again.open()
+
+    await assert_as_declared(again)
+
+
+async def test_a_database_of_the_first_version_is_brought_up_to_date(database, storage, make_storage):
+    async with storage.connect() as connection:
+        for name in ("block_item", "spam_report", "motd", "motd_seen"):
+            await connection.execute(text(f"DROP TABLE {name}"))
+        await connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
 
     again = make_storage(database)
     await again.open()

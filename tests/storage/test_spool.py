@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import func, select, update
 
 from xmppd.errors import StorageUnavailable
-from xmppd.spool import FREE, Holder, Kept, QuotaReached, Spool
-from xmppd.storage import Storage, new_id
+from xmppd.spool import FREE, Holder, Kept, NoAccount, QuotaReached, Spool
+from xmppd.storage import Accounts, Storage, new_id
 from xmppd.storage.tables import spool as spool_table
 
 HOST = "example.net"
@@ -545,3 +545,19 @@ async def test_ids_of_released_rows_can_be_named_twice_without_harm(spool, stora
     async with storage.connect() as connection:
         assert (await connection.execute(update(spool_table).values(take_id=None))).rowcount == 1
     assert FREE in storage.batcher._kinds
+
+
+async def test_nothing_is_kept_for_somebody_who_is_not_registered_any_more(storage):
+    accounts, spool = Accounts(storage), Spool(storage)
+    await accounts.create("example.net", "juliet", {})
+    await accounts.remove("example.net", "juliet")
+    await accounts.create("example.net", "nurse", {})
+
+    for_juliet = spool.keep("example.net", "juliet", "r@x", b"<m/>", dedup=None, quota=10, for_account=True)
+    for_nurse = spool.keep("example.net", "nurse", "r@x", b"<m/>", dedup=None, quota=10, for_account=True)
+
+    with pytest.raises(NoAccount):
+        await for_juliet
+    assert await for_nurse is Kept.STORED
+    await accounts.create("example.net", "juliet", {})
+    assert await spool.count("example.net", "juliet") == 0

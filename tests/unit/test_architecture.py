@@ -15,7 +15,7 @@ LAYERS = (
     {"errors", "protocol"},
     {"events", "hooks", "config", "log", "metrics", "notify"},
     {"storage", "cluster", "identity"},
-    {"spool", "delivery", "outbox", "auth"},
+    {"spool", "delivery", "outbox", "login_limits", "auth"},
     {"iq", "router", "local_router", "session_manager", "s2s_manager"},
     {"admin", "module_api", "module_loader"},
     {"c2s", "s2s", "http"},

@@ -56,10 +56,11 @@ def node_config(over, **options):
     return devcluster.configuration(node, over, next_port=lambda: next(ports), **options)
 
 
-def test_a_node_listens_on_loopback_with_and_without_direct_tls():
+def test_a_node_listens_on_loopback_for_clients_and_http():
     assert node_config({}, plain=False)["listen"] == [
         {"module": "c2s", "starttls_required": True, "ip": "127.0.0.1", "port": 20001},
         {"module": "c2s", "tls": True, "ip": "127.0.0.1", "port": 20002},
+        {"module": "http", "ip": "127.0.0.1", "port": 20003},
     ]
 
 

@@ -152,6 +152,18 @@ class ModuleCommands:
     def list(self) -> "Sequence[tuple[str, str, str]]":
         return [(m.name, m.state, m.source) for m in sorted(self._loader.modules(), key=lambda m: m.name)]
 
+    @command(
+        "module stats",
+        result=List(
+            "modules", Tuple("module", (string("name"), *map(integer, ("hooks", "iq_handlers", "commands", "tasks"))))
+        ),
+        tags=("modules", "statistics"),
+        reads=True,
+        doc="Count the hooks, IQ handlers, commands and running tasks of each module, and of the server itself (core)",
+    )
+    def stats(self) -> "Sequence[tuple[str, int, int, int, int]]":
+        return [(use.name, use.hooks, use.iqs, use.commands, use.tasks) for use in self._loader.uses()]
+
     @command("module load", args=(MODULE,), result=Restuple(), tags=("modules",), doc="Start a module with its options")
     async def load(self, name: str) -> str:
         return await self._do(self._loader.load, name, "loaded")
@@ -171,6 +183,7 @@ class ModuleCommands:
         return await self._do(self._loader.reload, name, "reloaded")
 
     async def _do(self, action: Callable[[str], Awaitable[None]], name: str, done: str) -> str:
+        name = name.removeprefix("mod_")  # ejabberd's
         try:
             await action(name)
         except LookupError as exc:

@@ -55,6 +55,11 @@ def by_tag(commands: Iterable["Command"]) -> str:
     return "\n".join(parts).rstrip("\n")
 
 
+def usages(commands: Iterable["Command"]) -> str:
+    """For programs (shell completion): each command's name, a tab, the names of its arguments."""
+    return "\n".join(f"{c.name}\t{' '.join(arg.name for arg in c.args)}" for c in commands)
+
+
 def overview(commands: Iterable["Command"]) -> str:
     """The usage line and every command."""
     return (

@@ -196,10 +196,14 @@ class Registry:
 
     def get(self, name: str) -> Command:
         """Raises CommandError (usage) with the nearest name where there is none of this name."""
-        spec = self._commands.get(name) or self._commands.get(name.replace("_", " ", 1))
+        spec = self._commands.get(name) or self.by_path(name)
         if spec is None:
             raise CommandError(self._unknown(name), USAGE)
         return spec
+
+    def by_path(self, path: str) -> Command | None:
+        """The command whose name, with `_` for a blank, this is."""
+        return next((spec for name, spec in self._commands.items() if name.replace(" ", "_") == path), None)
 
     def split(self, argv: Sequence[str]) -> tuple[Command, Sequence[str]]:
         """The command an argv names, by one word or two (`module list`), and the arguments behind it."""
@@ -219,13 +223,15 @@ class Registry:
         return f"unknown command '{name}'." + (f" Did you mean '{near[0]}'?" if near else "")
 
     def help(self, topic: str | None = None) -> str:
-        """The text of `help [commands | tags | TAG | COMMAND | PATTERN]`."""
+        """The text of `help [commands | tags | usage | TAG | COMMAND | PATTERN]`."""
         commands = self.commands()
         if topic is None or topic == "commands":
             return help_text.overview(commands)
         if topic == "tags":
             return help_text.by_tag(commands)
-        if topic in self._commands or topic.replace("_", " ", 1) in self._commands:
+        if topic == "usage":
+            return help_text.usages(commands)
+        if topic in self._commands or self.by_path(topic) is not None:
             return help_text.one(self.get(topic))
         found = [c for c in commands if topic in c.tags or topic == c.name.partition(" ")[0]]
         found = found or [c for c in commands if fnmatchcase(c.name, topic)]
@@ -258,11 +264,15 @@ class Registry:
         except Exception as exc:
             # the exception's own text may hold parameters of a statement, so it goes to the log alone
             log.error("command failed", exc=exc, command=spec.name, via=caller.via, caller=caller.name)
-            raise CommandError(f"the command '{spec.name}' failed ({type(exc).__name__}), see the log", ERROR) from exc
+            raise InternalError(f"the command '{spec.name}' failed ({type(exc).__name__}), see the log") from exc
         finally:
             if not spec.reads:
                 ms = round((time.monotonic() - began) * 1000)
                 log.info("command done", command=spec.name, via=caller.via, caller=caller.name, code=code, ms=ms)
+
+
+class InternalError(CommandError):
+    """A command failed in a way it should not; the cause is in the log."""
 
 
 class UsageError(CommandError):
@@ -315,6 +325,8 @@ def _typed(arg: Arg, value: Any) -> Any:
             _check_text(arg, value)
             return value.split(",") if value else []
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            for item in value:
+                _check_text(arg, item)
             return value
     words = {"string": "a text", "integer": "a whole number", "list": "a list of texts"}[arg.type]
     got = "" if arg.secret else f", got {value!r:.60}"

@@ -6,6 +6,7 @@ JSON form is the one of ejabberd's HTTP API: numbers and strings bare, lists as 
 as 0 or 1.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,22 @@ class Result:
 
     def json(self) -> str:
         """The JSON form on one line, with the newline at its end."""
-        return json.dumps(self.plain(), ensure_ascii=False) + "\n"
+        return "".join(self.json_chunks())
+
+    def json_chunks(self) -> Iterator[str]:
+        """The JSON form in pieces of ROWS_PER_CHUNK elements, so that a long list need not stop the event loop."""
+        if not isinstance(self.shape, List):
+            yield json.dumps(self.plain(), ensure_ascii=False) + "\n"
+            return
+        element, rows, before = self.shape.element, iter(self.value), "["
+        part = list(itertools.islice(rows, ROWS_PER_CHUNK))
+        while True:
+            following = list(itertools.islice(rows, ROWS_PER_CHUNK))
+            body = json.dumps([_plain(element, item) for item in part], ensure_ascii=False)[1:-1]
+            yield before + body + ("" if following else "]\n")
+            if not following:
+                return
+            part, before = following, ", "
 
 
 def error_json(text: str, code: int) -> str:

@@ -285,7 +285,7 @@ class _Connection:
         args = await self._with_secret(spec, list(args), frame.get("secret"))
         call = Call(caller, local=frame.get("local") is True, progress=self._progress)
         result = await self._registry.call(spec.name, args, caller=caller, call=call)
-        parts = (result.json() for _ in range(1)) if as_json else result.chunks()
+        parts = result.json_chunks() if as_json else result.chunks()
         while part := _next(parts, spec.name):
             for start in range(0, len(part), MAX_LINE):
                 await self.send({"out": part[start : start + MAX_LINE]})

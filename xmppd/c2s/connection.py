@@ -18,13 +18,15 @@ from typing import Any, Final, Protocol, cast
 from xml.sax.saxutils import escape, quoteattr
 
 from xmppd.c2s.session import Session
-from xmppd.delivery import Pending, Spawn
+from xmppd.delivery import ERROR, SAFE, Pending, Spawn
 from xmppd.errors import StreamError
 from xmppd.log import Logger
+from xmppd.metrics import Counters, add
 from xmppd.protocol import ns
 from xmppd.protocol.stanza import Stanza
 from xmppd.protocol.stream import Event, Limits, Nonza, Stream, StreamClosed, StreamOpened
 
+SECURE: Final = "c2s_tls"  # how operators are shown any connection with TLS
 _STREAM_ERROR: Final = f"{{{ns.STREAMS}}}error"
 _CLOSE: Final = b"</stream:stream>"
 _CLOSE_PATIENCE: Final = 2.0  # seconds for the peer to answer our closing tag
@@ -36,7 +38,7 @@ _SIOCOUTQ: Final = termios.TIOCOUTQ
 class Settings:
     """How connections of one listener behave."""
 
-    name: str  # c2s, or c2s_tls for direct TLS
+    name: str  # c2s, or c2s_tls for direct TLS, as the connections are called at first
     before: Limits  # until authentication
     after: Limits
     negotiation_timeout: float  # seconds
@@ -77,7 +79,9 @@ class Flusher:
 class Connection(asyncio.Protocol):
     """Fulfils session.Carrier."""
 
-    def __init__(self, settings: Settings, flusher: Flusher, spawn: Spawn, log: Logger, *, secure: bool) -> None:
+    def __init__(
+        self, settings: Settings, flusher: Flusher, spawn: Spawn, log: Logger, *, secure: bool, counters: Counters
+    ) -> None:
         self.settings = settings
         self.name = settings.name
         self.log = log
@@ -87,6 +91,7 @@ class Connection(asyncio.Protocol):
         self.session: Session | None = None
         self.negotiator: Negotiator | None = None
         self.on_lost: Callable[[Connection], None] | None = None
+        self.counters = counters
         self._flusher = flusher
         self._spawn = spawn
         self._stream = Stream(settings.before)
@@ -134,11 +139,13 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._paused = True
+        self.counters.stalled.add(self)
         loop = asyncio.get_running_loop()
         self._stuck = loop.call_later(self.settings.send_timeout, self._cut_off, "takes nothing")
 
     def resume_writing(self) -> None:
         self._paused = False
+        self.counters.stalled.discard(self)
         if self._stuck is not None:
             self._stuck.cancel()
             self._stuck = None
@@ -147,6 +154,7 @@ class Connection(asyncio.Protocol):
         for timer in (self._deadline, self._stuck):
             if timer is not None:
                 timer.cancel()
+        self.counters.stalled.discard(self)
         self._closing = True
         self._waiting.clear()
         self._out.clear()
@@ -155,6 +163,7 @@ class Connection(asyncio.Protocol):
             session.close(clean=False)
             self.log.info("session closed", jid=session.jid.full, reason=exc or "connection lost")
         self.negotiator = None
+        self._stream.release()
         self._transport = None
         self._socket = None
         for task in self._tasks:
@@ -172,9 +181,18 @@ class Connection(asyncio.Protocol):
             except StreamError as error:
                 self.end(error)
                 return
-            if isinstance(outcome, Pending) and not outcome.decided:
-                self._hold()
-                outcome.when_decided(self._go_on_soon)
+            count = self.counters.stanzas[event.kind]
+            count.received += 1
+            if outcome is SAFE:
+                count.safe += 1
+            elif outcome is ERROR:
+                count.error += 1
+            else:
+                assert isinstance(outcome, Pending)
+                outcome.then(count.settled)
+                if not outcome.decided:
+                    self._hold()
+                    outcome.when_decided(self._go_on_soon)
             return
         work = self._other(event)
         if work is not None:
@@ -259,7 +277,7 @@ class Connection(asyncio.Protocol):
         """Bytes the peer's machine has not acknowledged: ours, the transport's and the kernel's."""
         if self._transport is None:
             return 1
-        queued = sum(map(len, self._out)) + self._transport.get_write_buffer_size()
+        queued = self.queued()
         if queued or self._socket is None:
             return queued
         try:
@@ -268,6 +286,11 @@ class Connection(asyncio.Protocol):
             return 1
         unacknowledged: int = struct.unpack("i", answer)[0]
         return unacknowledged
+
+    def queued(self) -> int:
+        """Bytes that wait in this process."""
+        waiting = sum(map(len, self._out))
+        return waiting + self._transport.get_write_buffer_size() if self._transport is not None else waiting
 
     # -- for the negotiation
 
@@ -304,6 +327,7 @@ class Connection(asyncio.Protocol):
                 ssl_shutdown_timeout=_CLOSE_PATIENCE,
             )
         except (OSError, ssl.SSLError, asyncio.CancelledError) as exc:
+            self.counters.tls_failures += 1
             self.log.info("tls handshake failed", peer=self.peer[0], error=exc)
             self.abort()
             return
@@ -315,6 +339,7 @@ class Connection(asyncio.Protocol):
         # What a client pipelined behind <starttls/> may have been parsed meanwhile.
         self.restart_stream()
         self.secure = True
+        self.name = SECURE
 
     @property
     def ssl_object(self) -> ssl.SSLObject | None:
@@ -341,6 +366,7 @@ class Connection(asyncio.Protocol):
             return
         if self.session is not None or error.condition not in ("conflict", "system-shutdown"):
             self.log.info("stream error", condition=error.condition, text=error.text, peer=self.peer[0])
+        add(self.counters.stream_errors, error.condition)
         if not self._header_sent:
             self.send_header("", "0", None)
         text = f"<text xmlns='{ns.STREAM_ERRORS}' xml:lang='en'>{escape(error.text)}</text>" if error.text else ""
@@ -403,6 +429,7 @@ class Connection(asyncio.Protocol):
             self.abort()
 
     def _cut_off(self, why: str) -> None:
+        self.counters.cut_off += 1
         self.log.warning("slow reader cut off", why=why, peer=self.peer[0], queued=self.unsent())
         self.abort()
 

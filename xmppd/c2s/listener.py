@@ -65,7 +65,7 @@ class ClientListener:
     async def open(self) -> Address:
         """Bind and listen; XmppdError names the address when that fails. Port 0 picks a free one."""
         loop = asyncio.get_running_loop()
-        sock = _bind(self._ip, self._port)
+        sock = bind(self._ip, self._port)
         context: ssl.SSLContext | None = self._tls.context(True) if self._direct_tls else None
         self._server = await loop.create_server(
             self._accept,
@@ -81,8 +81,12 @@ class ClientListener:
 
     def _accept(self) -> Connection:
         log = _log.bind(secrets.token_hex(2))
-        connection = Connection(self.settings, self._flusher, self._spawn, log, secure=self._direct_tls)
-        connection.negotiator = Negotiation(connection, self.rules, self._auth, self._tls, self._parts())
+        parts = self._parts()
+        parts.counters.accepted += 1
+        connection = Connection(
+            self.settings, self._flusher, self._spawn, log, secure=self._direct_tls, counters=parts.counters
+        )
+        connection.negotiator = Negotiation(connection, self.rules, self._auth, self._tls, parts)
         connection.on_lost = self._forget
         self._connections.add(connection)
         return connection
@@ -91,6 +95,15 @@ class ClientListener:
         self._connections.discard(connection)
         if self._gone is not None and not self._connections:
             self._gone.set()
+
+    @property
+    def listening(self) -> bool:
+        return self._server is not None and self._server.is_serving()
+
+    @property
+    def connections(self) -> int:
+        """How many there are, those that negotiate included."""
+        return len(self._connections)
 
     def stop_listening(self) -> None:
         """Take no new connections; those that are there go on."""
@@ -111,8 +124,11 @@ class ClientListener:
             connection.abort()
 
 
-def _bind(ip: str, port: int) -> socket.socket:
-    """A bound socket; "::" serves IPv4 too, and falls back to it where the machine has no IPv6."""
+def bind(ip: str, port: int) -> socket.socket:
+    """A bound socket; "::" serves IPv4 too, and falls back to it where the machine has no IPv6.
+
+    XmppdError names the address when it is taken or not ours.
+    """
     attempts: Iterable[tuple[socket.AddressFamily, str]] = (
         [(socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")]
         if ip == "::"

@@ -6,13 +6,15 @@ manager, so that another carrier can take it over.
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Records, Spawn, as_stanza_error
 from xmppd.errors import JidError, StanzaError, StreamError
 from xmppd.events import (
     DirectedPresenceSending,
+    GuardedDelivering,
+    GuardedSending,
     PresenceChanged,
     PresenceSending,
     SessionBecameAvailable,
@@ -25,9 +27,10 @@ from xmppd.events import (
 )
 from xmppd.hooks import Hooks
 from xmppd.log import Logger
+from xmppd.metrics import Counters
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, bare, parse
-from xmppd.protocol.stanza import Stanza, build
+from xmppd.protocol.stanza import Stanza, build, error_reply
 from xmppd.router import Router
 from xmppd.session_manager import SUBSCRIPTIONS, SessionInfo, SessionManager
 
@@ -75,6 +78,7 @@ class Parts:
     gate: Gate
     spawn: Spawn
     sweeper: Sweeper
+    counters: Counters = field(default_factory=Counters)
 
 
 class Session:
@@ -87,7 +91,9 @@ class Session:
         "_log",
         "_parts",
         "_row",
+        "anonymous",
         "closed",
+        "guards",
         "jid",
         "presence",
         "priority",
@@ -96,14 +102,17 @@ class Session:
         "user",
     )
 
-    def __init__(self, jid: JID, carrier: Carrier, parts: Parts, log: Logger) -> None:
+    def __init__(self, jid: JID, carrier: Carrier, parts: Parts, log: Logger, *, anonymous: bool = False) -> None:
+        """`anonymous`: the account is this session's alone and ends with it."""
         self.jid = jid
+        self.anonymous = anonymous
         self.user = bare(jid)
         self.priority: int | None = None
         self.presence: Stanza | None = None
         self.state: dict[str, Any] = {}
         self.records = Records()
         self.closed = False
+        self.guards: frozenset[str] = frozenset()  # the modules that want to see every stanza of this one
         self._carrier = carrier
         self._parts = parts
         self._log = log
@@ -125,11 +134,31 @@ class Session:
         try:
             if stanza.malformed:
                 raise StanzaError("jid-malformed")
+            if self.guards:
+                return parts.gate.ask(GuardedSending(self, stanza), stanza, lambda event: self._let_out(event.stanza))
             if parts.hooks.wants(StanzaSending):
-                return parts.gate.ask(StanzaSending(self, stanza), stanza, lambda event: self._route(event.stanza))
+                return self._let_out(stanza)
             return self._route(stanza)
         except Exception as exc:
-            return parts.router.bounce(stanza, as_stanza_error(exc))
+            return self._refuse(stanza, as_stanza_error(exc))
+
+    def _refuse(self, stanza: Stanza, error: StanzaError) -> Outcome:
+        """Straight to the client: as a stanza from the address it was meant for, a guard would stop it."""
+        reply = error_reply(stanza, error)
+        if reply is None:
+            return SAFE
+        self.send(reply)
+        return ERROR
+
+    def _let_out(self, stanza: Stanza) -> Outcome:
+        if self._parts.hooks.wants(StanzaSending):
+            event = StanzaSending(self, stanza)
+            return self._parts.gate.ask(event, stanza, lambda decided: self._route(decided.stanza))
+        return self._route(stanza)
+
+    def guard(self, module: str, on: bool) -> None:
+        """Whether a module wants to see every stanza of this session."""
+        self.guards = self.guards | {module} if on else self.guards - {module}
 
     def _stamp(self, stanza: Stanza) -> Stanza:
         """A stanza that was parsed before the resource was bound (pipelined behind the bind request)."""
@@ -175,6 +204,8 @@ class Session:
                 return SAFE
             raise StanzaError("bad-request", f"presence of type {kind[:20]!r} needs a recipient")
         if kind in SUBSCRIPTIONS:
+            if self.anonymous:
+                raise StanzaError("not-allowed", "an anonymous account has no roster")
             plain = stanza.replace(from_=self.user.full, to=to.bare)
             # A refusal is for this resource: with the stanza as it came, not as it goes out.
             return self._parts.gate.ask(
@@ -212,7 +243,10 @@ class Session:
         finally:
             held, self._held = self._held or [], None
             for stanza, pending in held:
-                pending.follow(self._deliver(stanza))
+                try:
+                    pending.follow(self._deliver(stanza))
+                except Exception as exc:
+                    pending.fail(as_stanza_error(exc))
         return SAFE
 
     def _become_unavailable(self, presence: Stanza) -> None:
@@ -249,6 +283,14 @@ class Session:
         return self._deliver(stanza)
 
     def _deliver(self, stanza: Stanza) -> Outcome:
+        if self.guards:
+            event = GuardedDelivering(self, stanza)
+            return self._parts.gate.ask(event, stanza, lambda decided: self._let_in(decided.stanza))
+        if self._parts.hooks.wants(StanzaDelivering):
+            return self._let_in(stanza)
+        return self.send(stanza)
+
+    def _let_in(self, stanza: Stanza) -> Outcome:
         if self._parts.hooks.wants(StanzaDelivering):
             event = StanzaDelivering(self, stanza)
             return self._parts.gate.ask(event, stanza, lambda decided: self.send(decided.stanza))
@@ -261,6 +303,7 @@ class Session:
             return self._too_late(stanza)
         self._carrier.write(stanza.xml)
         kind = stanza.kind
+        self._parts.counters.stanzas[kind].sent += 1
         if (
             kind == "presence"
             or (kind == "message" and stanza.type in ("headline", "error"))

@@ -26,6 +26,7 @@ from xmppd.errors import ConfigError, XmppdError
 from xmppd.log import get_logger
 
 from .certificate import Found, dns_name, name_matches, read_certificates, self_signed
+from .channel_binding import HostContext, end_point
 
 log = get_logger("c2s")
 
@@ -182,7 +183,8 @@ class Certificates:
 
 
 def _context(found: Found, folder: Path, alpn: bool) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = HostContext(ssl.PROTOCOL_TLS_SERVER)
+    context.end_point = end_point(found.chain[0])
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
     context.num_tickets = 0  # TLS 1.3; OP_NO_TICKET alone makes them stateful there

@@ -1,6 +1,6 @@
 """What no single option can know: names that must exist elsewhere, values that contradict each other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from .problems import key, suggest
@@ -78,6 +78,14 @@ def _acl_names(config: Schema) -> Iterator[Problem]:
                     yield f"{group}.{key(name)}[{index}]", _unknown("acl", rule.acl, known)
 
 
+def _api_permissions(config: Schema) -> Iterator[Problem]:
+    known = ["all", "none", "loopback", *config.acl]
+    for name, permission in config.api_permissions.items():
+        for acl in dict.fromkeys(acl for who in permission.who for acl in who.acl):
+            if acl not in known:
+                yield f"api_permissions.{key(name)}.who", _unknown("acl", acl, known)
+
+
 def _shaper_names(config: Schema) -> Iterator[Problem]:
     known = ["none", "infinity", *config.shaper]
     for name, entries in config.shaper_rules.items():
@@ -87,10 +95,15 @@ def _shaper_names(config: Schema) -> Iterator[Problem]:
 
 
 def _mechanisms(config: Schema) -> Iterator[Problem]:
-    if "sql" in config.auth_method:
-        offered = {SCRAM_MECHANISMS[name] for name in config.auth_scram.hashes} | {"PLAIN"}
-        if offered <= set(config.disable_sasl_mechanisms):
-            yield "disable_sasl_mechanisms", "no mechanism is left with which anybody could log in"
+    if _locked_out(config.auth_method, config.auth_scram.hashes, set(config.disable_sasl_mechanisms)):
+        yield "disable_sasl_mechanisms", "no mechanism is left with which anybody could log in"
+
+
+def _locked_out(methods: Iterable[str], hashes: Iterable[str], disabled: set[str]) -> bool:
+    """Whether one of the methods has no mechanism left. Those with channel binding are enough for `sql`."""
+    offered = {"anonymous": {"ANONYMOUS"}, "sql": {"PLAIN"}}
+    offered["sql"] |= {SCRAM_MECHANISMS[name] + plus for name in hashes for plus in ("", "-PLUS")}
+    return any(offered[method] <= disabled for method in methods)
 
 
 def _database(config: Schema) -> Iterator[Problem]:
@@ -108,6 +121,7 @@ CHECKS: Final[tuple[tuple[frozenset[str], Check], ...]] = (
     (frozenset({"listen"}), _c2s_listeners),
     (frozenset({"listen", "access_rules", "shaper_rules"}), _listener_rules),
     (frozenset({"acl", "access_rules", "shaper_rules"}), _acl_names),
+    (frozenset({"acl", "api_permissions"}), _api_permissions),
     (frozenset({"shaper", "shaper_rules"}), _shaper_names),
     (frozenset({"auth_method", "auth_scram", "disable_sasl_mechanisms"}), _mechanisms),
     (frozenset({"database", "data_dir"}), _database),

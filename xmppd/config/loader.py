@@ -24,7 +24,6 @@ from .schema import (
     AuthMethod,
     AuthScram,
     C2SListen,
-    HttpListen,
     ResourceConflict,
     Schema,
 )
@@ -36,7 +35,10 @@ T = TypeVar("T")
 BUILT_IN: Final = "built-in defaults"
 SEARCH: Final = (Path("etc/xmppd.yml"), Path("/etc/xmppd/xmppd.yml"))
 _MODULE_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
-_GROUPS: Final = ("auth_scram", "login_limits", "database", "cluster", "routing", "modules", *Schema.MERGED)
+_GROUPS: Final = (
+    *("auth_scram", "login_limits", "database", "cluster", "routing", "modules", "api_tokens", "api_permissions"),
+    *Schema.MERGED,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,6 @@ class Config(Schema):
 
 
 def _differs(config: Config, default: Config, path: str) -> bool:
-    if path == "listen[].request_handlers":  # all there is of http
-        return any(isinstance(listener, HttpListen) and listener not in default.listen for listener in config.listen)
     if path.startswith("listen[]."):
         name = path.removeprefix("listen[].")
         usual = C2SListen.model_fields[name].default

@@ -23,6 +23,7 @@ from pydantic import (
     WrapSerializer,
 )
 
+from .api import ApiPermission, TokenHash, TokenName
 from .hosts import normalise_host
 from .rules import AccessRules, ShaperRules
 from .types import (
@@ -56,17 +57,12 @@ MECHANISMS: Final = (
 NO_EFFECT_YET: Final = (
     "acl",
     "access_rules",
-    "auth_method: anonymous",
     "cluster",
     "database.read",
     "listen[].access",
-    "listen[].request_handlers",
     "listen[].shaper",
     "listen[].trusted_proxies",
     "listen[].use_proxy_protocol",
-    "login_limits.exempt",
-    "login_limits.per_account",
-    "login_limits.per_address",
     "shaper",
     "shaper_rules",
 )
@@ -200,6 +196,7 @@ class HttpListen(_Listener):
     port: Port = 5280
     ip: IpAddress = "127.0.0.1"
     module: Literal["http"]
+    tls: bool = False
     request_handlers: Annotated[
         Mapping[Annotated[str, Field(pattern=r"^/[!-~]*$")], Literal["live", "ready", "metrics", "api"]],
         frozen,
@@ -320,6 +317,12 @@ class Schema(Options):
     access_rules: Annotated[Mapping[str, AccessRules], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
     shaper: Annotated[Mapping[str, Shaper], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
     shaper_rules: Annotated[Mapping[str, ShaperRules], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
+    api_tokens: Annotated[Mapping[TokenName, TokenHash], frozen, as_dict] = Field(
+        default_factory=lambda: _freeze({}), repr=False
+    )
+    api_permissions: Annotated[Mapping[str, ApiPermission], frozen, as_dict] = Field(
+        default_factory=lambda: _freeze({})
+    )
     shutdown_grace: Annotated[Duration, lasting(0, 600)] = 5.0
     module_paths: Annotated[tuple[AbsolutePath, ...], several] = ()
     modules: Annotated[Mapping[str, Mapping[str, Any]], frozen, as_dict] = Field(
@@ -338,5 +341,5 @@ DEFAULT_NAMES: Final[dict[str, dict[str, Any]]] = {
     },
 }
 DEFAULT_MODULES: Final = (
-    *("roster", "presence", "offline", "disco", "ping", "version", "time", "last", "private", "vcard"),
+    *("roster", "presence", "offline", "disco", "caps", "ping", "version", "time", "last", "private", "vcard"),
 )

@@ -1,1 +1,1 @@
-"""xmppd."""
+"""One aiohttp listener per `listen` entry of the module http: health, metrics, the admin API."""

@@ -8,7 +8,7 @@ inside.
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import ClassVar, Final
 from xml.sax.saxutils import escape, quoteattr
 
 from lxml import etree
@@ -54,6 +54,9 @@ class Stanza:
     """
 
     __slots__ = ("_element", "_xml", "from_", "id", "kind", "malformed", "to", "type")
+
+    kept: ClassVar[bool] = False  # it is a row of the spool, and stays one until it has arrived
+    copy: ClassVar[bool] = False  # of what stays where it is: not sent again when it is lost with its connection
 
     def __init__(
         self,
@@ -260,7 +263,8 @@ def error_reply(stanza: Stanza, error: StanzaError) -> Stanza | None:
 def error_element(error: StanzaError) -> bytes:
     """The <error/> child (RFC 6120 8.3.2) as neutral bytes."""
     text = f'<text xmlns="{ns.STANZA_ERRORS}" xml:lang="en">{escape(error.text)}</text>' if error.text else ""
-    return f'<error type="{error.type}"><{error.condition} xmlns="{ns.STANZA_ERRORS}"/>{text}</error>'.encode()
+    defined = f'<error type="{error.type}"><{error.condition} xmlns="{ns.STANZA_ERRORS}"/>{text}'.encode()
+    return defined + error.application + b"</error>"
 
 
 def delay_element(stamp: str, from_: str, reason: str = "") -> bytes:

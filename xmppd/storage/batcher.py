@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.log import get_logger
+from xmppd.metrics import Histogram
 
 log = get_logger("storage")
 T = TypeVar("T")
@@ -34,6 +35,7 @@ class _Kind:
     name: str
     write: Write
     size: Callable[[Any], int] | None
+    committed: Callable[[Any, Any], None] | None
     rank: int  # place in a transaction; a name keeps it when it is defined again
 
 
@@ -94,6 +96,9 @@ class Batcher:
         self._last_start = -interval
         self._away_since: float | None = None
         self._closed = False
+        self.batch_rows = Histogram((1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))
+        self.commit_seconds = Histogram((0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0))
+        self.rows_failed = 0  # their callers were told
 
     @property
     def rows_waiting(self) -> int:
@@ -105,22 +110,29 @@ class Batcher:
         """True from the call of `close` on: nothing is taken any more."""
         return self._closed
 
+    @property
+    def bytes_waiting(self) -> int:
+        """What these rows are taken to weigh."""
+        return self._size
+
     def define(
         self,
         kind: str,
         write: Callable[[AsyncConnection, list[Any]], Awaitable[list[Any]]],
         *,
         size: Callable[[Any], int] | None = None,
+        committed: Callable[[Any, Any], None] | None = None,
     ) -> None:
         """`write` gets the items of one transaction and answers with one result for each.
 
         An Exception in the answer says that this item was not written and fails it alone; its unit, if it has other
         items, is left out as a whole. Raising fails the transaction. `write` may be called again for items whose COMMIT
         failed or was not answered, so doing it twice must be the same as doing it once: row ids made by the node and
-        `insert_new`. `size` tells an item's bytes. Defining again replaces; what is queued keeps the old one.
+        `insert_new`. `size` tells an item's bytes. `committed` is called with each item and its result
+        after the commit; it must not raise. Defining again replaces; what is queued keeps the old one.
         """
         rank = self._ranks.setdefault(kind, len(self._ranks))
-        self._kinds[kind] = _Kind(kind, write, size, rank)
+        self._kinds[kind] = _Kind(kind, write, size, committed, rank)
 
     def undefine(self, kind: str) -> None:
         """No more of this kind; what is queued is still written."""
@@ -209,7 +221,9 @@ class Batcher:
     async def _commit(self, batch: list[_Unit]) -> None:
         """Returns when every unit of the batch is committed or has failed."""
         pause = _FIRST_PAUSE
+        loop = asyncio.get_running_loop()
         while batch:
+            began = loop.time()
             try:
                 results = await self._run(partial(_write, batch), repeatable=True)
             except _LeaveOut as exc:
@@ -226,6 +240,8 @@ class Batcher:
                 return
             else:
                 self._note_back()
+                self.commit_seconds.observe(loop.time() - began)
+                self.batch_rows.observe(sum(len(unit.items) for unit in batch))
                 for unit in batch:
                     self._succeed(unit, results[unit])
                 return
@@ -260,6 +276,9 @@ class Batcher:
 
     def _succeed(self, unit: _Unit, results: list[Any]) -> None:
         self._count_out(unit)
+        for (kind, item), result in zip(unit.items, results, strict=True):
+            if kind.committed is not None:
+                kind.committed(item, result)
         if unit.future.done():
             return
         if not unit.single:
@@ -272,6 +291,7 @@ class Batcher:
     def _fail(self, unit: _Unit, exc: Exception) -> None:
         if unit.size < 0:
             return  # it has ended before
+        self.rows_failed += len(unit.items)
         self._count_out(unit)
         if not unit.future.done():
             own = exc

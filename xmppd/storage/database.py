@@ -106,6 +106,11 @@ class Storage:
         with translated(self.where):
             await self._migrate(tables)
 
+    def forget_statements(self) -> None:
+        """Forget how statements were compiled: those of a module that was unloaded would keep its tables in memory."""
+        if self._engine is not None:
+            self._engine.sync_engine.clear_compiled_cache()
+
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[AsyncConnection]:
         """A connection for reads. Each statement stands alone: no transaction is open, and none is left behind."""

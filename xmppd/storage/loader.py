@@ -31,7 +31,7 @@ class Reader(Protocol):
 @dataclass(slots=True)
 class _Kind:
     name: str
-    fetch: Fetch | None
+    fetch: Fetch
     waiting: dict[Any, list[asyncio.Future[Any]]] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
 
@@ -59,10 +59,8 @@ class Loader:
             kind.fetch = fetch
 
     def undefine(self, name: str) -> None:
-        """Look-ups that wait for a query of this kind fail with StorageError."""
-        kind = self._kinds.pop(name, None)
-        if kind is not None:
-            kind.fetch = None
+        """No more of this kind; look-ups that wait are still made."""
+        self._kinds.pop(name, None)
 
     async def get(self, name: str, key: Any) -> Any:
         """The value, or None when there is no such row. Raises StorageError, StorageUnavailable."""
@@ -108,10 +106,6 @@ class Loader:
 
     async def _load(self, kind: _Kind, batch: dict[Any, list[asyncio.Future[Any]]]) -> None:
         fetch, keys = kind.fetch, list(batch)
-        if fetch is None:
-            for waiters in batch.values():
-                _fail(waiters, StorageError(f"nobody loads {kind.name} any more: its module was unloaded"))
-            return
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:

@@ -1,0 +1,134 @@
+"""etc/xmppctl.bash-completion in a real bash, against a node that serves the registry (tests/golden/small_node.py)."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "etc" / "xmppctl.bash-completion"
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory):
+    """A data folder that a running node serves."""
+    folder = tmp_path_factory.mktemp("node")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "golden" / "small_node.py"), str(folder)], env=environment
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while not (folder / "xmppd.sock").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield folder
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def program(tmp_path):
+    """`xmppctl` on the PATH; each run leaves a line in `calls`."""
+    calls = tmp_path / "calls"
+    script = tmp_path / "bin" / "xmppctl"
+    script.parent.mkdir()
+    argv = f"PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} -m xmppd.ctl"
+    script.write_text(f'#!/bin/sh\necho "$*" >>{shlex.quote(str(calls))}\n{argv} "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+def complete(program: Path, *lines: list[str], before: str = "") -> list[list[str]]:
+    """What bash would offer for the last word of each line, one line after the other in one shell."""
+    text = f"source {shlex.quote(str(FILE))}\n{before}\n"
+    for words in lines:
+        text += f"COMP_WORDS=({shlex.join(words)}) COMP_CWORD={len(words) - 1}\n_xmppctl\n"
+        text += 'printf "%s " "${COMPREPLY[@]}"; echo\n'
+    environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "--norc", "-u", "-c", text],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=program.parent,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_commands_arguments_and_options_are_completed(node, program):
+    at = ["xmppctl", "--data-dir", str(node)]
+
+    offered = complete(
+        program,
+        [*at, "registered_"],
+        [*at, "st"],
+        [*at, "module", ""],
+        [*at, "module", "unload", "p"],
+        [*at, "register", "juliet", ""],
+        [*at, "register", "juliet", "localhost", ""],
+        [*at, "set_loglevel", "e"],
+        [*at, "stats_host", "o"],
+        [*at, "help", "acc"],
+        [*at, "no_such_command", ""],
+        ["xmppctl", "--js"],
+    )
+
+    assert sorted(offered[0]) == ["registered_users", "registered_vhosts"]
+    assert sorted(offered[1]) == ["start", "started", "stats", "stats_host", "status", "stop", "stopped"]
+    assert {"list", "load", "reload", "unload"} <= set(offered[2])
+    assert offered[3] == ["ping"]
+    assert "localhost" in offered[4]
+    assert offered[5] == []
+    assert sorted(offered[6]) == ["emergency", "error"]
+    assert offered[7] == ["onlineusers"]
+    assert offered[8] == ["accounts"]
+    assert offered[9] == []
+    assert offered[10] == ["--json"]
+
+
+def test_the_node_is_asked_for_its_commands_once(node, program):
+    at = ["xmppctl", "--data-dir", str(node)]
+
+    complete(program, [*at, "reg"], [*at, "mod"], [*at, "module", "l"])
+
+    assert (program.parents[1] / "calls").read_text().splitlines() == [f"--data-dir {node} help usage"]
+
+
+def test_bash_takes_an_option_with_its_value_for_three_words(node, program):
+    assert complete(program, ["xmppctl", "--data-dir", "=", str(node), "module", "un"]) == [["unload"]]
+
+
+def test_an_alias_is_asked_as_it_stands(node, program):
+    alias = f"alias xmppctl={shlex.quote(f'{shlex.quote(str(program))} --data-dir {shlex.quote(str(node))}')}"
+
+    assert complete(program, ["xmppctl", "check_acc"], before=alias) == [["check_account"]]
+
+
+def test_without_a_node_only_what_needs_none_is_offered(tmp_path, program):
+    assert complete(program, ["xmppctl", "--data-dir", str(tmp_path), ""]) == [["start", "started", "stopped", "batch"]]
+
+
+def test_files_are_offered_where_an_option_wants_one(program):
+    (program.parent / "my.yml").touch()
+
+    assert complete(program, ["xmppctl", "--config", "my"], ["xmppctl", "--node", "x"]) == [["my.yml"], []]
+
+
+def test_bash_itself_knows_the_function(program):
+    shown = subprocess.run(
+        ["bash", "--norc", "-c", f"source {shlex.quote(str(FILE))}; complete -p xmppctl"],
+        capture_output=True,
+        text=True,
+    )
+    assert shown.stdout.strip() == "complete -F _xmppctl xmppctl"

@@ -1,0 +1,214 @@
+"""A listening socket for HTTP/1.1: limits, time-outs, and the choice of the handler by path.
+
+aiohttp's low-level server is used, without its application: there are a handful of fixed paths, compared as they came,
+so nothing is decoded, normalised or looked up in a file system. Every request is answered within bounds: a peer has
+IDLE seconds to send the head of a request, and SEND seconds to take an answer.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import socket
+import ssl
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from aiohttp import web
+
+from xmppd.c2s.listener import bind
+from xmppd.errors import XmppdError
+from xmppd.http.answers import Answer, Handler, Refused
+from xmppd.log import get_logger
+
+_log = get_logger("xmppd.http")
+
+MAX_CONNECTIONS: Final = 256
+IDLE: Final = 30.0  # seconds, from connecting or from the last answer to the end of a request's head
+SEND: Final = 30.0  # seconds in which a peer must take an answer, or each piece of a long one
+HANDSHAKE: Final = 10.0  # seconds for TLS
+LINGER: Final = 2.0  # seconds in which the rest of a refused body is taken, so that the answer survives
+_HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+
+class _Request(web.BaseRequest):
+    async def _prepare_hook(self, response: web.StreamResponse) -> None:
+        response.headers.popall("Server", None)  # whose and which version is nobody's business
+
+
+class _Protocol(web.RequestHandler):
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """A request that could not be parsed; aiohttp's own text would quote it."""
+        refused = Refused(status, "this is no HTTP request" if status == 400 else "the request failed").answer()
+        response = web.Response(status=status, body=refused.body, headers=_HEADERS)
+        response.content_type = "application/json"
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    """Makes the protocol of each connection, up to MAX_CONNECTIONS."""
+
+    def __call__(self) -> web.RequestHandler:
+        return _Protocol(self, loop=self._loop, **self._kwargs)
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        if len(self._connections) > MAX_CONNECTIONS:
+            _log.warning("http connection refused", connections=MAX_CONNECTIONS)
+            transport.abort()
+
+
+class HttpListener:
+    """Serves handlers on one address. `requests` counts answers by (handler, status)."""
+
+    def __init__(
+        self,
+        ip: str,
+        port: int,
+        handlers: Mapping[str, Handler],
+        *,
+        tls: Callable[[], ssl.SSLContext] | None,
+        requests: dict[tuple[str, int], int],
+    ) -> None:
+        self._ip = ip
+        self._port = port
+        self._tls = tls
+        # The longest path first: /api/v2 before /api, and / last.
+        self._handlers = sorted(((path.rstrip("/"), one) for path, one in handlers.items()), key=_longest)
+        self._requests = requests
+        self._web: _Server | None = None
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> dict[str, Any]:
+        """Bind and listen; the entry for ready.json comes back. XmppdError names the address when that fails."""
+        loop = asyncio.get_running_loop()
+        sock = bind(self._ip, self._port)
+        self._web = _Server(
+            self._answer,
+            request_factory=_request,
+            access_log=None,
+            logger=logging.getLogger("xmppd.http"),
+            keepalive_timeout=IDLE,
+            lingering_time=LINGER,
+            auto_decompress=False,  # a body that is a bomb
+        )
+        try:
+            self._server = await loop.create_server(
+                self._web,
+                sock=sock,
+                ssl=self._tls() if self._tls else None,
+                ssl_handshake_timeout=HANDSHAKE if self._tls else None,
+            )
+        except OSError as exc:
+            sock.close()
+            raise XmppdError(f"cannot listen on {self._ip} port {self._port}: {exc.strerror}") from exc
+        port: int = sock.getsockname()[1]
+        _log.info("listening", module="http", ip=self._ip, port=port, tls=self._tls is not None)
+        return {"module": "http", "ip": self._ip, "port": port, "tls": self._tls is not None}
+
+    @property
+    def listening(self) -> bool:
+        return self._server is not None and self._server.is_serving()
+
+    async def close(self, grace: float) -> None:
+        """Take no more requests, let those that run end for `grace` seconds, then cut them off."""
+        if self._server is None or self._web is None:
+            return
+        self._server.close()
+        self._server = None
+        self._web.pre_shutdown()
+        await self._web.shutdown(grace)
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        name, answer = "none", Refused(404, "there is nothing here").answer()
+        handler, rest = self._find(request.rel_url.raw_path)
+        if handler is not None:
+            name, answer = handler.name, await _asked(handler, request, rest)
+        key = (name, answer.status)
+        self._requests[key] = self._requests.get(key, 0) + 1
+        try:
+            if isinstance(answer.body, bytes):
+                return await _send(request, answer, answer.body)
+            return await _send_pieces(request, answer, answer.body)
+        except TimeoutError:
+            _log.info("http client takes nothing", ip=request.remote)
+        except ConnectionError:
+            raise
+        except Exception as exc:
+            # the head is out: only a broken connection can still say that the answer is not whole
+            _log.error("http answer failed", exc=exc, handler=name)
+        _cut(request)
+        raise ConnectionResetError
+
+    def _find(self, path: str) -> tuple[Handler | None, str]:
+        for prefix, handler in self._handlers:
+            if path == prefix or (not prefix and path == "/"):
+                return handler, ""
+            if not handler.exact and path.startswith(f"{prefix}/"):
+                return handler, path[len(prefix) + 1 :]
+        return None, ""
+
+
+def _cut(request: web.BaseRequest) -> None:
+    """End the connection, and have the kernel throw away what it still holds for the peer."""
+    if request.transport is not None:
+        sock = request.transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        request.transport.abort()
+
+
+def _longest(item: tuple[str, Handler]) -> int:
+    return -len(item[0])
+
+
+def _request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
+    return _Request(message, payload, protocol, writer, task, asyncio.get_running_loop())
+
+
+async def _asked(handler: Handler, request: web.BaseRequest, rest: str) -> Answer:
+    try:
+        return await handler(request, rest)
+    except Refused as refused:
+        return refused.answer()
+    except Exception as exc:
+        _log.error("http request failed", exc=exc, handler=handler.name)
+        return Refused(500, "the request failed, see the log").answer()
+
+
+async def _send(request: web.BaseRequest, answer: Answer, body: bytes) -> web.StreamResponse:
+    headers = {**_HEADERS, **answer.headers, "Content-Type": answer.content_type}
+    response = web.Response(status=answer.status, body=body, headers=headers)
+    async with asyncio.timeout(SEND):
+        await response.prepare(request)
+        await response.write_eof()
+    return response
+
+
+async def _send_pieces(request: web.BaseRequest, answer: Answer, pieces: Iterator[bytes]) -> web.StreamResponse:
+    """A long list, a part at a time, so that the streams of the node have their turn in between."""
+    headers = {**_HEADERS, **answer.headers, "Content-Type": answer.content_type}
+    piece, following = next(pieces), next(pieces, None)
+    if following is None:
+        return await _send(request, answer, piece)
+    response = web.StreamResponse(status=answer.status, headers=headers)
+    async with asyncio.timeout(SEND):
+        await response.prepare(request)
+        await response.write(piece)
+    for piece in itertools.chain([following], pieces):
+        async with asyncio.timeout(SEND):
+            await response.write(piece)
+        await asyncio.sleep(0)
+    async with asyncio.timeout(SEND):
+        await response.write_eof()
+    return response

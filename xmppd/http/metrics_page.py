@@ -1,0 +1,167 @@
+"""/metrics: what the node counted (metrics.py) and what can be asked of it now, for Prometheus."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from xmppd.http.answers import Answer, only_reads
+from xmppd.metrics import Counters, Histogram, LoopLag
+from xmppd.session_manager import SessionManager
+from xmppd.spool import Spool
+from xmppd.storage import Batcher
+
+_LONGEST_ACCEPT: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where the numbers come from."""
+
+    node: str
+    version: str
+    hosts: tuple[str, ...]
+    uptime: Callable[[], float]
+    connections: Callable[[], Mapping[str, int]]  # by listener
+    certificate_days: Callable[[], Mapping[str, int]]  # by host
+    sessions: SessionManager
+    batcher: Batcher
+    spool: Spool
+    counters: Counters
+    lag: LoopLag
+    requests: Mapping[tuple[str, int], int]  # by handler and status
+
+
+class NodeCollector(Collector):
+    """Nothing here depends on how many sessions there are."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._node()
+        yield from self._streams()
+        yield from self._stanzas()
+        yield from self._storage()
+
+    def _node(self) -> Iterator[Metric]:
+        src = self._sources
+        yield InfoMetricFamily("xmppd", "This node", value={"node": src.node, "version": src.version})
+        yield GaugeMetricFamily("xmppd_uptime_seconds", "Since the start of the node", value=src.uptime())
+        yield _histogram("xmppd_event_loop_lag_seconds", "How late the event loop was, sampled", src.lag.histogram)
+        days = _gauge("xmppd_certificate_days_left", "Until a host's certificate ends", "host")
+        for host, left in src.certificate_days().items():
+            days.add_metric([host], left)
+        yield days
+        requests = CounterMetricFamily("xmppd_http_requests", "HTTP requests answered", labels=["handler", "status"])
+        for (handler, status), count in sorted(src.requests.items()):
+            requests.add_metric([handler, str(status)], count)
+        yield requests
+
+    def _streams(self) -> Iterator[Metric]:
+        src, counters = self._sources, self._sources.counters
+        sessions = _gauge("xmppd_sessions", "Bound sessions", "host")
+        for host in src.hosts:
+            sessions.add_metric([host], src.sessions.count(host))
+        yield sessions
+        connections = _gauge("xmppd_connections", "Open client connections, those that negotiate included", "listener")
+        for listener, count in src.connections().items():
+            connections.add_metric([listener], count)
+        yield connections
+        yield _count("xmppd_connections_accepted", "Client connections accepted", counters.accepted)
+        yield _counts("xmppd_logins", "Successful authentications", "mechanism", counters.logins)
+        yield _counts("xmppd_login_failures", "Failed authentications", "reason", counters.login_failures)
+        yield _counts("xmppd_streams_refused", "Streams ended with an error", "condition", counters.stream_errors)
+        yield _count("xmppd_tls_failures", "STARTTLS handshakes that failed", counters.tls_failures)
+        yield _count("xmppd_slow_readers", "Connections cut off because they read too slowly", counters.cut_off)
+        stalled = list(counters.stalled)
+        yield GaugeMetricFamily("xmppd_write_queues", "Connections whose peer takes no more bytes now", len(stalled))
+        waiting = sum(queue.queued() for queue in stalled)
+        yield GaugeMetricFamily("xmppd_write_queue_bytes", "Bytes that wait for these", value=waiting)
+
+    def _stanzas(self) -> Iterator[Metric]:
+        src, kinds = self._sources, self._sources.counters.stanzas
+        outcomes = CounterMetricFamily(
+            "xmppd_stanzas", "Stanzas of clients and what became of them", labels=["kind", "outcome"]
+        )
+        pending = _gauge("xmppd_stanzas_pending", "Stanzas of clients whose outcome is not known yet", "kind")
+        for kind, count in kinds.items():
+            outcomes.add_metric([kind, "safe"], count.safe)
+            outcomes.add_metric([kind, "error"], count.error)
+            pending.add_metric([kind], count.pending)
+        yield outcomes
+        yield pending
+        received = {kind: count.received for kind, count in kinds.items()}
+        yield _counts("xmppd_stanzas_received", "Stanzas that clients sent", "kind", received)
+        sent = {kind: count.sent for kind, count in kinds.items()}
+        yield _counts("xmppd_stanzas_sent", "Stanzas written to clients", "kind", sent)
+        yield _counts("xmppd_stanza_errors", "Stanza errors sent", "condition", src.counters.stanza_errors)
+        yield _count("xmppd_stanzas_rerouted", "Stanzas routed again: their session was dead", src.sessions.rerouted)
+
+    def _storage(self) -> Iterator[Metric]:
+        batcher, spool = self._sources.batcher, self._sources.spool
+        yield GaugeMetricFamily("xmppd_storage_queue_rows", "Rows that wait for a commit", value=batcher.rows_waiting)
+        yield GaugeMetricFamily("xmppd_storage_queue_bytes", "Bytes of these rows", value=batcher.bytes_waiting)
+        yield _histogram("xmppd_storage_batch_rows", "Rows in one commit", batcher.batch_rows)
+        yield _histogram("xmppd_storage_commit_seconds", "Duration of one commit", batcher.commit_seconds)
+        yield _count("xmppd_storage_rows_failed", "Rows that were not written", batcher.rows_failed)
+        results = {"stored": spool.stored, "duplicate": spool.duplicates, "refused": spool.refused}
+        yield _counts("xmppd_spool_rows", "Messages for the spool", "result", results)
+        yield _count("xmppd_spool_rows_taken", "Stored messages given to a session", spool.taken)
+        yield _count("xmppd_spool_rows_flushed", "Stored messages that have arrived and were deleted", spool.flushed)
+
+
+def _count(name: str, text: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(name, text, value=value)
+
+
+def _counts(name: str, text: str, label: str, values: Mapping[str, int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, count in sorted(values.items()):
+        family.add_metric([value], count)
+    return family
+
+
+def _gauge(name: str, text: str, label: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, labels=[label])
+
+
+def _histogram(name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:
+    return HistogramMetricFamily(name, text, buckets=histogram.buckets(), sum_value=histogram.sum)
+
+
+class MetricsPage:
+    """Fulfils answers.Handler."""
+
+    name = "metrics"
+    exact = True
+
+    def __init__(self, sources: Sources) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)  # our own: nothing a library registers gets in
+        self._registry.register(NodeCollector(sources))
+        ProcessCollector(registry=self._registry)  # memory, CPU time, open files
+        GCCollector(registry=self._registry)
+
+    async def __call__(self, request: web.BaseRequest, rest: str) -> Answer:
+        only_reads(request)
+        accept = request.headers.get("Accept", "")[:_LONGEST_ACCEPT]
+        encoder, content_type = _encoder(accept)
+        return Answer(200, encoder(self._registry), content_type)
+
+
+def _encoder(accept: str) -> tuple[Callable[[Any], bytes], str]:
+    try:
+        return choose_encoder(accept)
+    except (ValueError, IndexError, KeyError):  # a header no scraper sends
+        return choose_encoder("")
