@@ -49,6 +49,7 @@ class Server:
         self.expects_trouble = False  # a test that provokes errors in the log says so
         self.process: subprocess.Popen[bytes] | None = None
         self._batch: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
         self._seen = 0  # how much of the log has been judged
         folder.mkdir(parents=True, exist_ok=True)
         self.configure(configuration or options())
@@ -72,6 +73,7 @@ class Server:
                 cwd=self.folder,
                 env=self.environment,
             )
+        self._watcher = _end_with_us(self.process.pid)
 
     def start(self, *prefix: str) -> None:
         """Start the process and wait until it serves."""
@@ -96,6 +98,7 @@ class Server:
         while (ready := self._ready()) is None:
             if self.process.poll() is not None:
                 code, self.process = self.process.returncode, None
+                self._dismiss_watcher()
                 raise NotServing(f"exit code {code}\n{self.log}")
             if time.monotonic() > deadline:
                 raise NotServing(f"not ready in {PATIENCE} s\n{self.log}")
@@ -124,6 +127,7 @@ class Server:
         """Wait until it has ended by itself; the exit code."""
         process, self.process = self.process, None
         self._end_batch()
+        self._dismiss_watcher()
         if process is None:
             return 0
         try:
@@ -137,6 +141,7 @@ class Server:
         """End it as a power cut would."""
         process, self.process = self.process, None
         self._end_batch()
+        self._dismiss_watcher()
         if process is not None:
             process.kill()
             process.wait()
@@ -220,6 +225,14 @@ class Server:
             batch.wait(PATIENCE)
             batch.stdout.close()
 
+    def _dismiss_watcher(self) -> None:
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.kill()
+            watcher.wait()
+            assert watcher.stdin is not None
+            watcher.stdin.close()
+
     def register(self, user: str, password: str, host: str = "localhost") -> None:
         answer = self.quick("register", user, host, password)
         assert "successfully registered" in answer, answer
@@ -236,3 +249,14 @@ class Server:
         """Resident KiB."""
         assert self.process is not None
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4
+
+
+def _end_with_us(pid: int) -> "subprocess.Popen[bytes]":
+    """A watcher that kills the server when we are gone, as when pytest is killed by a time-out."""
+    return subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )

@@ -190,28 +190,7 @@ async def test_a_full_disk_stops_no_chat_and_loses_no_message(fresh):
     scene.node.expects_trouble = True
 
 
-# -- a second start
-
-
-async def test_a_second_start_on_the_same_data_says_who_holds_it(fresh):
-    scene = fresh()
-    second = scene.node.second_start()
-    assert second.returncode == 16
-    assert str(scene.node.process.pid) in second.stderr
-    assert str(scene.node.data_dir) in second.stderr
-    romeo = await scene.raw_login("romeo")
-    await romeo.sync()
-
-
-async def test_a_port_in_use_is_named(fresh):
-    first = fresh()
-    port = first.node.port
-    second = fresh(start=False)
-    second.node.options["listen"][0]["port"] = port
-    second.node.configure({key: value for key, value in second.node.options.items() if key != "data_dir"})
-    with pytest.raises(NotServing, match=f"port {port}"):
-        second.node.start()
-    second.node.expects_trouble = True
+# -- starts and ends (test_restart.py has more)
 
 
 async def test_a_wrong_option_is_named(fresh):

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from tests.harness.scene import until
 from tests.harness.server import PATIENCE
 
@@ -87,6 +89,15 @@ def stats(scene):
 def loaded(scene):
     rows = [line.split("\t") for line in scene.node.quick("module", "list").splitlines()]
     return {name for name, state, _ in rows if state == "loaded"}
+
+
+@pytest.fixture
+async def changing(served):
+    """A server for tests that change its modules, and load again what they have unloaded."""
+    scene = await served(shutdown_grace=3)
+    before = stats(scene)
+    yield scene
+    assert stats(scene) == before
 
 
 def refused(scene, *argv):
@@ -310,8 +321,8 @@ async def test_a_broken_module_is_named_and_harms_nobody(fresh, tmp_path):
     assert stats(scene) == before
 
 
-async def test_modules_come_and_go_and_what_needs_them_is_respected(fresh):
-    scene = fresh()
+async def test_modules_come_and_go_and_what_needs_them_is_respected(changing):
+    scene = changing
     romeo = await scene.raw_login("romeo")
     before = stats(scene)
 
@@ -327,8 +338,8 @@ async def test_modules_come_and_go_and_what_needs_them_is_respected(fresh):
     assert stats(scene) == before
 
 
-async def test_messages_that_wait_are_delivered_when_the_offline_module_is_loaded_again(fresh):
-    scene = fresh()
+async def test_messages_that_wait_are_delivered_when_the_offline_module_is_loaded_again(changing):
+    scene = changing
     romeo = await scene.raw_login("romeo")
     scene.account("juliet")
     romeo.send_message("juliet@localhost", "wait for me")
@@ -342,8 +353,8 @@ async def test_messages_that_wait_are_delivered_when_the_offline_module_is_loade
     assert (await juliet.next_message()).body == "wait for me"
 
 
-async def test_an_unloaded_module_is_gone_and_a_loaded_one_is_there(fresh):
-    scene = fresh()
+async def test_an_unloaded_module_is_gone_and_a_loaded_one_is_there(changing):
+    scene = changing
     romeo = await scene.raw_login("romeo")
     version = f"<query xmlns='{VERSION}'/>"
     await romeo.query("get", version, to="localhost")
@@ -364,11 +375,12 @@ async def features_of(client) -> set[str]:
     return {child.get("var") for child in answer.payload if child.tag.endswith("feature")}
 
 
-async def test_without_offline_the_sender_is_told(fresh):
-    scene = fresh()
+async def test_without_offline_the_sender_is_told(changing):
+    scene = changing
     romeo = await scene.raw_login("romeo")
     scene.account("juliet")
     scene.asked("module", "unload", "offline")
     id = romeo.send_message("juliet@localhost", "anybody?")
     answer = await romeo.next_message()
     assert (answer.id, answer.condition) == (id, "service-unavailable")
+    scene.asked("module", "load", "offline")

@@ -1,10 +1,8 @@
-"""What was accepted is there after the next start, whether the last end was in order or not."""
+"""What was delivered does not come again after a restart, and clients hear of an end (more in test_restart.py)."""
 
 import signal
 
 import pytest
-
-from tests.harness.scene import PASSWORD, together
 
 
 @pytest.fixture(params=["SIGTERM", "SIGKILL"])
@@ -19,33 +17,6 @@ def again(request):
         scene.node.start()
 
     return end
-
-
-async def test_accounts_rosters_and_messages_survive(fresh, again):
-    scene = fresh()
-    romeo = await scene.raw_login("romeo")
-    scene.account("juliet")
-    await romeo.query(
-        "set",
-        "<query xmlns='jabber:iq:roster'><item jid='juliet@localhost' name='J'><group>Love</group></item></query>",
-    )
-    for number in range(20):
-        romeo.send_message("juliet@localhost", f"night {number}")
-    await romeo.sync()
-    assert await scene.stored("juliet") == 20
-    await romeo.close()
-
-    again(scene)
-
-    juliet = await scene.raw_login("juliet")
-    for number in range(20):
-        message = await juliet.next_message()
-        assert (message.body, message.is_delayed) == (f"night {number}", True)
-    romeo = await scene.raw_login("romeo")
-    roster = await romeo.query("get", "<query xmlns='jabber:iq:roster'/>")
-    item = roster.payload[0]
-    assert (item.get("jid"), item.get("name"), item[0].text) == ("juliet@localhost", "J", "Love")
-    assert scene.node.quick("check_password", "romeo", "localhost", PASSWORD) == ""
 
 
 async def test_a_delivered_offline_message_does_not_come_again(fresh, again):
@@ -75,31 +46,3 @@ async def test_clients_are_told_of_a_shutdown(fresh):
     await stranger.assert_stream_error("system-shutdown")
     assert scene.node.wait() == 0
     assert not (scene.node.data_dir / "ready.json").exists()
-
-
-async def test_a_client_that_does_not_listen_does_not_hold_up_the_shutdown(fresh):
-    scene = fresh(shutdown_grace="500ms")
-    romeo = await scene.raw_login("romeo")
-    romeo.stop_reading()
-    assert scene.node.stop() == 0
-
-
-async def test_the_subscription_survives(fresh, again):
-    scene = fresh()
-    romeo = await scene.raw_login("romeo", "orchard")
-    juliet = await scene.raw_login("juliet", "balcony")
-    romeo.send_presence("juliet@localhost", type="subscribe")
-    assert (await juliet.next_presence()).type == "subscribe"
-    juliet.send_presence("romeo@localhost", type="subscribed")
-    assert (await romeo.next_presence()).type == "subscribed"
-    assert (await romeo.next_presence()).sender == juliet.jid
-    await romeo.close()
-    await juliet.close()
-
-    again(scene)
-
-    juliet = await scene.raw_login("juliet", "balcony")
-    romeo = await scene.raw_login("romeo", "orchard", available=False)
-    romeo.send_presence()
-    await together(romeo, juliet)
-    assert "juliet@localhost/balcony" in [got.sender for got in romeo.forget(lambda got: got.name == "presence")]

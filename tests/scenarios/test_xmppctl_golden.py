@@ -18,7 +18,10 @@ HOSTS = FILES[0]["given"]["hosts"]
 async def golden(served, fresh, file):
     """The server with the recorded hosts; whatever accounts the commands have made go with the test."""
     if any(case["argv"][:1] == ["stop"] for case in file["cases"]):
-        yield fresh(hosts=HOSTS)
+        scene = fresh(hosts=HOSTS)
+        yield scene
+        for command in ("stop", "stopped"):  # what `xmppctl start` has started is nobody's child
+            await asyncio.to_thread(main, ["--config", str(scene.node.path), command])
         return
     scene = await served(hosts=HOSTS)
     yield scene
@@ -31,7 +34,7 @@ async def golden(served, fresh, file):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file["command"])
 async def test_xmppctl_answers_as_ejabberdctl_does(golden, file, capfd, monkeypatch):
     async def ctl(*argv, stdin=""):
-        """xmppctl's own code in a thread, for the clients want to be served meanwhile; test_xmppctl.py has the process."""
+        """In a thread, for the clients want to be served meanwhile; test_xmppctl.py runs the process itself."""
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((stdin or "").encode())))
         code = await asyncio.to_thread(main, ["--config", str(golden.node.path), *argv])
         return capfd.readouterr().out, code
