@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from xmppd.access import Access, AccessRules
 from xmppd.admin.registry import Registry, commands_of
 from xmppd.errors import CommandError, ConfigError, XmppdError
 from xmppd.hooks import Hooks
@@ -56,6 +57,15 @@ class ModuleInfo:
 Validate = Callable[[type[Any], Mapping[str, Any], str], Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A `modules:` section that was found to be right: each module's class and its validated options."""
+
+    options: Mapping[str, Mapping[str, Any]]
+    modules: Mapping[str, tuple[type[Module[Any]], Any]]
+    order: Sequence[str]
+
+
 class ModuleLoader:
     """All modules of a node."""
 
@@ -67,6 +77,7 @@ class ModuleLoader:
         registry: Registry,
         context: Callable[[str], Context],
         validate: Validate,
+        access: Access,
         paths: Sequence[Path] = (),
     ) -> None:
         self._hooks = hooks
@@ -74,6 +85,7 @@ class ModuleLoader:
         self._registry = registry
         self._context = context
         self._validate = validate
+        self._access = access
         self._paths = tuple(paths)
         self._loaded: dict[str, Loaded] = {}
         self._options: Mapping[str, Mapping[str, Any]] = {}
@@ -115,20 +127,21 @@ class ModuleLoader:
 
     # -- configuration
 
-    def check(self, modules: Mapping[str, Mapping[str, Any]]) -> None:
-        """Every name exists and every option is right, or ConfigError with all problems; nothing is started."""
-        self._prepare(modules)
+    def prepare(
+        self,
+        modules: Mapping[str, Mapping[str, Any]],
+        *,
+        validate: Validate | None = None,
+        access: AccessRules | None = None,
+    ) -> Prepared:
+        """Every name exists and every option is right, or ConfigError with all problems; nothing is started.
 
-    def _prepare(self, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[type[Module[Any]], Any]]:
+        `validate` and `access` where they differ from those in force: for a configuration that is being considered."""
         problems: list[str] = []
         prepared: dict[str, tuple[type[Module[Any]], Any]] = {}
         for name, options in modules.items():
             try:
-                python_module = self._import(name)
-                prepared[name] = (
-                    self._class_of(python_module, name),
-                    self._validate(_config_of(python_module), options, f"modules.{name}"),
-                )
+                prepared[name] = self._checked(self._import(name), name, options, validate, access)
             except ConfigError as exc:
                 problems += exc.problems
         for name, (cls, _) in prepared.items():
@@ -139,17 +152,32 @@ class ModuleLoader:
             ]
         if problems:
             raise ConfigError(problems)
-        return prepared
+        return Prepared(modules, prepared, _in_order({name: cls.requires for name, (cls, _) in prepared.items()}))
+
+    def _checked(
+        self,
+        python_module: ModuleType,
+        name: str,
+        options: Mapping[str, Any],
+        validate: Validate | None = None,
+        access: AccessRules | None = None,
+    ) -> tuple[type[Module[Any]], Any]:
+        """A module's class and its options; ConfigError."""
+        cls = self._class_of(python_module, name)
+        config = (validate or self._validate)(_config_of(python_module), options, f"modules.{name}")
+        wrong = list(cls.check(config, access or self._access.rules))
+        if wrong:
+            raise ConfigError([f"modules.{name}.{words}" for words in wrong])
+        return cls, config
 
     # -- life
 
     async def start(self, modules: Mapping[str, Mapping[str, Any]]) -> None:
         """Load everything that is configured, each after what it requires; ConfigError before anything started."""
-        prepared = self._prepare(modules)
+        prepared = self.prepare(modules)
         self._options = modules
-        for name in _in_order({name: cls.requires for name, (cls, _) in prepared.items()}):
-            cls, config = prepared[name]
-            await self._start(name, cls, config)
+        for name in prepared.order:
+            await self._start(name, *prepared.modules[name])
         _log.info("modules loaded", modules=",".join(self._loaded))
 
     async def stop(self) -> None:
@@ -179,43 +207,75 @@ class ModuleLoader:
             python_name = type(old.instance).__module__
             _forget_code(python_name)
             python_module = self._import(name)
-            cls = self._class_of(python_module, name)
-            config = self._validate(_config_of(python_module), self._options.get(name, {}), f"modules.{name}")
+            cls, config = self._checked(python_module, name, self._options.get(name, {}))
             order = list(self._loaded)
             await self._stop(name)
             await self._start(name, cls, config)
             self._loaded = {key: self._loaded[key] for key in order}
         _log.info("module reloaded", module=name)
 
-    async def apply(self, modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """Go over to another `modules:` section: unload, load, reload what differs. What was done comes back."""
-        prepared = self._prepare(modules)
-        report: list[str] = []
+    async def apply(self, prepared: Prepared) -> None:
+        """Go over to another `modules:` section: unload, load, restart what differs.
+
+        All or nothing: when a module refuses to start, those that were there before are started again with the options
+        they had, and ConfigError tells which one refused, and why."""
         async with self._lock:
-            before, self._options = self._options, modules
-            for name in reversed([name for name in self._loaded if name not in modules]):
-                await self._stop(name)
-                report.append(f"modules.{name}: unloaded")
-            for name in _in_order({name: cls.requires for name, (cls, _) in prepared.items()}):
-                cls, config = prepared[name]
-                if name not in self._loaded:
-                    await self._start(name, cls, config)
-                    report.append(f"modules.{name}: loaded")
-                elif dict(before.get(name, {})) != dict(modules[name]):
-                    await self._stop(name)
-                    await self._start(name, cls, config)
-                    report.append(f"modules.{name}: restarted with new options")
-        return report
+            before, options = dict(self._loaded), self._options
+            wanted = prepared.options
+            stopped: list[str] = []
+            started: list[str] = []
+            try:
+                for name in reversed(list(before)):
+                    if name not in wanted or self._differs(name, prepared, options):
+                        stopped.append(name)
+                        await self._stop(name)
+                for name in prepared.order:
+                    if name not in self._loaded:
+                        await self._start_or_refuse(name, *prepared.modules[name])
+                        started.append(name)
+            except BaseException as exc:
+                lost = await self._go_back(before, stopped, started)
+                if lost and isinstance(exc, ConfigError):
+                    raise ConfigError([*exc.problems, *lost]) from exc
+                raise
+            self._options = wanted
+
+    def _differs(self, name: str, prepared: Prepared, options: Mapping[str, Mapping[str, Any]]) -> bool:
+        return dict(options.get(name, {})) != dict(prepared.options[name])
+
+    async def _start_or_refuse(self, name: str, cls: type[Module[Any]], config: Any) -> None:
+        try:
+            await self._start(name, cls, config)
+        except ConfigError:
+            raise
+        except Exception as exc:
+            _log.error("module did not start", module=name, exc=exc)
+            raise ConfigError([f"modules.{name}: does not start: {exc or type(exc).__name__}"]) from exc
+
+    async def _go_back(
+        self, before: Mapping[str, Loaded], stopped: Sequence[str], started: Sequence[str]
+    ) -> list[str]:
+        """Undo: what was started goes, what was stopped comes back. Lines about modules that did not come back."""
+        problems: list[str] = []
+        for name in reversed(started):
+            await self._stop(name)
+        for name in reversed(stopped):
+            old = before[name].instance
+            try:
+                await self._start(name, type(old), old.config)
+            except Exception as exc:
+                _log.error("module did not start again", module=name, exc=exc)
+                problems.append(f"modules.{name}: could not be started again as it was: {exc or type(exc).__name__}")
+        self._loaded = {name: self._loaded[name] for name in before if name in self._loaded}
+        return problems
 
     async def _load(self, name: str) -> None:
         if name in self._loaded:
             raise CommandError(f"the module {name} is loaded already")
-        python_module = self._import(name)
-        cls = self._class_of(python_module, name)
+        cls, config = self._checked(self._import(name), name, self._options.get(name, {}))
         missing = [other for other in cls.requires if other not in self._loaded]
         if missing:
             raise CommandError(f"the module {name} needs {', '.join(missing)}")
-        config = self._validate(_config_of(python_module), self._options.get(name, {}), f"modules.{name}")
         await self._start(name, cls, config)
 
     def _must_run(self, name: str) -> None:

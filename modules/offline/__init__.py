@@ -4,14 +4,16 @@ import asyncio
 import random
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Final
 
 from xmppd.errors import CommandError, JidError, StanzaError, StorageError
 from xmppd.events import HANDLED, Handled, MessageUndeliverable, SessionBecameAvailable, SessionClosed
 from xmppd.module_api import (
     SAFE,
+    AccessRules,
     Arg,
     Context,
     Holder,
@@ -30,10 +32,13 @@ from xmppd.protocol.stanza import Stanza, delay_element, with_child
 from .flush import RETRY_FIRST, RETRY_LONGEST, Chores, Flush, KeptMessage
 from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, repetition_key, sender_of
 
+DEFAULT_QUOTA: Final = 100  # where no rule counts, as in ejabberd
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    max_messages: Annotated[int, between(0, 1_000_000)] = 100  # per user; past it the sender gets an error
+    access_max_user_messages: str = "max_user_offline_messages"  # the rule that says how many a user may have waiting
+    max_messages: Annotated[int, between(0, 1_000_000)] | None = None  # for everybody, instead of that rule
     store_empty_body: EmptyBody = "unless_chat_state"  # messages without a body
 
 
@@ -48,7 +53,19 @@ class Offline(Module[Config]):
         # Messages that are being stored, by bare JID: a login waits for them, or a later message would overtake them.
         self._storing: dict[str, set[asyncio.Future[None]]] = {}
 
+    @classmethod
+    def check(cls, config: Config, access: AccessRules) -> Iterator[str]:
+        rule = config.access_max_user_messages
+        if config.max_messages is None and not access.has_limit(rule):
+            yield f"access_max_user_messages: there is no shaper rule {rule!r}"
+
     # -- keeping
+
+    def _quota(self, user: JID) -> int | None:
+        """How many messages may wait for a user; past it the sender gets an error."""
+        if self.config.max_messages is not None:
+            return self.config.max_messages
+        return self.access.limit(self.config.access_max_user_messages, DEFAULT_QUOTA, user)
 
     @hook(MessageUndeliverable, after=("push",))
     def keep(self, event: MessageUndeliverable) -> Handled | None:
@@ -76,7 +93,7 @@ class Offline(Module[Config]):
             sender_of(message),
             with_child(message, delay_element(stamp, user.domain, REASON)).xml,
             dedup=key,
-            quota=self.config.max_messages,
+            quota=self._quota(user),
             expires_at=expiry(message, now),
         )
         kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()

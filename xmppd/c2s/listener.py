@@ -84,6 +84,7 @@ class ClientListener:
         connection = Connection(self.settings, self._flusher, self._spawn, log, secure=self._direct_tls)
         connection.negotiator = Negotiation(connection, self.rules, self._auth, self._tls, self._parts())
         connection.on_lost = self._forget
+        connection.choose_shaper = self.rules.shaper
         self._connections.add(connection)
         return connection
 
@@ -91,6 +92,11 @@ class ClientListener:
         self._connections.discard(connection)
         if self._gone is not None and not self._connections:
             self._gone.set()
+
+    def shape(self) -> None:
+        """The shapers have changed: choose anew for every connection."""
+        for connection in self._connections:
+            connection.shape()
 
     def stop_listening(self) -> None:
         """Take no new connections; those that are there go on."""
