@@ -1,0 +1,113 @@
+"""Servers for scenarios. A real process serves many tests, whose accounts go with them; `fresh` makes one to break."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.harness.scene import Scene
+from tests.harness.server import Server, options
+
+_SERVERS = pytest.StashKey[list[Server]]()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Servers that several tests use, by the options they were made with."""
+    servers: dict[str, Server] = {}
+
+    def get(**changes: Any) -> Server:
+        key = repr(sorted(changes.items()))
+        if key not in servers:
+            server = Server(tmp_path_factory.mktemp("server"), options(**changes))
+            servers[key] = server
+            server.start()
+        return servers[key]
+
+    yield get
+    for server in servers.values():
+        server.kill() if server.process is None or server.process.poll() is not None else server.stop()
+
+
+async def _scene(request: pytest.FixtureRequest, node: Server) -> AsyncIterator[Scene]:
+    request.node.stash.setdefault(_SERVERS, []).append(node)
+    node.new_log()
+    scene = Scene(node)
+    try:
+        yield scene
+    finally:
+        await scene.end()
+    node.judge()
+
+
+@pytest.fixture
+async def server(request: pytest.FixtureRequest, shared: Callable[..., Server]) -> AsyncIterator[Scene]:
+    """The server as it comes, with small limits on nothing."""
+    async for scene in _scene(request, shared()):
+        yield scene
+
+
+@pytest.fixture
+async def strict_server(request: pytest.FixtureRequest, shared: Callable[..., Server]) -> AsyncIterator[Scene]:
+    """The same by the letter of RFC 6121."""
+    async for scene in _scene(request, shared(routing={"profile": "rfc6121"})):
+        yield scene
+
+
+@pytest.fixture
+async def private_server(request: pytest.FixtureRequest, shared: Callable[..., Server]) -> AsyncIterator[Scene]:
+    """IQs of strangers do not reach a user's clients."""
+    async for scene in _scene(request, shared(routing={"iq_needs_presence": True})):
+        yield scene
+
+
+@pytest.fixture
+async def served(request: pytest.FixtureRequest, shared: Callable[..., Server]) -> AsyncIterator[Callable[..., Scene]]:
+    """`served(**options)`: a scene on a server that is shared by all who ask for the same options."""
+    scenes: list[Any] = []
+
+    async def enter(**changes: Any) -> Scene:
+        generator = _scene(request, shared(**changes))
+        scenes.append(generator)
+        return await anext(generator)
+
+    yield enter
+    for generator in reversed(scenes):
+        async for _ in generator:
+            raise AssertionError("a scene ends once")
+
+
+@pytest.fixture
+async def fresh(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterator[Callable[..., Scene]]:
+    """`fresh(**options)`: a scene on a server of the test's own, started unless `start=False`; it may be broken."""
+    scenes: list[Scene] = []
+
+    def make(*, start: bool = True, **changes: Any) -> Scene:
+        node = Server(tmp_path / f"node{len(scenes)}", options(**changes))
+        request.node.stash.setdefault(_SERVERS, []).append(node)
+        scenes.append(Scene(node))
+        if start:
+            node.start()
+        return scenes[-1]
+
+    yield make
+    for scene in scenes:
+        scene.forget_accounts()
+        try:
+            await scene.end()
+        finally:
+            if scene.node.process is not None and scene.node.process.poll() is None:
+                scene.node.stop()
+            else:
+                scene.node.kill()
+        scene.node.judge()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """A failure shows what the servers said."""
+    report = yield
+    if report.failed:
+        for server in item.stash.get(_SERVERS, []):
+            report.sections.append((f"log of {server.folder.name}", server.new_log()[-6000:]))
+    return report

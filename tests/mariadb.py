@@ -132,6 +132,9 @@ class MariaDB:
         """The process stands still; its connections stay open and nobody answers."""
         if self._process is not None:
             self._process.send_signal(19)
+            # A signal stops a process thread by thread: one of them could still answer after the call.
+            while any(state not in "tTZX" for state in _thread_states(self._process.pid)):
+                time.sleep(0.001)
 
     def go_on(self) -> None:
         if self._process is not None:
@@ -233,3 +236,13 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _thread_states(pid: int) -> list[str]:
+    states = []
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        try:
+            states.append(stat.read_text().rpartition(")")[2].split()[0])
+        except OSError:  # the thread has ended
+            continue
+    return states

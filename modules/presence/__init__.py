@@ -24,6 +24,7 @@ from xmppd.events import (
     SessionBecameUnavailable,
     SessionClosed,
     StanzaDelivering,
+    UserDeleted,
 )
 from xmppd.module_api import Contact, Context, Module, RosterService, Session, hook
 from xmppd.protocol.jid import JID, bare
@@ -176,6 +177,10 @@ class Presence(Module[Config]):
         """One that never was available may have sent directed presence all the same."""
         session = event.session
         self._end_directed(session, build("presence", {"from": session.jid.full, "type": "unavailable"}))
+
+    @hook(UserDeleted)
+    def forget(self, event: UserDeleted) -> None:
+        self._last.pop(event.user.bare, None)
 
     # -- directed presence
 

@@ -1,5 +1,6 @@
 """Streams: bytes in, events out, wherever the network cuts them, and what is refused."""
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.harness.xml import HEADER, Node, inside_a_stream, parse_stream, with_attribute
 from xmppd.errors import StreamError
+from xmppd.protocol import stream as stream_module
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza, neutral
 from xmppd.protocol.stream import Event, Limits, Nonza, Stream, StreamClosed, StreamOpened
@@ -777,3 +779,28 @@ def test_neutral_bytes_are_canonically_equal_to_what_came_in(stanzas, cuts, apar
     assert len(expected) == len(data)
     found = stanzas_of(events(pieces, bound=bound))
     assert [inside_a_stream(stanza.xml) for stanza in found] == expected
+
+
+@pytest.mark.parametrize("rest", [b"", b"<message/>", b"<presence/><iq/>", b"</stream:stream>"])
+def test_a_stream_that_ends_between_stanzas_leaves_nothing_for_the_collector(rest: bytes) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            stream = Stream(Limits(size=10_000))
+            stream.receive(HEADER + rest)
+            stream.release()
+            del stream
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def test_a_parser_that_is_given_up_inside_a_stanza_is_counted() -> None:
+    before = stream_module.abandoned
+    stream = Stream(Limits(size=10_000))
+    stream.receive(HEADER + b"<message><body>half")
+
+    stream.release()
+
+    assert stream_module.abandoned == before + 1

@@ -164,6 +164,7 @@ class Connection(asyncio.Protocol):
             session.close(clean=False)
             self.log.info("session closed", jid=session.jid.full, reason=exc or "connection lost")
         self.negotiator = None
+        self._stream.release()
         self._transport = None
         self._socket = None
         for task in self._tasks:
