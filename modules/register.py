@@ -56,7 +56,7 @@ class Register(Module[Config]):
         self._attempts = Attempts(config.per_address, context.clock)
 
     @classmethod
-    def check(cls, config: Config, access: AccessRules) -> Iterator[str]:
+    def check_options(cls, config: Config, access: AccessRules) -> Iterator[str]:
         for option, rule in (("access", config.access), ("ip_access", config.ip_access)):
             if not access.has_rule(rule):
                 yield f"{option}: there is no access rule {rule!r}"

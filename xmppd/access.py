@@ -154,9 +154,7 @@ class AccessRules:
         acl = tables.acls.get(name)
         return acl is not None and acl.matches(user, ip, self._hosts)
 
-    def _first(
-        self, tables: "_Tables", rules: Iterable[Rule], user: JID | None, ip: str
-    ) -> Value | None:
+    def _first(self, tables: "_Tables", rules: Iterable[Rule], user: JID | None, ip: str) -> Value | None:
         for rule in rules:
             if all(self._in(tables, acl, user, ip) for acl in rule.acls):
                 return rule.value

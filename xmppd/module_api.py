@@ -276,7 +276,7 @@ class Module(Generic[C]):
         self.table = SimpleNamespace(**{table.name: table for table in self.tables})
 
     @classmethod
-    def check(cls, config: C, access: AccessRules) -> Iterable[str]:
+    def check_options(cls, config: C, access: AccessRules) -> Iterable[str]:
         """What is wrong with options in a way their types cannot know, such as rules that do not exist: lines like
         `access: there is no access rule 'x'`. Asked before anything starts, or stops for a reload."""
         return ()

@@ -165,7 +165,7 @@ class ModuleLoader:
         """A module's class and its options; ConfigError."""
         cls = self._class_of(python_module, name)
         config = (validate or self._validate)(_config_of(python_module), options, f"modules.{name}")
-        wrong = list(cls.check(config, access or self._access.rules))
+        wrong = list(cls.check_options(config, access or self._access.rules))
         if wrong:
             raise ConfigError([f"modules.{name}.{words}" for words in wrong])
         return cls, config
@@ -252,9 +252,7 @@ class ModuleLoader:
             _log.error("module did not start", module=name, exc=exc)
             raise ConfigError([f"modules.{name}: does not start: {exc or type(exc).__name__}"]) from exc
 
-    async def _go_back(
-        self, before: Mapping[str, Loaded], stopped: Sequence[str], started: Sequence[str]
-    ) -> list[str]:
+    async def _go_back(self, before: Mapping[str, Loaded], stopped: Sequence[str], started: Sequence[str]) -> list[str]:
         """Undo: what was started goes, what was stopped comes back. Lines about modules that did not come back."""
         problems: list[str] = []
         for name in reversed(started):

@@ -54,7 +54,7 @@ class Offline(Module[Config]):
         self._storing: dict[str, set[asyncio.Future[None]]] = {}
 
     @classmethod
-    def check(cls, config: Config, access: AccessRules) -> Iterator[str]:
+    def check_options(cls, config: Config, access: AccessRules) -> Iterator[str]:
         rule = config.access_max_user_messages
         if config.max_messages is None and not access.has_limit(rule):
             yield f"access_max_user_messages: there is no shaper rule {rule!r}"

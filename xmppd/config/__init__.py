@@ -6,7 +6,8 @@ in schema.py, their meaning in docs/configuration.md.
 
 from xmppd.errors import ConfigError
 
-from .changes import Change, diff
+from .changes import Change, diff, running
+from .dump import dump
 from .loader import Config, load, parse, validate_dataclass
 from .per_host import HostConfig
 from .problems import mask, suggest
@@ -28,11 +29,13 @@ __all__ = [
     "Size",
     "between",
     "diff",
+    "dump",
     "host_port",
     "lasting",
     "load",
     "mask",
     "parse",
+    "running",
     "several",
     "sized",
     "suggest",
