@@ -266,7 +266,7 @@ NAMES = st.text(max_size=6).filter(lambda text: text.isprintable()) | st.sampled
 
 
 TEXTS = NAMES.filter(bool)
-OPTIONS = st.dictionaries(NAMES, NAMES | st.integers() | st.none() | st.booleans())
+OPTIONS = st.dictionaries(NAMES, NAMES | st.integers(-(10**17), 10**17) | st.none() | st.booleans())
 
 
 @settings(max_examples=60)
