@@ -92,12 +92,13 @@ class Last(Module[object]):
     @hook(SessionBecameUnavailable)
     def became_unavailable(self, event: SessionBecameUnavailable) -> None:
         event.session.state[self.name] = True
-        self._remember(event.session.user, _status(event.presence))
+        if not event.session.anonymous:
+            self._remember(event.session.user, _status(event.presence))
 
     @hook(SessionClosed)
     def closed(self, event: SessionClosed) -> None:
         """One that was never available was here all the same."""
-        if event.last and self.name not in event.session.state:
+        if event.last and self.name not in event.session.state and not event.session.anonymous:
             self._remember(event.session.user, "")
 
     @hook(UserDeleted)

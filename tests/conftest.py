@@ -1,5 +1,6 @@
 """Servers for scenarios. A real process serves many tests, whose accounts go with them; `fresh` makes one to break."""
 
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -101,6 +102,14 @@ async def fresh(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterator[
             else:
                 scene.node.kill()
         scene.node.judge()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """For a server that must come back where it was."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.hookimpl(wrapper=True)

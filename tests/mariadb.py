@@ -4,8 +4,10 @@ import contextlib
 import datetime
 import ipaddress
 import os
+import pwd
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -21,6 +23,7 @@ from cryptography.x509.oid import NameOID
 USER = "xmppd"
 PASSWORD = "open, sesame: @/%"  # every character that a URL and a shell could get wrong
 START_SECONDS = 30.0
+_PREFIX = "xmppd-mariadb-"
 
 
 def missing() -> str | None:
@@ -40,7 +43,8 @@ class MariaDB:
     """`start`, `stop` and `kill` may be repeated; the data stay. Made durable as an operator would run it."""
 
     def __init__(self, options: tuple[str, ...] = ()) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="xmppd-mariadb-", dir=_fast_folder()))
+        _sweep()
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_fast_folder()))
         self.port = _free_port()
         self.options = options
         self._process: subprocess.Popen[bytes] | None = None
@@ -118,6 +122,7 @@ class MariaDB:
                 stderr=log,
                 start_new_session=True,
             )
+        self._watcher = _end_with_us(self._process.pid)
         self._wait_until_it_answers()
 
     def stop(self) -> None:
@@ -131,14 +136,14 @@ class MariaDB:
     def pause(self) -> None:
         """The process stands still; its connections stay open and nobody answers."""
         if self._process is not None:
-            self._process.send_signal(19)
+            self._process.send_signal(signal.SIGSTOP)
             # A signal stops a process thread by thread: one of them could still answer after the call.
             while any(state not in "tTZX" for state in _thread_states(self._process.pid)):
                 time.sleep(0.001)
 
     def go_on(self) -> None:
         if self._process is not None:
-            self._process.send_signal(18)
+            self._process.send_signal(signal.SIGCONT)
 
     def destroy(self) -> None:
         self._end(kill=True)
@@ -148,6 +153,8 @@ class MariaDB:
         process, self._process = self._process, None
         if process is None:
             return
+        self._watcher.kill()  # first: afterwards the number may be another process's
+        self._watcher.communicate()
         if kill:
             process.kill()
         else:
@@ -156,7 +163,7 @@ class MariaDB:
 
     def _install(self) -> None:
         if os.geteuid() == 0:
-            shutil.chown(self.folder, "mysql")
+            shutil.chown(self.folder, _user())
         subprocess.run(
             [
                 _binary("mariadb-install-db"),
@@ -221,7 +228,38 @@ def _binary(name: str) -> str | None:
 
 
 def _as_root() -> list[str]:
-    return ["--user=mysql"] if os.geteuid() == 0 else []
+    return [f"--user={_user()}"] if os.geteuid() == 0 else []
+
+
+def _user() -> str:
+    """Whom a MariaDB started by root becomes; the programs alone come without the user `mysql`."""
+    try:
+        return pwd.getpwnam("mysql").pw_name
+    except KeyError:
+        return "root"
+
+
+def _end_with_us(pid: int) -> "subprocess.Popen[bytes]":
+    """A watcher that kills it when we are gone, as when pytest is killed by a time-out.
+
+    A parent-death signal would not do: it is lost when mariadbd changes its user, and follows the thread, not the
+    process, that started it.
+    """
+    return subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _sweep() -> None:
+    """Removes the folders of test runs that were killed."""
+    for folder in Path(_fast_folder() or tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if owner.isdigit() and not os.path.exists(f"/proc/{owner}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fast_folder() -> str | None:

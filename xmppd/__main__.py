@@ -1,7 +1,9 @@
 """`python -m xmppd`: run a node in the foreground."""
 
 import argparse
+import faulthandler
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.version:
         print(f"xmppd {software_version()}")
         return 0
+    # What each thread was doing, when the process dies of a signal: also that of a watchdog (SIGABRT).
+    faulthandler.enable()
     overrides: dict[str, Any] = {}
     if arguments.data_dir is not None:
         overrides["data_dir"] = str(arguments.data_dir)
@@ -28,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         loaded = config.load(arguments.config, overrides=overrides, node=arguments.name)
         if arguments.check or arguments.dump_config:
             return _look(loaded, dump=arguments.dump_config)
-        log.setup(loaded.loglevel)
+        log.setup_from(loaded)
         again = uvloop.run(_serve(Server, loaded))
     except XmppdError as exc:
         print(f"xmppd: {exc}", file=sys.stderr)
@@ -36,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     if again:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # what is ignored would stay so in the new program
         os.execv(sys.executable, [sys.executable, "-m", "xmppd", *(sys.argv[1:] if argv is None else argv)])
     return 0
 

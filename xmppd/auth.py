@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, Protocol, TypeVar
 
 from xmppd.errors import JidError, XmppdError
+from xmppd.login_limits import LoginLimits
 from xmppd.protocol import sasl
 from xmppd.protocol.sasl import Secret
 
@@ -50,6 +51,8 @@ class Scram(Protocol):
 
 class HostConfig(Protocol):
     @property
+    def auth_method(self) -> Sequence[str]: ...
+    @property
     def auth_scram(self) -> Scram: ...
     @property
     def disable_sasl_mechanisms(self) -> Sequence[str]: ...
@@ -63,12 +66,21 @@ class Auth:
     """User names are prepared here (`sasl.prep_username`), host names come in prepared."""
 
     def __init__(
-        self, accounts: Accounts, config: Config, *, threads: int | None = None, max_waiting: int = MAX_WAITING
+        self,
+        accounts: Accounts,
+        config: Config,
+        *,
+        limits: LoginLimits | None = None,
+        threads: int | None = None,
+        max_waiting: int = MAX_WAITING,
     ) -> None:
-        """`threads` defaults to all cores but one, which belongs to the event loop; at least 1, at most 4."""
+        """Without `limits` anybody may guess as often as they like.
+
+        `threads` defaults to all cores but one, which belongs to the event loop; at least 1, at most 4."""
         if threads is None:
             threads = max(1, min(4, (os.cpu_count() or 1) - 1))
         self.config = config  # replaced at a reload
+        self.limits = LoginLimits() if limits is None else limits
         self._accounts = accounts
         self._pool = ThreadPoolExecutor(threads, "xmppd-password")
         self._max_waiting = max_waiting
@@ -80,12 +92,18 @@ class Auth:
         """Drop what waits; what runs ends within milliseconds."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def mechanisms(self, host: str, tls: bool) -> list[str]:
-        """What a stream to `host` is offered, strongest first; PLAIN only when nobody can listen."""
+    def mechanisms(self, host: str, tls: bool, bound: bool = False) -> list[str]:
+        """What a stream to `host` is offered, strongest first: with channel binding where the connection can be `bound`
+        to, PLAIN only when nobody can listen."""
         settings = self.config.for_host(host)
-        names = [sasl.MECHANISMS[kind] for kind in self._kinds(host)]
-        if tls:
-            names.append("PLAIN")
+        names: list[str] = []
+        if "sql" in settings.auth_method:
+            scram = [sasl.MECHANISMS[kind] for kind in self._kinds(host)]
+            names += [name + sasl.PLUS for name in scram] if bound else []
+            names += scram
+            names += ["PLAIN"] if tls else []
+        if "anonymous" in settings.auth_method:
+            names.append("ANONYMOUS")
         disabled = {name.upper() for name in settings.disable_sasl_mechanisms}
         return [name for name in names if name not in disabled]
 

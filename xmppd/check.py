@@ -1,5 +1,6 @@
 """`xmppd --check` and `xmppd --dump-config`: a configuration is looked at, and nothing is started or made."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ def check(config: Config) -> tuple[Prepared, list[str]]:
         warnings += check_certificates(config.hosts, config.certfiles, own_certfiles(config))
     except ConfigError as exc:
         problems += exc.problems
+    if config.log_file is not None and not _can_write(config.log_file):
+        problems.append(f"{config.file_of('log_file')}: log_file: cannot write {config.log_file}")
     try:
         prepared = _loader(config).prepare(config.modules)
     except ConfigError as exc:
@@ -72,6 +75,12 @@ def _loader(config: Config) -> ModuleLoader:
 
 def _nothing_starts(name: str) -> Context:
     raise AssertionError(f"{name} is only to be checked")
+
+
+def _can_write(file: Path) -> bool:
+    if file.exists():
+        return file.is_file() and os.access(file, os.W_OK)
+    return file.parent.is_dir() and os.access(file.parent, os.W_OK)
 
 
 def _as_data(options: Any) -> dict[str, Any]:

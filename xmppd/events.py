@@ -35,6 +35,7 @@ class Session(Protocol):
     priority: int | None  # None until it is available
     presence: Stanza | None  # the last available presence it broadcast
     state: dict[str, object]  # a module keeps what it knows about this session under its own name
+    anonymous: bool  # its account ends with it: write nothing about it
 
     def send(self, stanza: Stanza) -> object:
         """Write a stanza to this session's client; what became of it comes back (delivery.Outcome)."""

@@ -5,6 +5,7 @@ said in words ("after these modules") and sorted once, when a handler is added. 
 dict look-up: `if hooks.wants(MessageRouting): ...`.
 """
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -28,6 +29,7 @@ class Handler:
     after: tuple[str, ...]  # modules whose handlers of the same event come first
     optional: bool  # its crash does not end the stanza
     is_async: bool
+    rank: int  # among handlers that say nothing about each other
 
 
 class Hooks:
@@ -44,9 +46,11 @@ class Hooks:
         *,
         after: Sequence[str] = (),
         optional: bool = False,
+        rank: int = 0,
     ) -> None:
-        """Register a handler; ConfigError when the order asked for is a circle."""
-        handler = Handler(owner, call, tuple(after), optional, iscoroutinefunction(call))
+        """Register a handler; ConfigError when the order asked for is a circle. Where `after` says nothing the order is
+        that of `rank`, then that of the calls."""
+        handler = Handler(owner, call, tuple(after), optional, iscoroutinefunction(call), rank)
         self._handlers[event] = _sorted(event, [*self._handlers.get(event, ()), handler])
 
     def remove(self, owner: str, event: type | None = None) -> None:
@@ -65,6 +69,10 @@ class Hooks:
     def count(self) -> int:
         """How many handlers are registered in all."""
         return sum(len(handlers) for handlers in self._handlers.values())
+
+    def owners(self) -> Counter[str]:
+        """How many handlers each module has."""
+        return Counter(handler.owner for handlers in self._handlers.values() for handler in handlers)
 
     def notify(self, event: object) -> Awaitable[None] | None:
         """Tell the watchers. Those that are plain functions have run when this returns; if there are coroutines among
@@ -127,7 +135,7 @@ class Hooks:
 
 
 def _sorted(event: type, handlers: list[Handler]) -> list[Handler]:
-    """The handlers with everybody behind those they want to come after, else in the order they were added."""
+    """The handlers, everybody behind those they want to come after; else by rank, then as they were added."""
     graph: dict[int, list[int]] = {
         index: [other for other, candidate in enumerate(handlers) if candidate.owner in handler.after]
         for index, handler in enumerate(handlers)
@@ -140,7 +148,7 @@ def _sorted(event: type, handlers: list[Handler]) -> list[Handler]:
         raise ConfigError([f"the handlers of {event_name(event)} cannot be ordered: {owners} form a circle"]) from exc
     ordered: list[Handler] = []
     while sorter.is_active():
-        ready = sorted(sorter.get_ready())
+        ready = sorted(sorter.get_ready(), key=lambda index: (handlers[index].rank, index))
         ordered += [handlers[index] for index in ready]
         sorter.done(*ready)
     return ordered

@@ -1,5 +1,6 @@
 """IQ handlers (RFC 6120 8.2.3): who answers which payload, for accounts and for the hosts themselves."""
 
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from inspect import isawaitable
@@ -51,14 +52,27 @@ class IqHandlers:
     """The registered handlers: (target, type, namespace, element name or "") -> handler."""
 
     def __init__(self) -> None:
-        self._handlers: dict[tuple[str, str, str, str], tuple[str, Handler]] = {}
+        self._handlers: dict[tuple[str, str, str, str], tuple[str, Handler, bool]] = {}
 
-    def add(self, owner: str, target: Target, type: str, namespace: str, name: str, handler: Handler) -> None:
-        """Register; ValueError when another module answers the same already. `name` "" means any element."""
+    def add(
+        self,
+        owner: str,
+        target: Target,
+        type: str,
+        namespace: str,
+        name: str,
+        handler: Handler,
+        *,
+        anonymous: bool = False,
+    ) -> None:
+        """Register; ValueError when another module answers the same already. `name` "" means any element.
+
+        What is set for an account is usually kept, so anonymous accounts, of which nothing may be kept, are refused
+        unless the handler says `anonymous`: what it changes ends with the session."""
         key = (target, type, namespace, name)
         if key in self._handlers:
             raise ValueError(f"{self._handlers[key][0]} already answers {type} {namespace} for {target}s")
-        self._handlers[key] = (owner, handler)
+        self._handlers[key] = (owner, handler, anonymous or type == "get" or target == "host")
 
     def remove(self, owner: str) -> None:
         """Forget every handler of a module."""
@@ -67,14 +81,23 @@ class IqHandlers:
     def count(self) -> int:
         return len(self._handlers)
 
-    def find(self, target: Target, type: str, payload: _Element) -> Handler | None:
-        """The handler for a payload, if there is one."""
+    def owners(self) -> Counter[str]:
+        """How many handlers each module has."""
+        return Counter(owner for owner, _, _ in self._handlers.values())
+
+    def find(self, target: Target, type: str, payload: _Element, *, anonymous: bool = False) -> Handler | None:
+        """The handler for a payload, if there is one; StanzaError not-allowed if it is not for anonymous ones."""
         name = QName(payload)
         namespace = name.namespace or ""
         found = self._handlers.get((target, type, namespace, name.localname)) or self._handlers.get(
             (target, type, namespace, "")
         )
-        return found[1] if found else None
+        if found is None:
+            return None
+        _, handler, for_anonymous = found
+        if anonymous and not for_anonymous:
+            raise StanzaError("not-allowed", "nothing is kept for an anonymous account")
+        return handler
 
 
 class IqDispatcher:
@@ -86,14 +109,14 @@ class IqDispatcher:
         self._bounce = bounce
         self._gate = gate
 
-    def dispatch(self, target: Target, stanza: Stanza) -> Outcome:
-        """Answer a get or set for an account or a host (requirements L-2 to L-4)."""
+    def dispatch(self, target: Target, stanza: Stanza, *, anonymous: bool = False) -> Outcome:
+        """Answer a get or set for an account, which may be an anonymous one, or a host (requirements L-2 to L-4)."""
         assert stanza.to is not None
         assert stanza.from_ is not None
         payload = stanza.payload
         if payload is None:
             raise StanzaError("bad-request", "an IQ request has exactly one child element")
-        handler = self._handlers.find(target, stanza.type, payload)
+        handler = self._handlers.find(target, stanza.type, payload, anonymous=anonymous)
         if handler is None:
             raise StanzaError("service-unavailable")
         own = stanza.from_.bare == stanza.to.bare

@@ -2,17 +2,23 @@
 
     2026-11-21T09:00:00.123Z INFO  c2s[7f3a]   session bound jid=juliet@example.net/phone tls=1.3
 
+As JSON (`log_format: json`) the same line is an object: `time`, `level`, `part`, `stream`, `phrase`, and each field.
+
 `get_logger("c2s").bind("7f3a")` gives the logger of one stream. Everything goes through the standard library's logging,
 so tests and libraries see ordinary records. Values come from clients: what could break or forge a line is escaped.
 """
 
+import json
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Any, Final, Literal, Protocol, TextIO
+
+from xmppd.errors import ConfigError
 
 NOTICE: Final = 25
 OFF: Final = 100
@@ -33,10 +39,13 @@ _LABELS: Final = {70: "EMERG", 60: "ALERT", 50: "CRIT", 40: "ERROR", 30: "WARN",
 
 # The roots of our own loggers. Libraries stay at warning: their debug lines hold statements with people's messages.
 _OURS: Final = ("xmppd", "modules")
+_WORDS: Final = {number: word for word, number in LEVELS.items()}
+# What a line as JSON has of its own; no field may be called so.
+RESERVED: Final = frozenset({"time", "level", "part", "stream", "phrase", "traceback"})
 _LONGEST: Final = 2000  # characters of one value; nobody fills the disk with one resource name
 
 _level = "info"
-_handler: logging.Handler | None = None
+_handler: "_Handler | None" = None
 
 
 def escape(text: str) -> str:
@@ -66,12 +75,15 @@ def format_value(value: object) -> str:
         return str(value)
     if isinstance(value, float):
         return format(value, ".6g")
-    text = str(value)
-    if len(text) > _LONGEST:
-        text = f"{text[:_LONGEST]}...({len(text)} characters)"
+    text = _cut(value)
     if text and text.isprintable() and not any(char in text for char in " \"'=\\"):
         return text
     return '"' + escape(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'
+
+
+def _cut(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...({len(text)} characters)"
 
 
 class Record(logging.LogRecord):
@@ -161,24 +173,66 @@ class Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, and the lines of the traceback if there is one."""
-        second = int(record.created)
-        if second != self._second:
-            self._second, self._stamp = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         if isinstance(record, Record):
             tag, message = record.tag, record.getMessage()
         else:  # from logging itself: a library's, or one that was logged below this room
             tag, message = record.name.removeprefix("xmppd."), escape(record.getMessage())
         label = _LABELS.get(record.levelno) or escape(record.levelname)
-        milliseconds = int((record.created - second) * 1000)
-        line = f"{self._stamp}.{milliseconds:03d}Z {label:5} {escape(tag):11} {message}"
-        details = []
-        if record.exc_info:
-            details.append(self.formatException(record.exc_info))
-        if record.stack_info:
-            details.append(record.stack_info)
-        for detail in details:
+        line = f"{self.stamp(record)} {label:5} {escape(tag):11} {message}"
+        for detail in self.details(record):
             line += "".join(f"\n  {escape(part)}" for part in detail.split("\n"))
         return line
+
+    def stamp(self, record: logging.LogRecord) -> str:
+        """The record's time in UTC, with milliseconds."""
+        second = int(record.created)
+        if second != self._second:
+            self._second, self._stamp = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._stamp}.{int((record.created - second) * 1000):03d}Z"
+
+    def details(self, record: logging.LogRecord) -> list[str]:
+        """Its traceback and its stack, where it has them."""
+        details = [self.formatException(record.exc_info)] if record.exc_info else []
+        return details + ([record.stack_info] if record.stack_info else [])
+
+
+class JsonFormatter(Formatter):
+    """One JSON object a line (JSON Lines). Numbers and booleans stay what they are, all else is a string."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """ASCII only, so that no shipper splits or refuses the line."""
+        fields: Mapping[str, object] = {}
+        if isinstance(record, Record):
+            tag, phrase, fields = record.tag, str(record.msg), record.fields
+        else:
+            tag, phrase = record.name.removeprefix("xmppd."), record.getMessage()
+        part, bracket, stream = tag.partition("[")
+        line: dict[str, Any] = {
+            "time": self.stamp(record),
+            "level": _WORDS.get(record.levelno) or record.levelname.lower(),
+            "part": _clean(part),
+        }
+        if bracket:
+            line["stream"] = _clean(stream.removesuffix("]"))
+        line["phrase"] = _clean(phrase)
+        for key, value in fields.items():
+            line[f"{key}_" if key in RESERVED else key] = _json_value(value)
+        if details := self.details(record):
+            line["traceback"] = _clean("\n".join(details))
+        return json.dumps(line)
+
+
+def _json_value(value: object) -> object:
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return float(format(value, ".6g"))
+    return _clean(_cut(value))
+
+
+def _clean(text: str) -> str:
+    # JSON could escape a lone surrogate, but parsers of other languages would refuse the line
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 class _Handler(logging.Handler):
@@ -208,8 +262,11 @@ class _Handler(logging.Handler):
         try:
             return self.format(record)
         except Exception as exc:  # a value that cannot be turned into text, a library's wrong format string
-            fault = _note(logging.ERROR, "log line failed", logger=record.name, phrase=str(record.msg), error=repr(exc))
+            fault = _note(logging.ERROR, "log line failed", logger=record.name, said=str(record.msg), error=repr(exc))
             return self.format(fault)
+
+    def reopen(self) -> None:
+        """Begin to write to whatever has the file's name now; OSError when that is not possible."""
 
 
 def _note(level: int, phrase: str, /, **fields: object) -> Record:
@@ -249,15 +306,19 @@ class _FileHandler(_Handler):
         except FileNotFoundError:
             moved = True
         if moved:
-            former = self._file
-            self._file, self._identity = self._open()
-            self._torn = False
-            os.close(former)
+            self.reopen()
         data = ("\n" if self._torn else "").encode() + text.encode("utf-8", "backslashreplace")
         while data:
             written = os.write(self._file, data)
             self._torn = written < len(data)
             data = data[written:]
+
+    def reopen(self) -> None:
+        """The former file goes on to be written to when the new one cannot be opened."""
+        former = self._file
+        self._file, self._identity = self._open()
+        self._torn = False
+        os.close(former)
 
     def close(self) -> None:
         """Closes the file."""
@@ -267,16 +328,22 @@ class _FileHandler(_Handler):
         super().close()
 
 
-def setup(level: str = "info", *, stream: TextIO | None = None, path: Path | None = None) -> None:
+def setup(
+    level: str = "info",
+    *,
+    stream: TextIO | None = None,
+    path: Path | None = None,
+    format: Literal["text", "json"] = "text",
+) -> None:
     """Sends everything that is logged to a file (reopened when it has been moved away) or a stream (default: stderr).
 
-    May be called again; the former destination is closed. Raises OSError if the file cannot be opened, KeyError for a
-    level that is none of LEVELS.
+    May be called again; the former destination is closed once the new one is open. Raises OSError if the file cannot
+    be opened, KeyError for a level that is none of LEVELS.
     """
     global _handler
     number = LEVELS[level]
-    handler: logging.Handler = _FileHandler(path) if path is not None else _StreamHandler(stream or sys.stderr)
-    handler.setFormatter(Formatter())
+    handler: _Handler = _FileHandler(path) if path is not None else _StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if format == "json" else Formatter())
     root = logging.getLogger()
     if _handler is not None:
         root.removeHandler(_handler)
@@ -285,6 +352,39 @@ def setup(level: str = "info", *, stream: TextIO | None = None, path: Path | Non
     root.addHandler(handler)
     logging.addLevelName(NOTICE, "NOTICE")
     _apply(level, number)
+
+
+class Settings(Protocol):
+    """The options of the configuration that are about the log."""
+
+    @property
+    def loglevel(self) -> str: ...
+    @property
+    def log_file(self) -> Path | None: ...
+    @property
+    def log_format(self) -> Literal["text", "json"]: ...
+
+
+def setup_from(settings: Settings) -> None:
+    """`setup` as the configuration says; ConfigError when the file cannot be opened: nothing has changed then."""
+    try:
+        setup(settings.loglevel, path=settings.log_file, format=settings.log_format)
+    except OSError as exc:
+        raise ConfigError([f"log_file: cannot write {settings.log_file}: {exc.strerror}"]) from exc
+
+
+def reopen() -> None:
+    """Closes the log file and opens the one that has its name now; nothing where the log is a stream. Raises OSError.
+
+    A file that was moved away is noticed without this, at the next line. This is for what cannot be seen so, and for
+    those who want to be sure that nobody holds the old file any more.
+    """
+    if _handler is not None:
+        _handler.acquire()
+        try:
+            _handler.reopen()
+        finally:
+            _handler.release()
 
 
 def set_level(level: str) -> None:

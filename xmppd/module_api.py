@@ -28,7 +28,7 @@ from xmppd.events import Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
-from xmppd.spool import Holder, QuotaReached, SpoolRow
+from xmppd.spool import Holder, NoAccount, QuotaReached, SpoolRow
 from xmppd.storage import Storage
 from xmppd.storage.ids import new_id
 from xmppd.storage.sql import by_host, insert_new, upsert
@@ -64,6 +64,7 @@ __all__ = [
     "IqRequest",
     "List",
     "Module",
+    "NoAccount",
     "NoReply",
     "OptionalRate",
     "Outcome",
@@ -123,6 +124,7 @@ class IqMark:
     namespace: str
     name: str
     targets: tuple[Literal["account", "host"], ...]
+    anonymous: bool
 
 
 def hook(event: type, *, after: Sequence[str] = (), optional: bool = False, switched: bool = False) -> Callable[[F], F]:
@@ -140,16 +142,23 @@ def hook(event: type, *, after: Sequence[str] = (), optional: bool = False, swit
 
 
 def iq(
-    type: Literal["get", "set"], namespace: str, name: str = "", *, at: Literal["account", "host", "both"] = "account"
+    type: Literal["get", "set"],
+    namespace: str,
+    name: str = "",
+    *,
+    at: Literal["account", "host", "both"] = "account",
+    anonymous: bool = False,
 ) -> Callable[[F], F]:
     """Mark a method as the handler of IQ requests with that payload, sent to accounts (a bare JID, or no `to`), to the
     hosts themselves, or both. It takes an IqRequest and returns the payload of the result (bytes or an element), None
-    for an empty one, a whole Stanza, or NO_REPLY; StanzaError becomes the error. A coroutine holds the stream back."""
+    for an empty one, a whole Stanza, or NO_REPLY; StanzaError becomes the error. A coroutine holds the stream back.
+
+    anonymous: a set that anonymous accounts may make too, because it is forgotten with their session."""
     targets: tuple[Literal["account", "host"], ...] = ("account", "host") if at == "both" else (at,)
 
     def mark(function: F) -> F:
         marks = function.__dict__.setdefault("_xmppd_iqs", [])
-        marks.append(IqMark(type, namespace, name, targets))
+        marks.append(IqMark(type, namespace, name, targets, anonymous))
         return function
 
     return mark
@@ -170,6 +179,10 @@ class Sessions(Protocol):
         ...
 
     def is_available(self, user: JID) -> bool: ...
+
+    def is_anonymous(self, user: JID) -> bool:
+        """Whether the account ends with its session (SASL ANONYMOUS): write nothing about it."""
+        ...
 
     def multicast(self, stanza: Stanza, users: Iterable[JID]) -> None:
         """One presence without `to` for every available resource of many users of our hosts."""

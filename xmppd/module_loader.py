@@ -8,10 +8,15 @@ shadow anything.
 import asyncio
 import difflib
 import functools
+import gc
 import importlib
 import importlib.util
+import itertools
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+import typing
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import entry_points
@@ -33,6 +38,11 @@ _BUNDLED: Final = "modules"
 _ENTRY_POINTS: Final = "xmppd.modules"
 _PRIVATE: Final = "_xmppd_site_modules"
 _API_NUMBER: Final = 1
+_UNKNOWN: Final = 13  # docs/exit-codes.md
+_STATE: Final = 14
+_TASK: Final = ": "  # between a module's name and the one it gives to a task
+_PATIENCE: Final = 5.0  # seconds for a module's tasks to end
+_COLLECT_AFTER: Final = 10  # modules that were stopped
 
 
 @dataclass(slots=True)
@@ -41,6 +51,7 @@ class Loaded:
 
     name: str
     source: str  # the file it came from
+    rank: int  # its place among the handlers of an event, which a reload keeps
     instance: Module[Any]
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -52,6 +63,17 @@ class ModuleInfo:
     name: str
     state: str  # loaded, or available
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleUse:
+    """What a module has in the server. Everything is 0 when a module is not loaded."""
+
+    name: str  # or `core`: what is the server's own
+    hooks: int
+    iqs: int
+    commands: int
+    tasks: int
 
 
 Validate = Callable[[type[Any], Mapping[str, Any], str], Any]
@@ -90,6 +112,8 @@ class ModuleLoader:
         self._loaded: dict[str, Loaded] = {}
         self._options: Mapping[str, Mapping[str, Any]] = {}
         self._lock = asyncio.Lock()
+        self._ranks = itertools.count()
+        self._stopped = 0
 
     # -- what others ask
 
@@ -120,6 +144,15 @@ class ModuleLoader:
             for name, state in {**known, **dict.fromkeys(self._loaded, "loaded")}.items()
         ]
         return sorted(found, key=lambda info: info.name)
+
+    def uses(self) -> list[ModuleUse]:
+        """What each module has registered and runs, whatever is left of unloaded ones included, by name."""
+        hooks, iqs = self._hooks.owners(), self._iqs.owners()
+        commands = Counter(command.owner for command in self._registry.commands())
+        # By their names: tasks that outlived their module are to be seen, too.
+        tasks = Counter(task.get_name().split(_TASK)[0] for task in asyncio.all_tasks() if _TASK in task.get_name())
+        names = sorted({*self._loaded, *hooks, *iqs, *commands, *tasks})
+        return [ModuleUse(name, hooks[name], iqs[name], commands[name], tasks[name]) for name in names]
 
     def tables(self, names: Sequence[str]) -> list[Any]:
         """The tables that modules declare, without starting them."""
@@ -186,7 +219,8 @@ class ModuleLoader:
             await self._stop(name)
 
     async def load(self, name: str) -> None:
-        """Load one module at run time, with its options from the configuration if it has any there."""
+        """Load one module at run time, with its options from the configuration if it has any there. CommandError when
+        it runs already, is not there or needs another one; ConfigError when its code or its options are wrong."""
         async with self._lock:
             await self._load(name)
         _log.info("module loaded", module=name)
@@ -197,21 +231,26 @@ class ModuleLoader:
             self._must_run(name)
             self._nobody_needs(name)
             await self._stop(name)
+            self._tidy_up(1)
         _log.info("module unloaded", module=name)
 
     async def reload(self, name: str) -> None:
-        """Unload a module and load it from its file again; those that require it keep running meanwhile."""
+        """Start a module again with its files of now; those that require it keep running meanwhile. The old one serves
+        until the new one is ready, and goes on where the new one is wrong (ConfigError) or does not start."""
         async with self._lock:
             self._must_run(name)
-            old = self._loaded[name]
-            python_name = type(old.instance).__module__
-            _forget_code(python_name)
-            python_module = self._import(name)
-            cls, config = self._checked(python_module, name, self._options.get(name, {}))
-            order = list(self._loaded)
-            await self._stop(name)
-            await self._start(name, cls, config)
-            self._loaded = {key: self._loaded[key] for key in order}
+            python_name = type(self._loaded[name].instance).__module__
+            forgotten = _forget_code(python_name)
+            try:
+                python_module = self._import(name)
+                cls, config = self._checked(python_module, name, self._options.get(name, {}))
+                self._needs_nothing_more(name, cls)
+                await self._replace(name, cls, config)
+                self._tidy_up(1)
+            except BaseException:
+                _forget_code(python_name)
+                _restore_code(forgotten)
+                raise
         _log.info("module reloaded", module=name)
 
     async def apply(self, prepared: Prepared) -> None:
@@ -220,132 +259,182 @@ class ModuleLoader:
         All or nothing: when a module refuses to start, those that were there before are started again with the options
         they had, and ConfigError tells which one refused, and why."""
         async with self._lock:
-            before, options = dict(self._loaded), self._options
-            wanted = prepared.options
-            stopped: list[str] = []
-            started: list[str] = []
+            before, self._options = self._options, prepared.options
+            undo: list[Callable[[], Awaitable[None]]] = []
             try:
-                for name in reversed(list(before)):
-                    if name not in wanted or self._differs(name, prepared, options):
-                        stopped.append(name)
+                for name in reversed(list(self._loaded)):
+                    if name not in prepared.options:
+                        undo.append(functools.partial(self._enter, self._loaded[name]))
                         await self._stop(name)
                 for name in prepared.order:
                     if name not in self._loaded:
-                        await self._start_or_refuse(name, *prepared.modules[name])
-                        started.append(name)
+                        await self._start(name, *prepared.modules[name])
+                        undo.append(functools.partial(self._stop, name))
+                    elif dict(before.get(name, {})) != dict(prepared.options[name]):
+                        old = self._loaded[name]
+                        await self._replace(name, *prepared.modules[name])
+                        undo.append(functools.partial(self._put_back, old))
             except BaseException as exc:
-                lost = await self._go_back(before, stopped, started)
-                if lost and isinstance(exc, ConfigError):
-                    raise ConfigError([*exc.problems, *lost]) from exc
+                self._options = before
+                lost = await self._go_back(undo)
+                if isinstance(exc, XmppdError):
+                    raise ConfigError([*getattr(exc, "problems", [str(exc)]), *lost]) from exc
                 raise
-            self._options = wanted
+            self._tidy_up(len(undo))
 
-    def _differs(self, name: str, prepared: Prepared, options: Mapping[str, Mapping[str, Any]]) -> bool:
-        return dict(options.get(name, {})) != dict(prepared.options[name])
-
-    async def _start_or_refuse(self, name: str, cls: type[Module[Any]], config: Any) -> None:
-        try:
-            await self._start(name, cls, config)
-        except ConfigError:
-            raise
-        except Exception as exc:
-            _log.error("module did not start", module=name, exc=exc)
-            raise ConfigError([f"modules.{name}: does not start: {exc or type(exc).__name__}"]) from exc
-
-    async def _go_back(self, before: Mapping[str, Loaded], stopped: Sequence[str], started: Sequence[str]) -> list[str]:
-        """Undo: what was started goes, what was stopped comes back. Lines about modules that did not come back."""
+    async def _go_back(self, undo: Sequence[Callable[[], Awaitable[None]]]) -> list[str]:
+        """The last step first. Lines about modules that did not come back."""
         problems: list[str] = []
-        for name in reversed(started):
-            await self._stop(name)
-        for name in reversed(stopped):
-            old = before[name].instance
+        for step in reversed(undo):
             try:
-                await self._start(name, type(old), old.config)
-            except Exception as exc:
-                _log.error("module did not start again", module=name, exc=exc)
-                problems.append(f"modules.{name}: could not be started again as it was: {exc or type(exc).__name__}")
-        self._loaded = {name: self._loaded[name] for name in before if name in self._loaded}
+                await step()
+            except XmppdError as exc:
+                problems.append(f"{exc} (this is how it was before, and it does not start again)")
         return problems
+
+    async def _put_back(self, old: Loaded) -> None:
+        """A module as it was before it was replaced."""
+        new = self._loaded[old.name]
+        await _end_tasks(new)
+        await self._leave(new)
+        await self._enter(old)
 
     async def _load(self, name: str) -> None:
         if name in self._loaded:
-            raise CommandError(f"the module {name} is loaded already")
+            raise CommandError(f"the module {name} is loaded already", _STATE)
+        if name not in self._available():
+            raise CommandError(self._unknown(name), _UNKNOWN)
         cls, config = self._checked(self._import(name), name, self._options.get(name, {}))
+        self._needs_nothing_more(name, cls)
+        await self._start(name, cls, config)
+
+    def _needs_nothing_more(self, name: str, cls: type[Module[Any]]) -> None:
         missing = [other for other in cls.requires if other not in self._loaded]
         if missing:
-            raise CommandError(f"the module {name} needs {', '.join(missing)}")
-        await self._start(name, cls, config)
+            raise CommandError(f"the module {name} needs {', '.join(missing)}", _STATE)
 
     def _must_run(self, name: str) -> None:
         if name not in self._loaded:
-            raise CommandError(f"the module {name} is not loaded")
+            known = name in self._available()
+            text = f"the module {name} is not loaded" if known else self._unknown(name)
+            raise CommandError(text, _STATE if known else _UNKNOWN)
 
     def _nobody_needs(self, name: str) -> None:
         needing = [other for other, loaded in self._loaded.items() if name in loaded.instance.requires]
         if needing:
-            raise CommandError(f"the module {name} is needed by {', '.join(sorted(needing))}")
+            raise CommandError(f"the module {name} is needed by {', '.join(sorted(needing))}", _STATE)
 
     async def _start(self, name: str, cls: type[Module[Any]], config: Any) -> None:
+        loaded = await self._build(name, cls, config, next(self._ranks))
+        await self._enter(loaded)
+        _log.debug("module loaded", module=name)
+
+    async def _stop(self, name: str) -> None:
+        await _end_tasks(self._loaded[name])
+        await self._leave(self._loaded.pop(name))
+        _log.debug("module unloaded", module=name)
+
+    async def _replace(self, name: str, cls: type[Module[Any]], config: Any) -> None:
+        """From the end of the old one's tasks to the start of the new one nothing waits, unless their own `stop` and
+        `start` do: no stanza finds the module missing."""
+        old = self._loaded[name]
+        new = await self._build(name, cls, config, old.rank)
+        await _end_tasks(old)
+        await self._leave(old)
+        try:
+            await self._enter(new)
+        except BaseException:
+            _log.warning("module goes on as it was", module=name)
+            await self._enter(old)
+            raise
+
+    async def _build(self, name: str, cls: type[Module[Any]], config: Any, rank: int) -> Loaded:
+        """An instance with its tables, which nobody knows yet."""
         tasks: set[asyncio.Task[None]] = set()
         context = self._context(name)
         spawn = context.spawn
 
         def spawn_owned(coroutine: Coroutine[Any, Any, None], *, name: str) -> object:
-            task = spawn(coroutine, name=f"{context.name}: {name}")
+            task = spawn(coroutine, name=f"{context.name}{_TASK}{name}")
             if isinstance(task, asyncio.Task):
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             return task
 
         context.spawn = spawn_owned
-        instance = cls(context, config)
         context.switch = functools.partial(self._switch, name)
-        loaded = Loaded(name, self._source(name), instance, tasks)
-        try:
-            if cls.tables and loaded.source != "bundled":  # the bundled ones are in the migrations
+        source = self._source(name)
+        with _named(name):
+            loaded = Loaded(name, source, rank, cls(context, config), tasks)
+            if cls.tables and source != "bundled":  # the bundled ones are in the migrations
                 await context.storage.ensure_tables(cls.tables)
-            self._register(name, instance)
-            self._loaded[name] = loaded
-            await instance.start()
-        except BaseException:
-            self._loaded.pop(name, None)
-            self._unregister(loaded)
-            raise
-        _log.debug("module loaded", module=name)
+        return loaded
 
-    async def _stop(self, name: str) -> None:
-        loaded = self._loaded.pop(name)
+    async def _enter(self, loaded: Loaded) -> None:
+        """Register what the module declares, and start it. When that fails nothing of it is left."""
+        name, before = loaded.name, self._loaded.get(loaded.name)
+        try:
+            with _named(name):
+                self._register(loaded)
+                self._loaded[name] = loaded
+                await loaded.instance.start()
+        except BaseException:
+            self._unregister(loaded)
+            if before in (None, loaded):
+                self._loaded.pop(name, None)
+            else:
+                self._loaded[name] = before
+            await _end_tasks(loaded)
+            raise
+
+    async def _leave(self, loaded: Loaded) -> None:
+        """Take back what it has registered, and stop it. Calls that are under way end by themselves."""
         self._unregister(loaded)
-        for task in list(loaded.tasks):
-            task.cancel()
-        if loaded.tasks:
-            await asyncio.wait(list(loaded.tasks), timeout=5)
         try:
             await loaded.instance.stop()
         except Exception as exc:
-            _log.error("module did not stop properly", module=name, exc=exc)
-        _log.debug("module unloaded", module=name)
+            _log.error("module did not stop properly", module=loaded.name, exc=exc)
+        self._unregister(loaded)  # what `stop` may have switched on
+        if loaded.instance.tables:
+            loaded.instance.storage.forget_statements()
 
-    def _register(self, name: str, instance: Module[Any]) -> None:
+    def _tidy_up(self, stopped: int) -> None:
+        """Code that was unloaded is full of cycles; with our thresholds it would stay for hours. Looking for it takes
+        long on a node with many sessions, so it is not done each time."""
+        self._stopped += stopped
+        if self._stopped >= _COLLECT_AFTER:
+            self._stopped = 0
+            for forget in getattr(typing, "_cleanups", ()):
+                forget()  # it remembers the last 128 of each, `Module[Config]`, `Annotated[...]`, and the code behind
+            gc.collect()
+
+    def _register(self, loaded: Loaded) -> None:
+        name, instance = loaded.name, loaded.instance
         for call, marks in _marked(instance, "_xmppd_hooks"):
             for mark in marks:
                 assert isinstance(mark, HookMark)
                 if not mark.switched:
-                    self._hooks.add(name, mark.event, call, after=mark.after, optional=mark.optional)
+                    self._add_hook(loaded, call, mark)
         for call, marks in _marked(instance, "_xmppd_iqs"):
             for mark in marks:
                 assert isinstance(mark, IqMark)
                 for target in mark.targets:
-                    self._iqs.add(name, target, mark.type, mark.namespace, mark.name, call)
+                    self._iqs.add(name, target, mark.type, mark.namespace, mark.name, call, anonymous=mark.anonymous)
         self._registry.register(name, commands_of(instance))
+
+    def _add_hook(self, loaded: Loaded, call: Callable[..., Any], mark: HookMark) -> None:
+        self._hooks.add(loaded.name, mark.event, call, after=mark.after, optional=mark.optional, rank=loaded.rank)
 
     def _switch(self, name: str, event: type, on: bool) -> None:
         """Register a module's handlers that it switches itself, or take them back."""
+        loaded = self._loaded.get(name)
+        if loaded is None:
+            return  # it is not started yet
         self._hooks.remove(name, event)
-        for call, marks in _marked(self._loaded[name].instance, "_xmppd_hooks"):
+        for call, marks in _marked(loaded.instance, "_xmppd_hooks"):
             for mark in marks:
                 if mark.event is event and (on or not mark.switched):
-                    self._hooks.add(name, event, call, after=mark.after, optional=mark.optional)
+                    self._add_hook(loaded, call, mark)
 
     def _unregister(self, loaded: Loaded) -> None:
         self._hooks.remove(loaded.name)
@@ -373,9 +462,14 @@ class ModuleLoader:
         except Exception as exc:
             _log.error("module cannot be imported", module=name, exc=exc)
             raise ConfigError([f"modules.{name}: cannot be imported: {type(exc).__name__}: {exc}"]) from exc
+        raise ConfigError([f"modules.{name}: unknown module{self._hint(name)}"])
+
+    def _unknown(self, name: str) -> str:
+        return f"there is no module called '{name}'{self._hint(name)}"
+
+    def _hint(self, name: str) -> str:
         nearest = difflib.get_close_matches(name, self._available(), n=1)
-        hint = f". Did you mean {nearest[0]}?" if nearest else ""
-        raise ConfigError([f"modules.{name}: unknown module{hint}"])
+        return f". Did you mean {nearest[0]}?" if nearest else ""
 
     def _available(self) -> list[str]:
         names = set(_bundled()) | {point.name for point in entry_points(group=_ENTRY_POINTS)}
@@ -471,12 +565,40 @@ def _import_from(folder: Path, index: int, name: str) -> ModuleType | None:
     return module
 
 
-def _forget_code(python_name: str) -> None:
-    """Make the next import read the files again."""
+def _forget_code(python_name: str) -> dict[str, ModuleType]:
+    """Make the next import read the files again; what is forgotten comes back."""
     root = python_name
-    for private in (f"{_BUNDLED}.",):
-        if python_name.startswith(private):
-            root = ".".join(python_name.split(".")[:2])
-    for known in [key for key in sys.modules if key == root or key.startswith(f"{root}.")]:
-        del sys.modules[known]
+    if python_name.startswith(f"{_BUNDLED}."):
+        root = ".".join(python_name.split(".")[:2])
+    known = [key for key in sys.modules if key == root or key.startswith(f"{root}.")]
     importlib.invalidate_caches()
+    return {key: sys.modules.pop(key) for key in known}
+
+
+def _restore_code(forgotten: Mapping[str, ModuleType]) -> None:
+    sys.modules.update(forgotten)
+
+
+async def _end_tasks(loaded: Loaded) -> None:
+    """Returns when none is left, or after five seconds."""
+    deadline = asyncio.get_running_loop().time() + _PATIENCE
+    while loaded.tasks and (left := deadline - asyncio.get_running_loop().time()) > 0:
+        for task in list(loaded.tasks):
+            task.cancel()
+        await asyncio.wait(list(loaded.tasks), timeout=left)
+    for task in loaded.tasks:
+        _log.error("task of a module does not end", module=loaded.name, task=task.get_name())
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A module that cannot be started is the operator's to put right: name it."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except XmppdError as exc:
+        raise XmppdError(f"modules.{name}: {exc}") from exc
+    except Exception as exc:
+        _log.error("module cannot be started", module=name, exc=exc)
+        raise ConfigError([f"modules.{name}: cannot be started: {type(exc).__name__}: {exc}"]) from exc

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xmppd import config as configuration
+from xmppd import log
 from xmppd.access import AccessRules
 from xmppd.c2s.tls import Certificates
 from xmppd.c2s.tls import Prepared as PreparedCertificates
@@ -58,9 +59,20 @@ async def prepare(old: Config, loader: ModuleLoader, certificates: Certificates)
 
 
 async def carry_out(
-    plan: Plan, loader: ModuleLoader, certificates: Certificates, commit: Callable[[Plan], None]
+    plan: Plan, old: Config, loader: ModuleLoader, certificates: Certificates, commit: Callable[[Plan], None]
 ) -> None:
-    """Let the modules go over, then everything else; ConfigError when a module refuses, and all is as it was."""
-    await loader.apply(plan.modules)
+    """Let the log and the modules go over, then everything else; ConfigError when the file of the log cannot be opened
+    or a module refuses, and all is as it was."""
+    level = log.get_level()
+    other_log = (plan.config.log_file, plan.config.log_format) != (old.log_file, old.log_format)
+    if other_log:
+        log.setup_from(plan.config)
+    try:
+        await loader.apply(plan.modules)
+    except BaseException:
+        if other_log:
+            log.setup_from(old)
+            log.set_level(level)
+        raise
     certificates.commit(plan.certificates)
     commit(plan)

@@ -11,6 +11,7 @@ import functools
 import gc
 import os
 import signal
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -34,15 +35,17 @@ from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
 from xmppd.config import Config
 from xmppd.config.schema import C2SListen
 from xmppd.delivery import Gate
-from xmppd.errors import CommandError, ConfigError
+from xmppd.errors import CommandError, ConfigError, XmppdError
 from xmppd.events import ConfigReloaded, ServerStarted, UserDeleted, UserRegistered
 from xmppd.hooks import Hooks
 from xmppd.identity import DataFolder
 from xmppd.iq import IqDispatcher, IqHandlers
 from xmppd.local_router import LocalRouter
 from xmppd.log import get_logger
+from xmppd.login_limits import LoginLimits
 from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
+from xmppd.notify import Notifier
 from xmppd.protocol import ns, stream
 from xmppd.protocol.jid import make
 from xmppd.protocol.stream import Limits
@@ -77,7 +80,8 @@ class Accountant:
         self._hooks = hooks
 
     async def exists(self, host: str, username: str) -> bool:
-        return await self._accounts.exists(host, username)
+        """Also an anonymous account, for as long as its session lives."""
+        return self._sessions.is_anonymous(make(username, host)) or await self._accounts.exists(host, username)
 
     async def register(self, host: str, user: str, password: str) -> bool:
         """Make an account; False when there is one."""
@@ -121,10 +125,14 @@ class Server:
         self._status = "starting"
         self._stopping = asyncio.Event()
         self._restart = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._interrupted = False  # told to stop while starting
+        self._tasks: set[asyncio.Task[None]] = set()  # each ends by itself, soon
+        self._services: set[asyncio.Task[None]] = set()  # each goes on until it is cancelled
         self._listeners: list[ClientListener] = []
         self._reloading = asyncio.Lock()
+        self._applying = asyncio.Lock()
         self.access = Access(AccessRules(config))
+        self._notifier = Notifier.from_environment()
 
     # -- what operators and modules ask
 
@@ -172,17 +180,18 @@ class Server:
 
     async def run(self) -> bool:
         """Serve until told to stop; True when the process should start again."""
+        self._notifier.beat(asyncio.get_running_loop(), self._condition)
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._notifier.rest)
+            stack.enter_context(self._signals())
             for part in (self._data_folder, self._storage, self._routing_parts, self._modules, self._control):
                 await stack.enter_async_context(part())
             await stack.enter_async_context(self._clients())
-            stack.enter_context(self._signals())
             self._ready()
             await self._stopping.wait()
             self._status = "stopping"
+            self._tell_systemd_that_we_stop()
             _log.info("stopping", node=self.node)
-        for task in list(self._tasks):
-            task.cancel()
         _log.info("stopped", node=self.node)
         return self._restart
 
@@ -202,8 +211,23 @@ class Server:
         task.add_done_callback(self._task_done)
         return task
 
+    def spawn_service(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Run a task that goes on as long as the node; it is cancelled when the node stops."""
+        task = self.spawn(coroutine, name=name)
+        self._tasks.discard(task)
+        self._services.add(task)
+        return task
+
+    async def _finish_tasks(self) -> None:
+        """What the ending sessions have set going (messages on their way to storage) gets its time."""
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=self.config.shutdown_grace)
+        for task in [*self._tasks, *self._services]:
+            task.cancel()
+
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._services.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
             _log.error("task failed", task=task.get_name(), exc=exc)
 
@@ -214,13 +238,13 @@ class Server:
         self.folder = DataFolder.open(self.config.data_dir)
         try:
             for warning in self.folder.warnings:
-                _log.warning(warning)
+                _log.warning("data folder needs attention", problem=warning)
             for path in self.config.without_effect():
                 _log.warning("option has no effect yet", option=path)
             config = self.config
             self.certificates = Certificates(config.hosts, config.certfiles, config.data_dir, own_certfiles(config))
             for warning in self.certificates.report.warnings:
-                _log.warning(warning)
+                _log.warning("certificate needs attention", problem=warning)
             yield
         finally:
             self.folder.close()
@@ -246,7 +270,12 @@ class Server:
                 _log.info("messages of an earlier run are free again", messages=freed)
             yield
         finally:
-            await self.storage.close()
+            try:
+                # A database that is away must not keep the node from stopping; nobody was told that these are stored.
+                async with asyncio.timeout(self.config.shutdown_grace + 1):
+                    await self.storage.close()
+            except TimeoutError:
+                _log.warning("writes given up", database=self.storage.where)
 
     @contextlib.asynccontextmanager
     async def _routing_parts(self) -> AsyncIterator[None]:
@@ -274,8 +303,8 @@ class Server:
             self.routes.insert(Route(host, self.owner, local.route))
         # Old clients ask for a session behind bind (RFC 3921 3); there is nothing to it.
         for target in ("account", "host"):
-            self.iqs.add("core", target, "set", ns.SESSION, "session", lambda request: None)
-        self.auth = Auth(self.accounts, self.config)
+            self.iqs.add("core", target, "set", ns.SESSION, "session", lambda request: None, anonymous=True)
+        self.auth = Auth(self.accounts, self.config, limits=LoginLimits(lambda: self.config.login_limits))
         self.accountant = Accountant(self.auth, self.accounts, self.sessions, self.hooks)
         self.flusher = Flusher(loop)
         self.sweeper = RecordSweeper(loop)
@@ -328,7 +357,7 @@ class Server:
             log=get_logger(f"modules.{name}"),
             clock=time.time,
             route=self.router.route,
-            spawn=self.spawn,
+            spawn=self.spawn_service,
             service=self.loader.service,
         )
 
@@ -354,6 +383,7 @@ class Server:
             for listener in self._listeners:
                 listener.stop_listening()
             await asyncio.gather(*(listener.close(self.config.shutdown_grace) for listener in self._listeners))
+            await self._finish_tasks()
 
     async def _listen(self, listen: C2SListen) -> None:
         listener = ClientListener(
@@ -382,14 +412,30 @@ class Server:
 
     @contextlib.contextmanager
     def _signals(self) -> Any:
+        """From the first moment to the last, so that a signal never finds the default handler, which kills."""
         loop = asyncio.get_running_loop()
+        main = asyncio.current_task()
+        assert main is not None
+
+        def stop() -> None:
+            if self._status == "starting":
+                self._interrupted = True
+                main.cancel()
+            self.stop()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up, sys.stdin is not None and sys.stdin.isatty())
         try:
             yield
+        except asyncio.CancelledError:
+            if not self._interrupted:
+                raise
+            main.uncancel()
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)  # nothing is left but to exit
 
     def _ready(self) -> None:
         gc.collect()
@@ -398,10 +444,11 @@ class Server:
         self._status = "started"
         ready = {"node": self.node, "pid": os.getpid(), "hosts": list(self.hosts), "listen": self._addresses}
         self.folder.write_ready(ready)
-        self.spawn(self._collect(), name="collect abandoned parsers")
+        self.spawn_service(self._collect(), name="collect abandoned parsers")
         waiting = self.hooks.notify(ServerStarted())
         if waiting is not None:
             self.spawn(_await(waiting), name="server started")
+        self._notifier.ready(self._condition()[1])
         _log.info("serving", node=self.node, hosts=",".join(self.hosts), database=self.storage.where)
 
     async def _collect(self) -> None:
@@ -416,7 +463,40 @@ class Server:
                 gc.collect()
                 _log.debug("abandoned parsers collected", ms=int((time.perf_counter() - began) * 1000))
 
+    # -- what systemd sees
+
+    def _condition(self) -> tuple[bool, str]:
+        """For `Notifier.beat`: whether the node is still on its way up, and what `systemctl status` shows."""
+        if self._status != "started":
+            return self._status == "starting", self._status
+        return False, f"serving {', '.join(self.hosts)}: {self.sessions.count()} sessions"
+
+    def _tell_systemd_that_we_stop(self) -> None:
+        # A service that said STOPPING may not become ready again, which a restart in the same process will.
+        if self._restart:
+            self._notifier.reloading("restarting")
+        else:
+            self._notifier.stopping("stopping")
+
     # -- reload
+
+    def _hang_up(self, had_terminal: bool) -> None:
+        """SIGHUP: the terminal we were started in has gone, or somebody wants the log and configuration read anew."""
+        if had_terminal and not _terminal_lives():
+            self.stop()
+        else:
+            self.spawn(self._reload(), name="reload")
+
+    async def _reload(self) -> None:
+        async with self._reloading:
+            self._notifier.reloading("reloading")
+            try:
+                log.reopen()
+                await self.reload_config()
+            except (XmppdError, OSError) as exc:
+                _log.error("not reloaded", problem=exc)
+            finally:
+                self._notifier.ready(self._condition()[1])
 
     async def reload_config(self) -> list[str]:
         """Read the file again; all or nothing. What was applied, and what needs a restart, comes back; ConfigError:
@@ -424,18 +504,29 @@ class Server:
         if self.config.path is None:
             raise CommandError("there is no configuration file: the node runs with the built-in defaults")
         # To its end, even if whoever asked for it has left meanwhile.
-        return await asyncio.shield(asyncio.ensure_future(self._reload()))
+        done: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+        self.spawn(self._reload_into(done), name="reload of the configuration")
+        return await asyncio.shield(done)
 
-    async def _reload(self) -> list[str]:
-        async with self._reloading:
+    async def _reload_into(self, done: "asyncio.Future[list[str]]") -> None:
+        try:
+            done.set_result(await self._reload_whole())
+        except BaseException as exc:
+            done.set_exception(exc if isinstance(exc, Exception) else CommandError("the node stops"))
+            done.exception()  # somebody has looked
+            if not isinstance(exc, XmppdError):
+                raise
+
+    async def _reload_whole(self) -> list[str]:
+        async with self._applying:
             try:
                 plan = await reload.prepare(self.config, self.loader, self.certificates)
-                await reload.carry_out(plan, self.loader, self.certificates, self._commit)
+                await reload.carry_out(plan, self.config, self.loader, self.certificates, self._commit)
             except ConfigError as exc:
-                _log.warning("configuration refused, nothing was applied", problems=len(exc.problems))
+                _log.warning("configuration refused", problems=len(exc.problems), first=exc.problems[0])
                 raise
             for warning in self.certificates.report.warnings:
-                _log.warning(warning)
+                _log.warning("certificate needs attention", problem=warning)
             waiting = self.hooks.notify(ConfigReloaded())
             if waiting is not None:
                 await waiting
@@ -476,6 +567,14 @@ def _settings(listen: C2SListen) -> Settings:
         max_write_queue=listen.max_write_queue,
         send_timeout=listen.send_timeout,
     )
+
+
+def _terminal_lives() -> bool:
+    try:
+        os.tcgetpgrp(0)
+    except OSError:
+        return False
+    return True
 
 
 async def _await(waiting: Any) -> None:

@@ -27,6 +27,7 @@ class LiveSession(Protocol):
     """A session of this process, as its manager sees it."""
 
     jid: JID
+    anonymous: bool
 
     def deliver(self, stanza: Stanza) -> Outcome:
         """Write to its client, behind what was stored for it. Raises StanzaError."""
@@ -98,7 +99,7 @@ class SessionManager:
 
     def open(self, session: LiveSession) -> SessionRow:
         """Enter a session that was just bound; one with the same full JID ends with `conflict` (requirements ST-01)."""
-        row = SessionRow(session.jid, self._owner, time.time_ns(), session)
+        row = SessionRow(session.jid, self._owner, time.time_ns(), session, anonymous=session.anonymous)
         displaced = self._table.insert(row)
         if displaced is not None and displaced.session is not None:
             displaced.session.replaced()
@@ -133,6 +134,10 @@ class SessionManager:
     def is_available(self, user: JID) -> bool:
         """Whether a resource is there that takes messages (priority not negative)."""
         return bool(_not_negative(self._table.rows(user.bare)))
+
+    def is_anonymous(self, user: JID) -> bool:
+        """Whether this account exists for its session alone: nothing is kept for it, here or on any node."""
+        return any(row.anonymous for row in self._table.rows(user.bare).values())
 
     # -- routing
 
@@ -228,6 +233,8 @@ class SessionManager:
         raise StanzaError("service-unavailable")
 
     def _undeliverable(self, stanza: Stanza, to: JID) -> Outcome:
+        if self.is_anonymous(to):
+            raise StanzaError("service-unavailable")
         pending = Pending(failed=lambda error: self._bounce(stanza, error))
 
         def nobody(event: MessageUndeliverable) -> Outcome:
@@ -247,7 +254,7 @@ class SessionManager:
         if not request:
             return SAFE
         if rows or self._accounts.known(to.domain, to.local):
-            return self._iqs.dispatch("account", stanza)
+            return self._iqs.dispatch("account", stanza, anonymous=any(row.anonymous for row in rows.values()))
         return self._gate.wait(stanza, self._iq_for_absent(stanza, to))
 
     async def _iq_for_absent(self, stanza: Stanza, to: JID) -> Outcome:
@@ -258,6 +265,8 @@ class SessionManager:
 
     def _presence(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
         if stanza.type in SUBSCRIPTIONS:
+            if self.is_anonymous(to):
+                return SAFE  # as for an account that does not exist
             return self._gate.ask(SubscriptionReceiving(bare(to), stanza), stanza, lambda event: SAFE)
         if stanza.type == "probe":
             return self._gate.ask(ProbeReceiving(bare(to), stanza), stanza, lambda event: SAFE)

@@ -7,10 +7,10 @@ counts see rows without holder only. A row is deleted by its id, after its recip
 import asyncio
 import enum
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import BigInteger, ColumnElement, case, delete, func, null, or_, select, update
@@ -18,24 +18,31 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
 from xmppd.errors import StorageError, StorageUnavailable
+from xmppd.log import get_logger
 from xmppd.storage import Stamp, Storage, Utf8, by_host, fixed_bytes, insert_new, new_id
 from xmppd.storage.sql import limited_update
-from xmppd.storage.tables import HOST_BYTES, PART_BYTES
+from xmppd.storage.tables import HOST_BYTES, PART_BYTES, account
 from xmppd.storage.tables import spool as table
 
-log = logging.getLogger("xmppd.spool")
+log = get_logger("spool")
 
 KEEP: Final = "spool keep"
 FREE: Final = "spool free"
 DELETE: Final = "spool delete"
 _CHUNK: Final = 500  # ids in one IN (…)
 _FREE_AT_ONCE: Final = 1000
+_UNTAKE_FIRST: Final = 0.2  # seconds
+_UNTAKE_LONGEST: Final = 10.0
 
 User = tuple[str, str]  # server_host, username
 
 
 class QuotaReached(StorageError):
     """The user has as many offline messages as they may have; nothing was stored."""
+
+
+class NoAccount(StorageError):
+    """The user is not registered."""
 
 
 class Kept(enum.Enum):
@@ -74,6 +81,7 @@ class KeepItem:
     dedup: bytes | None
     quota: int | None
     holder: Holder | None
+    for_account: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,7 @@ class Spool:
         self._storage = storage
         self._clock = clock
         self._dedup_window = dedup_window
-        self._untakes: set[asyncio.Future[Any]] = set()
+        self._untakes: dict[User, int] = {}  # takes of which it is not known what they got
         # In this order within a transaction: a row that is stored and acknowledged in one tick has to be gone after it.
         storage.batcher.define(KEEP, self._write_keeps, size=lambda item: 512 + len(item.stanza))
         storage.batcher.define(FREE, self._write_frees, size=lambda item: 64 + 16 * len(item.ids))
@@ -116,12 +124,15 @@ class Spool:
         expires_at: float | None = None,
         holder: Holder | None = None,
         row_id: bytes | None = None,
+        for_account: bool = False,
     ) -> "asyncio.Future[Kept]":
         """Stores one message; the future is resolved when it is committed.
 
         `dedup`: 32 bytes; the same within the window, for the same user, gives DUPLICATE. `quota` never refuses a row
         with a holder, else the future raises QuotaReached. `row_id`: from `new_id()`, made just now, for a caller that
-        will have to delete or release the row. `take` gives rows back in the order of these calls.
+        will have to delete or release the row. `for_account`: the future raises NoAccount when the user is not
+        registered (any more), else an account made anew with that name would get the message. `take` gives rows back
+        in the order of these calls.
         Raises StorageUnavailable at once when the write queue is full.
         """
         kind, item = self.keep_item(
@@ -134,6 +145,7 @@ class Spool:
             expires_at=expires_at,
             holder=holder,
             row_id=row_id,
+            for_account=for_account,
         )
         return self._storage.batcher.submit(kind, item)
 
@@ -149,22 +161,37 @@ class Spool:
         expires_at: float | None = None,
         holder: Holder | None = None,
         row_id: bytes | None = None,
+        for_account: bool = False,
     ) -> tuple[str, KeepItem]:
         """As `keep`, for `Batcher.submit_unit`: a row that commits together with rows of other tables."""
         if dedup is not None:  # the column is unique in the whole table, so the user has to be part of it
             dedup = hashlib.sha256(b"\0".join((host.encode(), username.encode(), dedup))).digest()
         item = KeepItem(
-            row_id or new_id(), host, username, sender_bare, stanza, self._clock(), expires_at, dedup, quota, holder
+            row_id or new_id(),
+            host,
+            username,
+            sender_bare,
+            stanza,
+            self._clock(),
+            expires_at,
+            dedup,
+            quota,
+            holder,
+            for_account,
         )
         return KEEP, item
 
-    async def _write_keeps(self, connection: AsyncConnection, items: list[KeepItem]) -> list[Kept | QuotaReached]:
+    async def _write_keeps(self, connection: AsyncConnection, items: list[KeepItem]) -> list[Kept | StorageError]:
         now = self._clock()
+        gone = await self._find_gone(connection, items)
         repeated = await self._find_repeated(connection, items, now)
         free = await self._count_free(connection, items, now)
-        results: dict[bytes, Kept | QuotaReached] = {}
+        results: dict[bytes, Kept | StorageError] = {}
         seen: set[bytes] = set()
         for item in items:
+            if (item.host, item.username) in gone and item.for_account:
+                results[item.id] = NoAccount(f"{item.username}@{item.host} is not registered")
+                continue
             if item.dedup is not None and (item.dedup in seen or repeated.get(item.dedup, item.id) != item.id):
                 results[item.id] = Kept.DUPLICATE
                 continue
@@ -180,6 +207,18 @@ class Spool:
             results[item.id] = Kept.STORED
         await self._insert(connection, [item for item in items if results[item.id] is Kept.STORED], results)
         return [results[item.id] for item in items]
+
+    async def _find_gone(self, connection: AsyncConnection, items: list[KeepItem]) -> set[User]:
+        """Users without an account; those that are there stay until this transaction ends."""
+        gone = {(item.host, item.username) for item in items if item.for_account}
+        for host, names in by_host(sorted(gone)).items():
+            query = (
+                select(account.c.username)
+                .where(account.c.server_host == host, account.c.username.in_(names))
+                .with_for_update(read=True)
+            )
+            gone -= {(host, name) for name in (await connection.execute(query)).scalars()}
+        return gone
 
     async def _find_repeated(
         self, connection: AsyncConnection, items: list[KeepItem], now: float
@@ -218,7 +257,7 @@ class Spool:
         return counts
 
     async def _insert(
-        self, connection: AsyncConnection, items: list[KeepItem], results: dict[bytes, Kept | QuotaReached]
+        self, connection: AsyncConnection, items: list[KeepItem], results: dict[bytes, Kept | StorageError]
     ) -> None:
         if not items:
             return
@@ -236,6 +275,8 @@ class Spool:
 
         One conditional UPDATE: no row is ever given to two takers. Expired rows are deleted.
         """
+        if (host, username) in self._untakes:
+            raise StorageUnavailable("what an earlier attempt took is not free again yet")  # it would be passed over
         if not await self._storage.loader.get("spool waiting", (host, username)):
             return []  # what most logins find, in a merged look-up
         take_id = new_id()
@@ -267,7 +308,9 @@ class Spool:
         try:
             return await self._storage.run(work, repeatable=True)
         except BaseException:  # it may have been committed all the same: then these rows must not be held for ever
-            self._untake(_FreeItem(user=(host, username), take_id=take_id))
+            user = (host, username)
+            self._untakes[user] = self._untakes.get(user, 0) + 1
+            self._untake(_FreeItem(user=user, take_id=take_id), user)
             raise
 
     def release(self, ids: Iterable[bytes], holder: Holder) -> "asyncio.Future[None]":
@@ -356,19 +399,31 @@ class Spool:
                 await connection.execute(update(table).where(table.c.id.in_(some), *still_held).values(**free))
         return [None] * len(items)
 
-    def _untake(self, item: _FreeItem) -> None:
+    def _untake(self, item: _FreeItem, user: User, pause: float = _UNTAKE_FIRST) -> None:
+        """Free what a take may have got, again and again until the database has done it: only then is it known."""
         try:
             future = self._storage.batcher.submit(FREE, item)
         except StorageUnavailable as exc:
-            log.error("spooled messages may stay held until this node restarts user=%s reason=%s", item.user, exc)
-            return
-        self._untakes.add(future)
-        future.add_done_callback(self._untaken)
+            self._untake_later(item, user, pause, exc)
+        else:
+            future.add_done_callback(partial(self._untaken, item, user, pause))
 
-    def _untaken(self, future: "asyncio.Future[Any]") -> None:
-        self._untakes.discard(future)
-        if not future.cancelled() and (exc := future.exception()):
-            log.error("spooled messages may stay held until this node restarts reason=%s", exc)
+    def _untaken(self, item: _FreeItem, user: User, pause: float, future: "asyncio.Future[Any]") -> None:
+        exc = None if future.cancelled() else future.exception()
+        if isinstance(exc, StorageUnavailable):
+            self._untake_later(item, user, pause, exc)
+            return
+        if exc is not None:
+            log.error("spooled messages may stay held until this node restarts", user=f"{user[1]}@{user[0]}", exc=exc)
+        self._untakes[user] -= 1
+        if not self._untakes[user]:
+            del self._untakes[user]
+
+    def _untake_later(self, item: _FreeItem, user: User, pause: float, exc: StorageUnavailable) -> None:
+        if self._storage.closed:
+            return  # the next start frees all that this run holds
+        log.warning("spooled messages wait to be free again", user=f"{user[1]}@{user[0]}", reason=exc)
+        asyncio.get_running_loop().call_later(pause, self._untake, item, user, min(pause * 2, _UNTAKE_LONGEST))
 
 
 def _row(item: KeepItem) -> dict[str, Any]:

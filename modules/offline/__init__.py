@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Final
+from typing import Annotated, Final, cast
 
 from xmppd.errors import CommandError, JidError, StanzaError, StorageError
 from xmppd.events import HANDLED, Handled, MessageUndeliverable, SessionBecameAvailable, SessionClosed
@@ -18,6 +18,7 @@ from xmppd.module_api import (
     Context,
     Holder,
     Module,
+    NoAccount,
     QuotaReached,
     Session,
     between,
@@ -33,6 +34,7 @@ from .flush import RETRY_FIRST, RETRY_LONGEST, Chores, Flush, KeptMessage
 from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, repetition_key, sender_of
 
 DEFAULT_QUOTA: Final = 100  # where no rule counts, as in ejabberd
+_AT_ONCE: Final = 200  # sessions looked up together
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,20 @@ class Offline(Module[Config]):
         if config.max_messages is None and not access.has_limit(rule):
             yield f"access_max_user_messages: there is no shaper rule {rule!r}"
 
+    async def start(self) -> None:
+        takers = [s for s in self.sessions.local() if s.priority is not None and s.priority >= 0]
+        if takers:
+            self.spawn(self._catch_up(takers), name="messages from before")
+
+    async def _catch_up(self, takers: list[Session]) -> None:
+        """Deliver what was stored while the module did not run, or was just being delivered when it was reloaded."""
+        for first in range(0, len(takers), _AT_ONCE):
+            some = takers[first : first + _AT_ONCE]
+            flushed = await asyncio.gather(*(self._flush(session) for session in some))
+            for session, done in zip(some, flushed, strict=True):
+                if not done:
+                    self._retry(session)
+
     # -- keeping
 
     def _quota(self, user: JID) -> int | None:
@@ -70,8 +86,8 @@ class Offline(Module[Config]):
     @hook(MessageUndeliverable, after=("push",))
     def keep(self, event: MessageUndeliverable) -> Handled | None:
         message = event.message
-        if isinstance(message, KeptMessage):
-            return self._came_back(event, message)
+        if getattr(message, "row_id", None) is not None:  # not by its class, which a reload makes anew
+            return self._came_back(event, cast(KeptMessage, message))
         verdict = judge(message, self.config.store_empty_body)
         if verdict is Verdict.REFUSE:
             return None
@@ -95,6 +111,7 @@ class Offline(Module[Config]):
             dedup=key,
             quota=self._quota(user),
             expires_at=expiry(message, now),
+            for_account=True,
         )
         kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._storing.setdefault(user.bare, set()).add(kept)
@@ -113,6 +130,8 @@ class Offline(Module[Config]):
         if error is None:
             kept.set_result(None)
             self._wake(user)
+        elif isinstance(error, NoAccount):
+            kept.set_exception(StanzaError("service-unavailable"))
         elif isinstance(error, QuotaReached):
             kept.set_exception(StanzaError("resource-constraint", "too many offline messages wait for this user"))
         else:
@@ -132,6 +151,8 @@ class Offline(Module[Config]):
     async def flush(self, event: SessionBecameAvailable) -> None:
         if event.priority < 0 or (event.old_priority is not None and event.old_priority >= 0):
             return
+        if event.session.anonymous:
+            return  # nothing was kept
         if not await self._flush(event.session):
             self._retry(event.session)
 
@@ -202,5 +223,5 @@ class Offline(Module[Config]):
         except JidError as exc:
             raise CommandError(str(exc)) from exc
         if jid.domain not in self.server.hosts:
-            raise CommandError(f"unknown host: {host}")
+            raise CommandError("Unknown virtual host")
         return await self.spool.count(jid.domain, jid.local)

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from xmppd.errors import CommandError, JidError, StanzaError, StorageError
 from xmppd.events import (
@@ -45,7 +45,7 @@ from xmppd.protocol.stanza import build
 
 from .cache import Rosters
 from .items import Limits, check_texts, item_xml, query_xml, read_edit, removed_xml
-from .store import Change, Store, roster_item, roster_version
+from .store import Change, Loaded, Store, roster_item, roster_version
 from .subscriptions import Subscriptions, decided, kept_request
 
 _FEATURE: Final = f"<ver xmlns='{ns.ROSTER_VERSIONING}'/>".encode()
@@ -72,7 +72,7 @@ class Roster(Module[Config]):
         super().__init__(context, config)
         self._limits = Limits(config.max_items, config.max_requests, config.max_groups, config.max_length)
         self._store = Store(self.storage, self._limits)
-        self._rosters = Rosters(self._store.load, self.sessions.sessions)
+        self._rosters = Rosters(self._load, self.sessions.sessions)
         self._flows = Subscriptions(self, self._store.move, self.route)
         self._pushes = itertools.count(1)
 
@@ -103,6 +103,9 @@ class Roster(Module[Config]):
             await self._rosters.get(user)
         except StorageError as exc:
             self.log.warning("roster not loaded again", user=user.bare, error=exc)  # the next to ask tries again
+
+    async def _load(self, user: JID) -> Loaded:
+        return Loaded() if self.sessions.is_anonymous(user) else await self._store.load(user)
 
     # -- sessions
 
@@ -239,9 +242,20 @@ class Roster(Module[Config]):
             done = await change
         except (StorageError, asyncio.CancelledError):
             self._rosters.invalidate(user)  # the answer to a COMMIT may have been lost
+            self._tell_successor(user)
             raise
         self._rosters.apply(user, done)
+        self._tell_successor(user)
         return done
+
+    def _tell_successor(self, user: JID) -> None:
+        """This change was under way when the module was reloaded: the new one may have read the roster before it."""
+        try:
+            serving: Any = self.service(RosterService)  # type: ignore[type-abstract]
+        except LookupError:
+            return
+        if serving is not self and hasattr(serving, "invalidate"):
+            serving.invalidate(user)
 
     def push(self, user: JID, change: Change) -> None:
         """Tell every interested resource (RFC 6121 2.1.6)."""

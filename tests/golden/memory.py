@@ -121,6 +121,9 @@ class Loader:
     def modules(self) -> list[SimpleNamespace]:
         return [SimpleNamespace(name=name, state="loaded", source=source) for name, source in self.loaded.items()]
 
+    def uses(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name, hooks=0, iqs=2, commands=0, tasks=1) for name in self.loaded]
+
     async def load(self, name: str) -> None:
         if name == "elopement":
             raise LookupError("there is no module called 'elopement'. Did you mean 'offline'?")

@@ -40,6 +40,7 @@ class Raw(Inbox):
         self.at_end = False  # its closing tag has come
         self.received = b""
         self._deaf = False
+        self._closing = False  # our closing tag is sent
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -48,9 +49,16 @@ class Raw(Inbox):
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", port)
         self._listen()
 
-    async def connect_tls(self, port: int, context: ssl.SSLContext | None = None, name: str | None = None) -> None:
+    async def connect_tls(
+        self, port: int, context: ssl.SSLContext | None = None, name: str | None = None, source: str | None = None
+    ) -> None:
+        """`source` is the address to come from, any of 127.0.0.0/8."""
         self._reader, self._writer = await asyncio.open_connection(
-            "127.0.0.1", port, ssl=context or self.context, server_hostname=name or self.host
+            "127.0.0.1",
+            port,
+            ssl=context or self.context,
+            server_hostname=name or self.host,
+            local_addr=(source, 0) if source else None,
         )
         self._listen()
 
@@ -69,6 +77,7 @@ class Raw(Inbox):
 
     async def disconnect(self) -> None:
         """Close the stream properly."""
+        self._closing = True
         self.send_raw("</stream:stream>")
         await self.assert_closed()
 
@@ -121,6 +130,10 @@ class Raw(Inbox):
             self.root.remove(element)
         elif self._depth == 0:
             self.at_end = True
+            if not self._closing and self._writer is not None and not self._writer.is_closing():
+                self._closing = True
+                self.send_raw("</stream:stream>")
+                self._writer.close()
             self._changed.set()
 
     def stop_reading(self) -> None:

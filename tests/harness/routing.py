@@ -23,6 +23,8 @@ OWNER = Owner(bytes(16), 0, 1)
 class FakeSession:
     """Remembers what is delivered to it; its outcome is what a test says."""
 
+    anonymous = False
+
     def __init__(self, jid: str, outcome: Outcome = SAFE) -> None:
         self.jid = parse(jid)
         self.received: list[Stanza] = []

@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.harness.client import Client
 from tests.harness.inbox import PATIENCE, Inbox
+from tests.harness.node_client import NodeClient
 from tests.harness.raw import Raw
 from tests.harness.server import Server
 
@@ -17,7 +18,7 @@ class Scene:
 
     def __init__(self, node: Server) -> None:
         self.node = node
-        self._clients: list[Client | Raw] = []
+        self._clients: list[Client | Raw | NodeClient] = []
         self._accounts: set[tuple[str, str]] = set()
 
     # -- accounts
@@ -83,6 +84,10 @@ class Scene:
         client = Raw(self.node.certificate(host), host)
         self._clients.append(client)
         return client
+
+    def adopt(self, client: NodeClient) -> None:
+        """See to its end, too."""
+        self._clients.append(client)
 
     async def connected(self) -> Raw:
         """A raw client on an unencrypted connection."""

@@ -353,5 +353,5 @@ async def test_get_offline_count_refuses_an_unknown_host(world):
     await prepare(world)
 
     assert await world.command("get_offline_count", "nobody", HOST) == 0
-    with pytest.raises(CommandError, match="unknown host"):
+    with pytest.raises(CommandError, match="Unknown virtual host"):
         await world.command("get_offline_count", "juliet", "verona.example")

@@ -43,13 +43,13 @@ class Client:
     name = "c2s"
     peer = ("192.0.2.7", 5222)
 
-    def __init__(self, world: "World", jid: str) -> None:
+    def __init__(self, world: "World", jid: str, *, anonymous: bool = False) -> None:
         self.received: list[Stanza] = []
         self.last_heard = time.monotonic()
         self.stalled = False  # takes no more bytes
         self.ended: StreamError | None = None
         self._world = world
-        self.session = Session(parse(jid), self, world.parts, get_logger("c2s"))
+        self.session = Session(parse(jid), self, world.parts, get_logger("c2s"), anonymous=anonymous)
 
     def write(self, data: bytes) -> None:
         self.received.append(Stanza.from_bytes(data))
@@ -231,9 +231,9 @@ class World:
         for name in names:
             assert await self.accountant.register(HOST, name, "secret")
 
-    def login(self, name: str, resource: str = "balcony") -> Client:
+    def login(self, name: str, resource: str = "balcony", *, anonymous: bool = False) -> Client:
         """A session that has sent no presence."""
-        return Client(self, f"{name}@{HOST}/{resource}")
+        return Client(self, f"{name}@{HOST}/{resource}", anonymous=anonymous)
 
     async def online(self, name: str, resource: str = "balcony", priority: int = 0) -> Client:
         client = self.login(name, resource)

@@ -196,7 +196,7 @@ async def test_each_host_has_its_own_options(served, tmp_path):
         client = scene.raw(host)
         await client.connect_tls(scene.node.tls_port)
         found = (await client.open()).xml.find(MECHANISMS)
-        return [each.text for each in found]
+        return [each.text for each in found if not each.text.endswith("-PLUS")]
 
     assert await offered("localhost") == ["SCRAM-SHA-256", "SCRAM-SHA-1", "PLAIN"]
     assert await offered("a.localhost") == ["PLAIN"]
@@ -294,7 +294,7 @@ async def test_a_reload_that_is_refused_changes_nothing(fresh, tmp_path):
         ({"modules": {**modules, "ofline": {}}}, "modules.ofline: unknown module. Did you mean offline?"),
         (
             {"modules": {"offline": {"max_messages": 0}, "vcard": {}, "refusing": {"path": str(tmp_path / "none")}}},
-            "modules.refusing: does not start: [Errno 2]",
+            "modules.refusing: cannot be started: FileNotFoundError",
         ),
     ):
         old = scene.node.options

@@ -1,14 +1,15 @@
 """Bad input gets a clear error and harms nobody else."""
 
-import os
+import contextlib
 import resource
 import signal
 import sqlite3
 
 import pytest
 
+from tests.harness.inbox import PATIENCE
 from tests.harness.raw import header
-from tests.harness.scene import PASSWORD, together, until
+from tests.harness.scene import PASSWORD, until
 from tests.harness.server import NotServing
 
 
@@ -26,7 +27,7 @@ async def witness(server):
         ("<message", None),
         ("<message></iq>", "not-well-formed"),
         ("<message to='juliet@localhost'><x:body/></message>", "not-well-formed"),
-        ("<message to='juliet@localhost'/>text/>", "bad-format"),
+        ("<message to='nobody@localhost' type='headline'/>text/>", "bad-format"),
         ("<message xmlns='jabber:server' to='juliet@localhost'/>", "invalid-namespace"),
         ("<x:message xmlns:x='jabber:client' to='juliet@localhost'/>", "bad-namespace-prefix"),
         ("<messagex:message xmlns:messagex='jabber:&#99;lient' to='juliet@localhost'/>", "bad-namespace-prefix"),
@@ -114,9 +115,10 @@ async def test_a_flood_of_errors_is_survived(server, witness):
 # -- the database
 
 
-async def test_a_missing_database_folder_is_named(fresh):
-    scene = fresh(start=False, database={"url": "sqlite:////nonexistent/folder/xmppd.db"})
-    with pytest.raises(NotServing, match="/nonexistent/folder"):
+async def test_a_database_that_cannot_be_made_is_named(fresh, tmp_path):
+    (tmp_path / "file").touch()
+    scene = fresh(start=False, database={"url": f"sqlite:///{tmp_path}/file/xmppd.db"})
+    with pytest.raises(NotServing, match=r"file/xmppd\.db|file is|/file"):
         scene.node.start()
     scene.node.expects_trouble = True
 
@@ -130,34 +132,42 @@ async def test_a_file_that_is_no_database_is_named(fresh):
     scene.node.expects_trouble = True
 
 
-async def test_a_locked_database_is_no_wrong_password_and_stops_no_chat(fresh):
-    scene = fresh(database={"pool": {"timeout": "500ms"}})
+@contextlib.contextmanager
+def locked(path):
+    """Another process's writer that does not end."""
+    connection = sqlite3.connect(path, isolation_level=None, timeout=PATIENCE)
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+    finally:
+        connection.close()
+
+
+async def test_a_locked_database_stops_no_chat_and_loses_no_message(fresh):
+    scene = fresh()
     romeo = await scene.raw_login("romeo")
     juliet = await scene.raw_login("juliet")
     scene.account("nurse")
-    with sqlite3.connect(scene.node.data_dir / "xmppd.db", isolation_level=None) as lock:
-        lock.execute("PRAGMA locking_mode = EXCLUSIVE")
-        lock.execute("BEGIN EXCLUSIVE")
-
+    with locked(scene.node.data_dir / "xmppd.db"):
+        kept = romeo.send_message("nurse@localhost", "are you there?")
         romeo.send_message("juliet@localhost", "still here")
         assert (await juliet.next_message()).body == "still here"
-        id = romeo.send_message("nurse@localhost", "are you there?")
-        answer = await romeo.next_message()
-        assert (answer.id, answer.type, answer.error_type) == (id, "error", "wait")
-        lock.execute("ROLLBACK")
-    lock.close()
+        assert scene.stored_now("nurse") == 0
+        peter = await scene.raw_login("romeo", "garden")  # who can be asked can log in
+        await peter.sync()
 
-    id = romeo.send_message("nurse@localhost", "and now?")
     await until(lambda: scene.stored_now("nurse") == 1, "the message to be stored")
     nurse = await scene.raw_login("nurse")
-    assert (await nurse.next_message()).body == "and now?"
+    assert (await nurse.next_message()).id == kept
+    await romeo.sync()
+    assert [got for got in romeo.forget() if got.type == "error"] == []
     scene.node.expects_trouble = True
 
 
-async def test_a_full_disk_is_told_to_the_sender(fresh):
-    """The process may not write more than so much to a file: the database feels that like a full disk."""
-    scene = fresh(start=False)
-    scene.node.start()
+async def test_a_full_disk_stops_no_chat_and_loses_no_message(fresh):
+    """The process may not write more than so much to a file, which the database feels like a full disk."""
+    scene = fresh()
     romeo = await scene.raw_login("romeo")
     juliet = await scene.raw_login("juliet")
     scene.account("nurse")
@@ -166,26 +176,18 @@ async def test_a_full_disk_is_told_to_the_sender(fresh):
     largest = max(path.stat().st_size for path in scene.node.data_dir.glob("xmppd.db*"))
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
 
-    refused = 0
-    for _ in range(40):
-        romeo.send_message("nurse@localhost", "x" * 100_000)
-    await until(lambda: bool(refused_by(romeo)), "an error")
-    refused = refused_by(romeo)[0]
-    assert refused.error_type == "wait"
-
+    sent = [romeo.send_message("nurse@localhost", "x" * 100_000) for _ in range(20)]
+    await until(lambda: "writes wait for the database" in scene.node.log, "the disk to be full")
     romeo.send_message("juliet@localhost", "still here")
     assert (await juliet.next_message()).body == "still here"
-
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    await together(romeo)
-    before = scene.stored_now("nurse")
-    romeo.send_message("nurse@localhost", "and now?")
-    await until(lambda: scene.stored_now("nurse") > before, "the message to be stored")
+
+    await until(lambda: scene.stored_now("nurse") == 20, "the messages to be stored")
+    nurse = await scene.raw_login("nurse")
+    assert [(await nurse.next_message()).id for _ in range(20)] == sent
+    await romeo.sync()
+    assert romeo.forget() == []
     scene.node.expects_trouble = True
-
-
-def refused_by(client):
-    return [got for got in client._inbox if got.type == "error"]
 
 
 # -- a second start
@@ -219,9 +221,13 @@ async def test_a_wrong_option_is_named(fresh):
 
 
 async def test_signals_in_a_row_stop_it_once(fresh):
-    scene = fresh()
-    os.kill(scene.node.process.pid, signal.SIGTERM)
-    assert scene.node.stop() == 0
+    scene = fresh(shutdown_grace=1)
+    romeo = await scene.raw_login("romeo")
+    romeo.stop_reading()
+    scene.node.process.send_signal(signal.SIGTERM)
+    await until(lambda: "stopping" in scene.node.log, "it to begin to stop")
+    assert scene.node.stop() == 0  # with another one, while romeo is waited for
+    assert "stopped" in scene.node.log
 
 
 async def test_passwords_stay_out_of_the_log(server):

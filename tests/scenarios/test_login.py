@@ -36,7 +36,7 @@ async def test_plain_is_offered_behind_tls_alone(server):
     await client.starttls()
     features = await client.open()
     assert features.child(TLS) is None
-    assert offered(features) == ["SCRAM-SHA-256", "SCRAM-SHA-1", "PLAIN"]
+    assert offered(features) == ["SCRAM-SHA-256-PLUS", "SCRAM-SHA-1-PLUS", "SCRAM-SHA-256", "SCRAM-SHA-1", "PLAIN"]
 
 
 async def test_no_password_is_taken_before_tls(server):
@@ -126,13 +126,14 @@ async def test_slixmpp_logs_in(server, mechanism, direct_tls):
 async def test_sha512_is_there_by_option(served):
     server = await served(auth_scram={"hashes": ["sha256", "sha512"], "iterations": 4096})
     client = await server.encrypted()
-    assert offered(await client.open()) == ["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"]
+    names = offered(await client.open())
+    assert names == ["SCRAM-SHA-512-PLUS", "SCRAM-SHA-256-PLUS", "SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"]
     romeo = await server.login("romeo", mechanism="SCRAM-SHA-512")
     assert romeo.jid.startswith("romeo@localhost/")
 
 
 async def test_mechanisms_can_be_left_out(served):
-    server = await served(disable_sasl_mechanisms=["PLAIN", "SCRAM-SHA-1"])
+    server = await served(disable_sasl_mechanisms=["PLAIN", "SCRAM-SHA-1", "SCRAM-SHA-1-PLUS", "SCRAM-SHA-256-PLUS"])
     client = await server.encrypted()
     assert offered(await client.open()) == ["SCRAM-SHA-256"]
     failure = await client.plain("romeo", PASSWORD)

@@ -73,7 +73,7 @@ async def test_clients_are_told_of_a_shutdown(fresh):
     scene.node.process.send_signal(signal.SIGTERM)
     await romeo.assert_stream_error("system-shutdown")
     await stranger.assert_stream_error("system-shutdown")
-    assert scene.node.stop() == 0
+    assert scene.node.wait() == 0
     assert not (scene.node.data_dir / "ready.json").exists()
 
 

@@ -1,48 +1,67 @@
 """Every command that ejabberdctl 23.01 was recorded with, on the real server (tests/golden/README.md)."""
 
 import asyncio
+import io
 import re
+import sys
 
 import pytest
 
 from tests.golden import compare
+from xmppd.ctl.main import main
 
 FILES = compare.files()
+HOSTS = FILES[0]["given"]["hosts"]
+
+
+@pytest.fixture
+async def golden(served, fresh, file):
+    """The server with the recorded hosts; whatever accounts the commands have made go with the test."""
+    if any(case["argv"][:1] == ["stop"] for case in file["cases"]):
+        yield fresh(hosts=HOSTS)
+        return
+    scene = await served(hosts=HOSTS)
+    yield scene
+    scene.node.quick("set_loglevel", "info")
+    for host in HOSTS:
+        for user in scene.node.quick("registered_users", host).splitlines():
+            scene.node.unregister(user, host)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file["command"])
-async def test_xmppctl_answers_as_ejabberdctl_does(server, file):
+async def test_xmppctl_answers_as_ejabberdctl_does(golden, file, capfd, monkeypatch):
+    async def ctl(*argv, stdin=""):
+        """xmppctl's own code in a thread, for the clients want to be served meanwhile; test_xmppctl.py has the process."""
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((stdin or "").encode())))
+        code = await asyncio.to_thread(main, ["--config", str(golden.node.path), *argv])
+        return capfd.readouterr().out, code
+
     given = file["given"]
+    assert given["hosts"] == HOSTS
     for user, password in given["accounts"].items():
-        done = await ctl(server, "register", user, "localhost", password)
-        assert done.returncode == 0, done
+        assert (await ctl("register", user, "localhost", password))[1] == 0
     for argv in given["before"]:
-        done = await ctl(server, *argv)
-        assert done.returncode == 0, done
-    clients = [await online(server, session, given["accounts"]) for session in given["online"]]
-    status = (await ctl(server, "status")).stdout
+        assert (await ctl(*argv))[1] == 0, argv
+        if argv[0] == "send_message":
+            await golden.stored("juliet")  # it returns when the message is on its way
+    for session in given["online"]:
+        await online(golden, session, given["accounts"])
+    status = (await ctl("status"))[0]
     node, version = status.split()[2], re.search(r"xmppd (\S+) is running", status)[1]
 
     for case in file["cases"]:
-        done = await ctl(server, *case["argv"], stdin=case.get("stdin"))
-        compare.check(file["command"], case, done.stdout, done.returncode, node=node, version=version)
-
-    for client in clients:
-        await client.close()
+        stdout, code = await ctl(*case["argv"], stdin=case.get("stdin"))
+        compare.check(file["command"], case, stdout, code, node=node, version=version)
 
 
-async def ctl(server, *argv, stdin=None):
-    """In a thread: the clients that are online want to be served meanwhile."""
-    return await asyncio.to_thread(server.ctl, *argv, stdin=stdin)
-
-
-async def online(server, session, passwords):
-    """A client with the presence that was recorded; one that sent none is bound and silent."""
-    found = {name: re.search(f"<{name}>(.*?)</{name}>", session["presence"]) for name in ("show", "status", "priority")}
-    presence = {name: match[1] for name, match in found.items() if match}
-    return await server.login(
-        session["user"],
-        resource=session["resource"],
-        password=passwords[session["user"]],
-        presence=presence if session["presence"] else None,
-    )
+async def online(scene, session, passwords):
+    """A client as it was recorded: over STARTTLS, with this presence; one that sent none is bound and silent."""
+    client = scene.raw()
+    await client.connect(scene.node.port)
+    await client.open()
+    await client.starttls()
+    await client.authenticate(session["user"], passwords[session["user"]])
+    answer = await client.bind(session["resource"])
+    assert answer.type == "result", answer
+    client.send_raw(session["presence"])
+    await client.sync()

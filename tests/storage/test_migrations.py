@@ -174,7 +174,7 @@ async def test_the_lock_of_a_migrator_that_died_runs_out(database, make_storage,
     await node.open()
 
     assert 0.8 < loop.time() - started < 10
-    assert f"waiting for the migration lock waited_s=0 holder={dead}" in caplog.text
+    assert f'waiting for the migration lock waited_s=0 holder="{dead}"' in caplog.text
     await node.ping()
 
 

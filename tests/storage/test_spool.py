@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import func, select, update
 
 from xmppd.errors import StorageUnavailable
-from xmppd.spool import FREE, Holder, Kept, QuotaReached, Spool
-from xmppd.storage import Storage, new_id
+from xmppd.spool import FREE, Holder, Kept, NoAccount, QuotaReached, Spool
+from xmppd.storage import Accounts, Storage, new_id
 from xmppd.storage.tables import spool as spool_table
 
 HOST = "example.net"
@@ -461,6 +461,36 @@ async def test_rows_of_a_take_that_reported_failure_do_not_stay_held(storage, sp
     assert await stanzas(spool) == [b"0", b"1", b"2"]
 
 
+async def test_rows_of_a_take_become_free_when_the_database_is_back_however_late(storage, spool, monkeypatch):
+    await keep(spool, b"<message id='1'/>")
+    run, submit = storage.run, storage.batcher.submit
+    refusals = iter(range(3))
+
+    async def answer_is_lost(work, **options):
+        await run(work, **options)
+        raise StorageUnavailable("gone")
+
+    def away(kind, item):
+        if kind == FREE and next(refusals, None) is not None:
+            raise StorageUnavailable("the write queue is full")
+        return submit(kind, item)
+
+    monkeypatch.setattr(storage, "run", answer_is_lost)
+    monkeypatch.setattr(storage.batcher, "submit", away)
+    with pytest.raises(StorageUnavailable):
+        await stanzas(spool)
+    monkeypatch.setattr(storage, "run", run)
+    with pytest.raises(StorageUnavailable):  # not "there is nothing", or the row would be forgotten
+        await stanzas(spool)
+
+    async with asyncio.timeout(30):
+        while not await spool.count(HOST, "juliet"):  # noqa: ASYNC110 - the database is what we wait for
+            await asyncio.sleep(0.02)
+    assert next(refusals, None) is None
+
+    assert await stanzas(spool) == [b"<message id='1'/>"]
+
+
 async def test_a_take_that_is_cancelled_leaves_the_rows_free(storage, spool):
     await keep(spool)
     task = asyncio.create_task(spool.take(HOST, "juliet", BALCONY))
@@ -515,3 +545,19 @@ async def test_ids_of_released_rows_can_be_named_twice_without_harm(spool, stora
     async with storage.connect() as connection:
         assert (await connection.execute(update(spool_table).values(take_id=None))).rowcount == 1
     assert FREE in storage.batcher._kinds
+
+
+async def test_nothing_is_kept_for_somebody_who_is_not_registered_any_more(storage):
+    accounts, spool = Accounts(storage), Spool(storage)
+    await accounts.create("example.net", "juliet", {})
+    await accounts.remove("example.net", "juliet")
+    await accounts.create("example.net", "nurse", {})
+
+    for_juliet = spool.keep("example.net", "juliet", "r@x", b"<m/>", dedup=None, quota=10, for_account=True)
+    for_nurse = spool.keep("example.net", "nurse", "r@x", b"<m/>", dedup=None, quota=10, for_account=True)
+
+    with pytest.raises(NoAccount):
+        await for_juliet
+    assert await for_nurse is Kept.STORED
+    await accounts.create("example.net", "juliet", {})
+    assert await spool.count("example.net", "juliet") == 0

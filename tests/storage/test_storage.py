@@ -254,6 +254,7 @@ async def test_the_password_appears_in_no_log_and_no_text(mariadb_server, mariad
 
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
+    (tmp_path / "data").mkdir(exist_ok=True)
     return f"sqlite:///{tmp_path}/data/xmppd.db"
 
 
@@ -342,7 +343,7 @@ async def test_queued_writes_outlast_a_lock_of_another_process(sqlite_url, make_
 
 
 async def test_a_file_that_is_locked_at_the_start_says_so(sqlite_url, make_storage, lock, tmp_path):
-    (tmp_path / "data").mkdir()
+    (tmp_path / "data").mkdir(exist_ok=True)
     sqlite3.connect(tmp_path / "data/xmppd.db").close()
     holder = lock()
     storage = make_storage(sqlite_url, pool_timeout=0.2)
@@ -419,7 +420,7 @@ async def test_a_file_system_that_is_full_fails_writes_in_time_and_they_go_on_wh
 
 
 async def test_a_file_that_is_no_database_is_an_error_that_names_it(sqlite_url, make_storage, tmp_path):
-    (tmp_path / "data").mkdir()
+    (tmp_path / "data").mkdir(exist_ok=True)
     (tmp_path / "data/xmppd.db").write_bytes(b"Dear diary, " * 1000)
 
     with pytest.raises(StorageError, match=r"xmppd\.db: file is not a database"):

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[2]
 # From the bottom to the top: a room may use its own row and every row before it.
 LAYERS = (
     {"errors", "protocol"},
-    {"events", "hooks", "config", "log", "metrics"},
+    {"events", "hooks", "config", "log", "metrics", "notify"},
     {"storage", "cluster", "identity"},
-    {"spool", "delivery", "outbox", "auth", "access", "shaper"},
+    {"spool", "delivery", "outbox", "login_limits", "auth", "access", "shaper"},
     {"iq", "router", "local_router", "session_manager", "s2s_manager"},
     {"admin", "module_api", "module_loader"},
     {"c2s", "s2s", "http"},

@@ -24,6 +24,7 @@ class Scram:
 class Settings:
     auth_scram: Scram = field(default_factory=Scram)
     disable_sasl_mechanisms: tuple[str, ...] = ()
+    auth_method: tuple[str, ...] = ("sql",)
 
 
 class Config:
@@ -148,6 +149,24 @@ def test_mechanisms_strongest_first_and_plain_under_tls_only(accounts):
     assert auth.mechanisms(HOST, tls=False) == ["SCRAM-SHA-256", "SCRAM-SHA-1"]
     assert auth.mechanisms("wide", tls=True) == ["SCRAM-SHA-512", "SCRAM-SHA-256", "SCRAM-SHA-1", "PLAIN"]
     assert auth.mechanisms("narrow", tls=True) == ["SCRAM-SHA-256"]
+    auth.close()
+
+
+def test_mechanisms_with_channel_binding_come_first_and_anonymous_last(accounts):
+    config = Config(
+        guests=Settings(auth_method=("anonymous",)),
+        both=Settings(auth_method=("sql", "anonymous")),
+        bound=Settings(disable_sasl_mechanisms=("PLAIN", "SCRAM-SHA-1", "SCRAM-SHA-256")),
+    )
+    auth = Auth(accounts, config)
+    scram = ["SCRAM-SHA-256", "SCRAM-SHA-1"]
+    plus = [f"{name}-PLUS" for name in scram]
+    assert auth.mechanisms(HOST, tls=True, bound=True) == [*plus, *scram, "PLAIN"]
+    assert auth.mechanisms("guests", tls=True, bound=True) == ["ANONYMOUS"]
+    assert auth.mechanisms("guests", tls=False) == ["ANONYMOUS"]
+    assert auth.mechanisms("both", tls=True, bound=True) == [*plus, *scram, "PLAIN", "ANONYMOUS"]
+    assert auth.mechanisms("bound", tls=True, bound=True) == plus
+    assert auth.mechanisms("bound", tls=True) == []
     auth.close()
 
 

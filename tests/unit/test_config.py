@@ -116,9 +116,6 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
         "listen[].use_proxy_protocol",
         "listen[].trusted_proxies",
         "listen[].request_handlers",
-        "login_limits.per_address",
-        "login_limits.per_account",
-        "login_limits.exempt",
         "database.read",
         "cluster.listen",
         "cluster.advertise",
@@ -127,7 +124,6 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
         "cluster.nats_url",
         "cluster.nats_server",
     ]
-    assert "`auth_method: anonymous` (a throw-away account per login): not yet" in DOCS
 
     everything = parse(
         {
@@ -141,14 +137,12 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
             ],
             "database": {"read": "mysql://h/x"},
             "cluster": {"peer_timeout": "9s"},
-            "auth_method": "anonymous",
-            "login_limits": {"per_address": "1/s", "per_account": "1/s", "exempt": "10.0.0.0/8"},
         },
         source="x.yml",
     ).without_effect()
 
     documented = {"cluster" if path.startswith("cluster.") else path for path, effect in rows if effect == "not yet"}
-    assert set(everything) == documented | {"auth_method: anonymous"}
+    assert set(everything) == documented
 
 
 def test_only_what_somebody_changed_is_warned_about() -> None:
@@ -257,7 +251,7 @@ def test_the_docs_say_what_a_reload_applies(path: str) -> None:
         ({"host_config": {"a b": {}}}, "host_config.a b: expected a domain such as example.net: labels of letters, digits and hyphens"),
         ({"host_config": {"localhost": 5}}, "host_config.localhost: expected options (name: value), got 5"),
         ({"host_config": {"localhost": {"auth_scram": {"iterations": 1}}}}, "host_config.localhost.auth_scram.iterations: expected a number from 4096 to 1000000, got 1"),
-        ({"host_config": {"localhost": {"disable_sasl_mechanisms": ["PLAIN", "SCRAM-SHA-1", "SCRAM-SHA-256"]}}}, "disable_sasl_mechanisms: no mechanism is left with which anybody could log in at localhost"),
+        ({"host_config": {"localhost": {"auth_scram": {"hashes": "sha1"}, "disable_sasl_mechanisms": ["PLAIN", "SCRAM-SHA-1", "SCRAM-SHA-1-PLUS"]}}}, "disable_sasl_mechanisms: no mechanism is left with which anybody could log in at localhost"),
         ({"host_config": {"localhost": {"access_rules": {"x": {"allow": "freinds"}}}}}, None),
         ({"listen": [{"module": "c2s"}], "host_config": {"localhost": {"access_rules": {"c2s": 5}}}}, "listen[0].access: the access rule 'c2s' has other values than allow and deny"),
         ({"append_host_config": {"localhost": {"resource_conflict": "closenew"}}}, "append_host_config.localhost.resource_conflict: has one value; set it in host_config"),
@@ -268,7 +262,8 @@ def test_the_docs_say_what_a_reload_applies(path: str) -> None:
         ({"include_config_file": {"a.yml": {"disallow": "lisen"}}}, "include_config_file: there is no option 'lisen'. Did you mean listen?"),
         ({"shaper_rules": {"x": {"nromal": "all"}}}, "shaper_rules.x[0]: there is no shaper 'nromal'. Did you mean normal?"),
         ({"database": {"pool": {"min": 9}}}, "database.pool.min: expected at most pool.max, 8, got 9"),
-        ({"auth_scram": {"hashes": "sha1"}, "disable_sasl_mechanisms": ["plain", "scram-sha-1"]}, "disable_sasl_mechanisms: no mechanism is left with which anybody could log in"),
+        ({"auth_scram": {"hashes": "sha1"}, "disable_sasl_mechanisms": ["plain", "scram-sha-1", "scram-sha-1-plus"]}, "disable_sasl_mechanisms: no mechanism is left with which anybody could log in"),
+        ({"auth_method": ["sql", "anonymous"], "disable_sasl_mechanisms": ["anonymous"]}, "disable_sasl_mechanisms: no mechanism is left with which anybody could log in"),
     ],
 )  # fmt: skip
 def test_a_fault_is_named_with_path_value_and_remedy(data: dict[str, Any], words: str | None) -> None:
@@ -279,6 +274,11 @@ def test_a_fault_is_named_with_path_value_and_remedy(data: dict[str, Any], words
         assert found == [words]
     for jargon in ("pydantic", "Input", "input", "validat", "Undefined", "type=", "https", "dict", "tuple", "None"):
         assert jargon not in found[0]
+
+
+def test_bound_logins_alone_can_be_asked_for() -> None:
+    disabled = parse({"disable_sasl_mechanisms": ["plain", "scram-sha-1", "scram-sha-256"]}, source="x.yml")
+    assert disabled.disable_sasl_mechanisms == ("PLAIN", "SCRAM-SHA-1", "SCRAM-SHA-256")
 
 
 def test_all_faults_are_named_at_once() -> None:

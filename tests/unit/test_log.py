@@ -1,6 +1,7 @@
 """Log lines: their shape, their levels, and that nobody can forge one."""
 
 import io
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -250,8 +251,8 @@ def test_a_value_that_cannot_be_text_is_said_and_harms_nobody(lines: io.StringIO
     first, second = (LINE.fullmatch(line) for line in lines.getvalue().splitlines())
     assert first is not None
     assert second is not None
-    assert first[3].startswith('log line failed logger=xmppd.c2s phrase="stream opened" error=')
-    assert second[3].startswith('log line failed logger=somelibrary phrase="%d peers" error=')
+    assert first[3].startswith('log line failed logger=xmppd.c2s said="stream opened" error=')
+    assert second[3].startswith('log line failed logger=somelibrary said="%d peers" error=')
 
 
 def test_a_closed_stream_is_survived(lines: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,3 +265,113 @@ def test_standard_error_is_the_default(capsys: pytest.CaptureFixture[str]) -> No
     log.setup("info")
     log.get_logger("c2s").info("one")
     assert "one" in capsys.readouterr().err
+
+
+# -- JSON
+
+
+@pytest.fixture
+def json_lines() -> io.StringIO:
+    stream = io.StringIO()
+    log.setup("debug", stream=stream, format="json")
+    return stream
+
+
+def test_a_json_line_has_the_fields_of_the_text(json_lines: io.StringIO) -> None:
+    log.get_logger("c2s").bind("7f3a").info(
+        "session bound", jid="juliet@example.net/phone", tls=1.3, resumed=False, silent_s=6, host=None
+    )
+
+    line = json.loads(json_lines.getvalue())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
+    assert line == {
+        "level": "info",
+        "part": "c2s",
+        "stream": "7f3a",
+        "phrase": "session bound",
+        "jid": "juliet@example.net/phone",
+        "tls": 1.3,
+        "resumed": False,
+        "silent_s": 6,
+        "host": None,
+    }
+
+
+@given(st.text(), st.text(), st.floats())
+def test_whatever_the_values_are_it_is_one_json_line(phrase: str, value: str, number: float) -> None:
+    record = log.Record("xmppd.x", logging.INFO, "", 0, phrase, None, None)
+    record.tag, record.fields = f"x[{value}]", {"first": value, "number": number, "last": 1}
+
+    line = log.JsonFormatter().format(record)
+
+    assert line.isascii()
+    assert "\n" not in line
+    read = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert read["last"] == 1
+    assert not re.search("[\ud800-\udfff]", read["first"] + read["phrase"])
+    if value.isascii() and len(value) < 2000:
+        assert read["first"] == value
+
+
+def test_a_traceback_is_part_of_its_json_line(json_lines: io.StringIO) -> None:
+    try:
+        raise ValueError("rose\nthorn")
+    except ValueError as exc:
+        log.get_logger("xmppd.hooks").error("hook failed", exc=exc)
+
+    line = json.loads(json_lines.getvalue())
+    assert line["level"] == "error"
+    assert line["traceback"].endswith("ValueError: rose\nthorn")
+
+
+def test_a_field_cannot_take_the_place_of_the_lines_own(json_lines: io.StringIO) -> None:
+    log.get_logger("c2s").info("one", level="none", time=5)
+
+    line = json.loads(json_lines.getvalue())
+    assert (line["level"], line["level_"], line["time_"]) == ("info", "none", 5)
+
+
+def test_a_librarys_line_is_json_too(json_lines: io.StringIO) -> None:
+    logging.getLogger("somelibrary").warning("%d peers", 2)
+
+    line = json.loads(json_lines.getvalue())
+    assert (line["part"], line["level"], line["phrase"]) == ("somelibrary", "warning", "2 peers")
+
+
+# -- reopening
+
+
+def test_a_reopened_log_goes_to_the_file_of_that_name(tmp_path: Path) -> None:
+    path = tmp_path / "xmppd.log"
+    log.setup(path=path)
+    before = {file.name for file in Path("/proc/self/fd").iterdir()}
+    log.get_logger("c2s").info("one")
+    path.rename(tmp_path / "xmppd.log.1")
+
+    log.reopen()
+
+    assert path.read_text() == ""
+    log.get_logger("c2s").info("two")
+    assert "one" in (tmp_path / "xmppd.log.1").read_text()
+    assert "two" in path.read_text()
+    assert len({file.name for file in Path("/proc/self/fd").iterdir()}) == len(before)
+
+
+def test_a_log_that_cannot_be_reopened_goes_on_in_the_old_file(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    log.setup(path=folder / "xmppd.log")
+    folder.rename(tmp_path / "elsewhere")
+
+    with pytest.raises(OSError, match="No such file"):
+        log.reopen()
+
+    (tmp_path / "elsewhere").rename(folder)
+    log.get_logger("c2s").info("two")
+    assert "two" in (folder / "xmppd.log").read_text()
+
+
+def test_a_stream_has_nothing_to_reopen(lines: io.StringIO) -> None:
+    log.reopen()
+    log.get_logger("c2s").info("one")
+    assert "one" in lines.getvalue()

@@ -42,7 +42,8 @@ VECTORS = [
 
 
 def start(mechanism="SCRAM-SHA-1", offered=OFFERED, channel_binding=None):
-    return exchange(mechanism, host="localhost", offered=offered, channel_binding=channel_binding)
+    bindings = dict([channel_binding]) if channel_binding else None
+    return exchange(mechanism, host="localhost", offered=offered, bindings=bindings)
 
 
 def client(mechanism, *, username="juliet", password="pencil", authzid="", binding=None, proposed=True):
@@ -289,6 +290,70 @@ def test_a_client_that_believes_we_cannot_bind(mechanism):
 def test_channel_binding_that_was_not_agreed_on_is_malformed(mechanism, flag):
     attempt = start(mechanism, [*PLUS, *OFFERED], BINDING)
     assert condition(attempt, f"{flag},,n=juliet,r=nonce".encode()) == "malformed-request"
+
+
+@pytest.mark.parametrize("name", ["tls-unique", "tls-server-end-point"])
+def test_the_client_chooses_what_to_bind_to(name):
+    bindings = {"tls-server-end-point": b"certificate", "tls-unique": b"finished"}
+    for data, fits in bindings.items():
+        attempt = exchange("SCRAM-SHA-256-PLUS", host="localhost", offered=[*PLUS, *OFFERED], bindings=bindings)
+        peer = ScramClient(["SCRAM-SHA-256-PLUS"], "juliet", "pencil", channel_binding=(name, fits))
+        step = attempt.receive(peer.get_client_first().encode())
+        step = attempt.supply(SECRETS[step.kind])
+        peer.set_server_first(step.data.decode())
+        if data == name:
+            step = attempt.receive(peer.get_client_final().encode())
+            peer.set_server_final(step.data.decode())
+            assert step == Success("juliet", step.data)
+        else:
+            assert condition(attempt, peer.get_client_final().encode()) == "not-authorized"
+
+
+@pytest.mark.parametrize("name", ["tls-unique", "tls-exporter"])
+def test_a_binding_that_was_not_announced_is_refused_before_the_secret_is_loaded(name):
+    bindings = {"tls-server-end-point": b"certificate"}
+    attempt = exchange("SCRAM-SHA-256-PLUS", host="localhost", offered=[*PLUS, *OFFERED], bindings=bindings)
+    with pytest.raises(SaslError) as caught:
+        attempt.receive(f"p={name},,n=juliet,r=nonce".encode())
+    assert caught.value.condition == "malformed-request"
+
+
+def test_a_client_that_cannot_bind_logs_in_without():
+    attempt = start("SCRAM-SHA-256", [*PLUS, *OFFERED], BINDING)
+    assert log_in(attempt, client("SCRAM-SHA-256")) == "juliet"
+
+
+@pytest.mark.parametrize("trace", [b"", b"sirhc@example.net", "é".encode() * 255])
+def test_anonymous_gets_a_name_of_its_own(trace):
+    steps = [start("ANONYMOUS", ["ANONYMOUS"]).receive(trace) for _ in range(100)]
+    assert all(step.anonymous and step.data == b"" for step in steps)
+    assert all(sasl.prep_username(step.username) == step.username and len(step.username) == 32 for step in steps)
+    assert len({step.username for step in steps}) == 100
+
+
+@pytest.mark.parametrize("trace", [b"x" * 256, b"\xff"])
+def test_anonymous_with_a_trace_that_is_none_is_malformed(trace):
+    assert condition(start("ANONYMOUS", ["ANONYMOUS"]), trace) == "malformed-request"
+
+
+def test_anonymous_is_over_after_its_one_step():
+    attempt = start("ANONYMOUS", ["ANONYMOUS"])
+    attempt.receive(b"")
+    assert condition(attempt, b"") == "malformed-request"
+
+
+def test_nobody_is_anonymous_where_it_is_not_offered():
+    with pytest.raises(SaslError) as caught:
+        start("ANONYMOUS")
+    assert caught.value.condition == "invalid-mechanism"
+
+
+def test_only_anonymous_is_anonymous():
+    step = start("PLAIN").receive(b"\0juliet\0pencil")
+    attempt = start("PLAIN")
+    attempt.receive(b"\0juliet\0pencil")
+    assert isinstance(step, NeedsVerify)
+    assert not attempt.verified(True).anonymous
 
 
 @pytest.mark.parametrize("flag", ["n", "y"])

@@ -12,7 +12,7 @@ from xmppd.admin.registry import Arg, Registry, command, commands_of
 from xmppd.admin.results import List, Rescode, Restuple, Tuple, integer, string
 from xmppd.admin.user_commands import HOST, AccountCommands, SessionCommands, StanzaCommands, served_host
 from xmppd.errors import CommandError, ConfigError
-from xmppd.log import LEVELS, get_level, set_level
+from xmppd.log import LEVELS, get_level, reopen, set_level
 
 # docs/exit-codes.md
 CONFIG_INVALID: Final = 10
@@ -115,6 +115,18 @@ class ServerCommands:
         set_level(loglevel)
 
     @command(
+        "reopen_log",
+        result=Rescode(),
+        tags=("logs",),
+        doc="Reopen the log file after it has been renamed",
+    )
+    def reopen_log(self) -> None:
+        try:
+            reopen()
+        except OSError as exc:
+            raise CommandError(f"the log file cannot be opened, the old one is kept: {exc}") from exc
+
+    @command(
         "help",
         args=(Arg("topic", optional=True), Arg("verb", optional=True)),
         result=Restuple(),
@@ -140,6 +152,18 @@ class ModuleCommands:
     def list(self) -> "Sequence[tuple[str, str, str]]":
         return [(m.name, m.state, m.source) for m in sorted(self._loader.modules(), key=lambda m: m.name)]
 
+    @command(
+        "module stats",
+        result=List(
+            "modules", Tuple("module", (string("name"), *map(integer, ("hooks", "iq_handlers", "commands", "tasks"))))
+        ),
+        tags=("modules", "statistics"),
+        reads=True,
+        doc="Count the hooks, IQ handlers, commands and running tasks of each module, and of the server itself (core)",
+    )
+    def stats(self) -> "Sequence[tuple[str, int, int, int, int]]":
+        return [(use.name, use.hooks, use.iqs, use.commands, use.tasks) for use in self._loader.uses()]
+
     @command("module load", args=(MODULE,), result=Restuple(), tags=("modules",), doc="Start a module with its options")
     async def load(self, name: str) -> str:
         return await self._do(self._loader.load, name, "loaded")
@@ -159,6 +183,7 @@ class ModuleCommands:
         return await self._do(self._loader.reload, name, "reloaded")
 
     async def _do(self, action: Callable[[str], Awaitable[None]], name: str, done: str) -> str:
+        name = name.removeprefix("mod_")  # ejabberd's
         try:
             await action(name)
         except LookupError as exc:

@@ -27,6 +27,7 @@ from xmppd.protocol.stanza import Stanza
 from xmppd.protocol.stream import Event, Limits, Nonza, Stream, StreamClosed, StreamOpened
 from xmppd.shaper import ShaperLimits, TokenBucket
 
+SECURE: Final = "c2s_tls"  # how operators are shown any connection with TLS
 _STREAM_ERROR: Final = f"{{{ns.STREAMS}}}error"
 _CLOSE: Final = b"</stream:stream>"
 _CLOSE_PATIENCE: Final = 2.0  # seconds for the peer to answer our closing tag
@@ -38,7 +39,7 @@ _SIOCOUTQ: Final = termios.TIOCOUTQ
 class Settings:
     """How connections of one listener behave."""
 
-    name: str  # c2s, or c2s_tls for direct TLS
+    name: str  # c2s, or c2s_tls for direct TLS, as the connections are called at first
     before: Limits  # until authentication
     after: Limits
     negotiation_timeout: float  # seconds
@@ -355,6 +356,7 @@ class Connection(asyncio.Protocol):
         # What a client pipelined behind <starttls/> may have been parsed meanwhile.
         self.restart_stream()
         self.secure = True
+        self.name = SECURE
 
     @property
     def ssl_object(self) -> ssl.SSLObject | None:

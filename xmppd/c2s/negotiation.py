@@ -1,7 +1,12 @@
-"""From the first byte to the bound resource: STARTTLS, SASL, bind (RFC 6120 5, 6, 7)."""
+"""From the first byte to the bound resource: stream features, STARTTLS, bind (RFC 6120 4.3, 5, 7). The login between
+them is authentication.py.
 
-import base64
-import binascii
+What is to come has its place. SASL2 (XEP-0388) is another set of elements in authentication.py, announced by its
+`features` and let in by `nonza`; its success opens no new stream, so the features that follow are sent at once. Bind 2
+(XEP-0386), which comes inside of it, calls `_open_session` and answers in `<success/>` instead of with an IQ. Resuming
+a stream (XEP-0198) stands beside `_bind`: it carries a session that is there already.
+"""
+
 import secrets
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine
@@ -9,17 +14,15 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from xml.sax.saxutils import escape
 
-from lxml.etree import _Element
-
-from xmppd.auth import Auth, AuthBusy
+from xmppd.auth import Auth
+from xmppd.c2s.authentication import Authentication
 from xmppd.c2s.connection import Connection
 from xmppd.c2s.session import Parts, Session
 from xmppd.delivery import as_stanza_error
-from xmppd.errors import JidError, StanzaError, StorageError, StreamError
+from xmppd.errors import JidError, StanzaError, StreamError
 from xmppd.events import FeaturesOffering, Handled, UnauthenticatedIq
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, make, parse
-from xmppd.protocol.sasl import Challenge, Exchange, NeedsSecret, NeedsVerify, SaslError, Step, Success, exchange
 from xmppd.protocol.stanza import Stanza, error_reply, iq_result
 from xmppd.protocol.stream import Nonza, StreamOpened
 from xmppd.shaper import ShaperLimits
@@ -28,8 +31,6 @@ _SASL: Final = f"{{{ns.SASL}}}"
 _STARTTLS: Final = f"{{{ns.TLS}}}starttls"
 _BIND: Final = f"{{{ns.BIND}}}bind"
 _RESOURCE: Final = f"{{{ns.BIND}}}resource"
-_ATTEMPTS: Final = 3  # failed SASL attempts on one stream
-_WAIT: Final = "the server cannot check credentials now"
 # How often a free resource is looked for when the server makes one up; one try is enough but for a broken generator.
 _MADE_UP_TRIES: Final = 8
 
@@ -59,15 +60,15 @@ class Negotiation:
     def __init__(self, connection: Connection, rules: Rules, auth: Auth, tls: TlsContexts | None, parts: Parts) -> None:
         self._connection = connection
         self._rules = rules
-        self._auth = auth
+        self._login = Authentication(connection, auth)
         self._tls = tls
         self._parts = parts
         self._host = ""
-        self._user: JID | None = None
-        self._exchange: Exchange | None = None
-        self._offered: list[str] = []
-        self._failures = 0
-        self._mechanism = ""
+
+    @property
+    def _user(self) -> JID | None:
+        """Who has authenticated."""
+        return self._login.user
 
     # -- the stream header
 
@@ -112,13 +113,13 @@ class Negotiation:
             if not secure and rules.starttls and self._tls is not None:
                 required = b"<required/>" if rules.starttls_required else b""
                 features.append(b"<starttls xmlns='%b'>%b</starttls>" % (ns.TLS.encode(), required))
-            self._offered = self._auth.mechanisms(self._host, secure) if secure or not rules.starttls_required else []
-            if self._offered:
-                names = "".join(f"<mechanism>{name}</mechanism>" for name in self._offered)
-                features.append(f"<mechanisms xmlns='{ns.SASL}'>{names}</mechanisms>".encode())
+            if secure or not rules.starttls_required:
+                features += self._login.features(self._host)
+            else:
+                self._login.withdraw()
         return features
 
-    # -- TLS and SASL
+    # -- TLS
 
     def nonza(self, event: Nonza) -> Coroutine[Any, Any, None] | None:
         """STARTTLS and SASL elements."""
@@ -129,7 +130,7 @@ class Negotiation:
         elif tag == _STARTTLS:
             return self._starttls()
         elif tag.startswith(_SASL):
-            return self._sasl(tag[len(_SASL) :], element)
+            return self._login.element(tag[len(_SASL) :], element)
         else:
             self._connection.end(StreamError("not-authorized", "authenticate first"))
         return None
@@ -142,77 +143,8 @@ class Negotiation:
             return None
         connection.write(f"<proceed xmlns='{ns.TLS}'/>".encode())
         host, self._host = self._host, ""
-        self._exchange = None
+        self._login.withdraw()
         return connection.start_tls(self._tls.context(False, host))
-
-    def _sasl(self, name: str, element: _Element) -> Coroutine[Any, Any, None] | None:
-        if self._user is not None:
-            self._connection.end(StreamError("policy-violation", "already authenticated"))
-            return None
-        if not self._offered:
-            self._fail(SaslError("encryption-required", "negotiate TLS first"))
-            return None
-        try:
-            if name == "auth":
-                mechanism = element.get("mechanism") or ""
-                self._mechanism = mechanism
-                self._exchange = exchange(mechanism, host=self._host, offered=self._offered)
-            elif name == "abort":
-                raise SaslError("aborted")
-            elif name != "response" or self._exchange is None:
-                raise SaslError("malformed-request", "no authentication is going on")
-            return self._follow(self._exchange.receive(_decode(element.text)))
-        except SaslError as error:
-            self._fail(error)
-            return None
-
-    def _follow(self, step: Step) -> Coroutine[Any, Any, None] | None:
-        if isinstance(step, Challenge):
-            self._connection.write(f"<challenge xmlns='{ns.SASL}'>{_encode(step.data)}</challenge>".encode())
-        elif isinstance(step, Success):
-            self._succeed(step)
-        else:
-            return self._look_up(step)
-        return None
-
-    async def _look_up(self, step: NeedsSecret | NeedsVerify) -> None:
-        current = self._exchange
-        assert current is not None
-        try:
-            if isinstance(step, NeedsSecret):
-                secret, _ = await self._auth.secret_for(self._host, step.username, step.kind)
-                following = current.supply(secret)
-            else:
-                following = current.verified(await self._auth.check_password(self._host, step.username, step.password))
-            more = self._follow(following)
-            assert more is None
-        except SaslError as error:
-            self._fail(error)
-        except (StorageError, AuthBusy) as exc:
-            # A database that is away must never look like a wrong password.
-            self._connection.log.warning("authentication is not possible now", error=exc)
-            self._fail(SaslError("temporary-auth-failure", _WAIT))
-
-    def _succeed(self, step: Success) -> None:
-        data = f">{_encode(step.data)}</success>" if step.data else "/>"
-        self._connection.write(f"<success xmlns='{ns.SASL}'{data}".encode())
-        self._user = make(step.username, self._host)
-        self._exchange = None
-        self._connection.restart_stream(self._connection.settings.after)
-
-    def _fail(self, error: SaslError) -> None:
-        self._exchange = None
-        connection = self._connection
-        text = f"<text xml:lang='en'>{escape(error.text)}</text>" if error.text else ""
-        connection.write(f"<failure xmlns='{ns.SASL}'><{error.condition}/>{text}</failure>".encode())
-        if error.condition in ("aborted", "temporary-auth-failure"):
-            return
-        self._failures += 1
-        connection.log.info(
-            "authentication failed", peer=connection.peer[0], mechanism=self._mechanism, condition=error.condition
-        )
-        if self._failures >= _ATTEMPTS:
-            connection.end(StreamError("policy-violation", "too many failed attempts"))
 
     # -- bind
 
@@ -227,38 +159,44 @@ class Negotiation:
         return self._bind(stanza, payload.findtext(_RESOURCE) or "")
 
     async def _bind(self, request: Stanza, wanted: str) -> None:
-        assert self._user is not None
-        connection = self._connection
         try:
-            jid = self._choose(self._user, wanted)
-            if not self._rules.allowed(jid, connection.peer[0]):
-                connection.log.info("login refused by access rule", jid=jid.full, ip=connection.peer[0])
-                # RFC 6120 7.6.2.2; only now is everything known that a rule may ask for.
-                raise StanzaError("not-allowed", "Denied by access rule")
+            session = await self._open_session(wanted)
         except StanzaError as error:
             self._reply(error_reply(request, error))
             return
+        if not session.closed:
+            jid = escape(session.jid.full)
+            self._reply(iq_result(request, f"<bind xmlns='{ns.BIND}'><jid>{jid}</jid></bind>".encode()))
+
+    async def _open_session(self, wanted: str) -> Session:
+        """A session with this resource (or one made up for ""), on this connection; StanzaError."""
+        assert self._user is not None
+        connection = self._connection
+        jid = self._choose(self._user, wanted)
+        if not self._rules.allowed(jid, connection.peer[0]):
+            connection.log.info("login refused by access rule", jid=jid.full, ip=connection.peer[0])
+            # RFC 6120 7.6.2.2; only now is everything known that a rule may ask for.
+            raise StanzaError("not-allowed", "Denied by access rule")
         limit = self._rules.max_sessions(self._user, connection.peer[0])
         if limit is not None:
             replacing = self._parts.manager.is_bound(jid)
             for session in self._parts.manager.oldest(self._user, limit if replacing else limit - 1):
                 session.replaced()
-        session = Session(jid, connection, self._parts, connection.log)
+        session = Session(jid, connection, self._parts, connection.log, anonymous=self._login.anonymous)
         connection.carry(session)
         waiting: Awaitable[None] | None = session.bound()
         if waiting is not None:
             await waiting
-        if session.closed:
-            return
-        tls = connection.ssl_object
-        connection.log.info(
-            "session bound",
-            jid=jid.full,
-            tls=tls.version() if tls else None,
-            sasl=self._mechanism,
-            ip=connection.peer[0],
-        )
-        self._reply(iq_result(request, f"<bind xmlns='{ns.BIND}'><jid>{escape(jid.full)}</jid></bind>".encode()))
+        if not session.closed:
+            tls = connection.ssl_object
+            connection.log.info(
+                "session bound",
+                jid=jid.full,
+                tls=tls.version() if tls else None,
+                sasl=self._login.mechanism,
+                ip=connection.peer[0],
+            )
+        return session
 
     def _choose(self, user: JID, wanted: str) -> JID:
         """The full JID to bind; StanzaError bad-request or conflict (RFC 6120 7.7.2)."""
@@ -320,18 +258,3 @@ def _host_of(to: str | None) -> str:
 def _is_version_1(version: str) -> bool:
     major, dot, minor = version.partition(".")
     return bool(dot) and major.isdigit() and minor.isdigit() and int(major) >= 1
-
-
-def _decode(text: str | None) -> bytes:
-    """The data of a SASL element (RFC 6120 6.4.2): base64, "=" for empty data, nothing for no data."""
-    stripped = (text or "").strip()
-    if stripped in ("", "="):
-        return b""
-    try:
-        return base64.b64decode(stripped, validate=True)
-    except (binascii.Error, ValueError) as exc:
-        raise SaslError("incorrect-encoding", "not base64") from exc
-
-
-def _encode(data: bytes) -> str:
-    return base64.b64encode(data).decode()

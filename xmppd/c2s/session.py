@@ -87,6 +87,7 @@ class Session:
         "_log",
         "_parts",
         "_row",
+        "anonymous",
         "closed",
         "jid",
         "presence",
@@ -96,8 +97,10 @@ class Session:
         "user",
     )
 
-    def __init__(self, jid: JID, carrier: Carrier, parts: Parts, log: Logger) -> None:
+    def __init__(self, jid: JID, carrier: Carrier, parts: Parts, log: Logger, *, anonymous: bool = False) -> None:
+        """`anonymous`: the account is this session's alone and ends with it."""
         self.jid = jid
+        self.anonymous = anonymous
         self.user = bare(jid)
         self.priority: int | None = None
         self.presence: Stanza | None = None
@@ -175,6 +178,8 @@ class Session:
                 return SAFE
             raise StanzaError("bad-request", f"presence of type {kind[:20]!r} needs a recipient")
         if kind in SUBSCRIPTIONS:
+            if self.anonymous:
+                raise StanzaError("not-allowed", "an anonymous account has no roster")
             plain = stanza.replace(from_=self.user.full, to=to.bare)
             # A refusal is for this resource: with the stanza as it came, not as it goes out.
             return self._parts.gate.ask(

@@ -10,7 +10,6 @@ Choices made here, for every context:
   two apart. What such a client sends must still be an XMPP stream header, so no other protocol gets through.
 """
 
-import logging
 import os
 import ssl
 import tempfile
@@ -24,10 +23,12 @@ from typing import Final
 from cryptography.hazmat.primitives import hashes
 
 from xmppd.errors import ConfigError, XmppdError
+from xmppd.log import get_logger
 
 from .certificate import Found, dns_name, name_matches, read_certificates, self_signed
+from .channel_binding import HostContext, end_point
 
-log = logging.getLogger(__name__)
+log = get_logger("c2s")
 
 ALPN_CLIENT: Final = "xmpp-client"  # XEP-0368 section 3
 RENEW_BEFORE: Final = timedelta(days=30)  # a self-signed certificate with less left is made anew
@@ -195,7 +196,7 @@ class Certificates:
             _write(path, self_signed(host, now))
         except OSError as exc:
             raise XmppdError(f"{path}: cannot write the self-signed certificate: {exc.strerror}") from exc
-        log.info("self-signed certificate made host=%s file=%s", host, path)
+        log.info("self-signed certificate made", host=host, file=path)
         return read_certificates([escape(str(path))])[0][0]
 
     def _folder(self) -> Path:
@@ -249,7 +250,8 @@ def _choose(
 
 
 def _context(found: Found, folder: Path, alpn: bool) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = HostContext(ssl.PROTOCOL_TLS_SERVER)
+    context.end_point = end_point(found.chain[0])
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
     context.num_tickets = 0  # TLS 1.3; OP_NO_TICKET alone makes them stateful there

@@ -31,14 +31,15 @@ class Owner:
 class SessionRow:
     """One bound resource. `session` is the live object where the row's owner is this process, else None."""
 
-    __slots__ = ("bound_at", "jid", "owner", "priority", "session")
+    __slots__ = ("anonymous", "bound_at", "jid", "owner", "priority", "session")
 
-    def __init__(self, jid: JID, owner: Owner, bound_at: int, session: Any = None) -> None:
+    def __init__(self, jid: JID, owner: Owner, bound_at: int, session: Any = None, *, anonymous: bool = False) -> None:
         self.jid = jid  # full
         self.owner = owner
         self.bound_at = bound_at  # nanoseconds since the epoch: of two rows of one full JID the later one counts
         self.priority: int | None = None  # None until available presence
         self.session = session
+        self.anonymous = anonymous  # the account is this session's alone: this row is all there is of it
 
 
 _NO_ROWS: Final[dict[str, SessionRow]] = {}

@@ -1,6 +1,6 @@
 """What no single option can know: names that must exist elsewhere, values that contradict each other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from .per_host import HostConfig, Rules, host_config
@@ -131,15 +131,19 @@ def _host_sections(config: Schema) -> Iterator[Problem]:
 def _mechanisms(config: Schema) -> Iterator[Problem]:
     for host in config.hosts:
         own = host_config(config, host)
-        if "sql" not in own.auth_method:
-            continue
-        offered = {SCRAM_MECHANISMS[name] for name in own.auth_scram.hashes} | {"PLAIN"}
-        if offered <= set(own.disable_sasl_mechanisms):
+        if _locked_out(own.auth_method, own.auth_scram.hashes, set(own.disable_sasl_mechanisms)):
             special = host in config.host_config or host in config.append_host_config
             where = f" at {host}" if special else ""
             yield "disable_sasl_mechanisms", f"no mechanism is left with which anybody could log in{where}"
             if not special:
                 return
+
+
+def _locked_out(methods: Iterable[str], hashes: Iterable[str], disabled: set[str]) -> bool:
+    """Whether one of the methods has no mechanism left. Those with channel binding are enough for `sql`."""
+    offered = {"anonymous": {"ANONYMOUS"}, "sql": {"PLAIN"}}
+    offered["sql"] |= {SCRAM_MECHANISMS[name] + plus for name in hashes for plus in ("", "-PLUS")}
+    return any(offered[method] <= disabled for method in methods)
 
 
 def _database(config: Schema) -> Iterator[Problem]:

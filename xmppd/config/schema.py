@@ -46,6 +46,7 @@ from .types import (
 )
 
 LogLevel = Literal["none", "emergency", "alert", "critical", "error", "warning", "notice", "info", "debug"]
+LogFormat = Literal["text", "json"]
 AuthMethod = Literal["sql", "anonymous"]
 ResourceConflict = Literal["acceptnew", "setresource", "closeold", "closenew"]
 ScramHash = Literal["sha1", "sha256", "sha512"]
@@ -58,15 +59,11 @@ MECHANISMS: Final = (
 
 # Validated, but nothing acts on them yet. `listen[]` stands for each listener; a name covers what is below it.
 NO_EFFECT_YET: Final = (
-    "auth_method: anonymous",
     "cluster",
     "database.read",
     "listen[].request_handlers",
     "listen[].trusted_proxies",
     "listen[].use_proxy_protocol",
-    "login_limits.exempt",
-    "login_limits.per_account",
-    "login_limits.per_address",
 )
 
 
@@ -348,6 +345,8 @@ class Schema(Options):
     data_dir: AbsolutePath = Field(default_factory=lambda: _absolute("var"))
     hosts: tuple[Host, ...] = ("localhost",)
     loglevel: LogLevel = "info"
+    log_file: AbsolutePath | None = None
+    log_format: LogFormat = "text"
     certfiles: Annotated[tuple[AbsolutePath, ...], several] = ()
     listen: tuple[Listen, ...] = Field(
         default_factory=lambda: (

@@ -1,4 +1,5 @@
-"""SASL on the server's side (RFC 6120 section 6): SCRAM (RFC 5802, 7677) and PLAIN (RFC 4616), without any I/O.
+"""SASL on the server's side (RFC 6120 section 6): SCRAM with and without channel binding (RFC 5802, 7677), PLAIN
+(RFC 4616) and ANONYMOUS (RFC 4505), without any I/O.
 
 An `Exchange` is one attempt. It never loads or computes anything slow itself: it returns a step that says what it needs
 next (`NeedsSecret`, `NeedsVerify`), and whoever drives it brings that and goes on.
@@ -8,7 +9,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -36,6 +37,7 @@ CONDITIONS: Final = frozenset(  # RFC 6120 6.5
     }
 )
 MECHANISMS: Final = {"sha512": "SCRAM-SHA-512", "sha256": "SCRAM-SHA-256", "sha1": "SCRAM-SHA-1"}  # strongest first
+PLUS: Final = "-PLUS"  # behind the name of a mechanism: with channel binding
 KINDS: Final = tuple(MECHANISMS)
 _KIND_OF: Final = {name: kind for kind, name in MECHANISMS.items()}
 _DIGEST_SIZE: Final = {kind: hashlib.new(kind).digest_size for kind in KINDS}
@@ -47,6 +49,7 @@ MIN_SALT_SIZE: Final = 12
 MAX_PASSWORD: Final = 1024  # bytes of UTF-8, before SASLprep
 MAX_USERNAME: Final = 1023  # bytes of UTF-8 (RFC 7622 3.3)
 MAX_NONCE: Final = 512  # characters; clients send 16 to 64
+MAX_TRACE: Final = 255  # characters of what an anonymous client says about itself (RFC 4505 section 2)
 MAX_MESSAGE: Final = 8192  # bytes: the longest PLAIN response (two JIDs and a password) fits
 
 _GS2: Final = re.compile(r"(?P<flag>[yn]|p=[A-Za-z0-9.-]+),(?:a=(?P<authzid>[^,\0]+))?,(?P<bare>.*)", re.DOTALL)
@@ -107,10 +110,14 @@ class NeedsVerify:
 
 @dataclass(frozen=True, slots=True)
 class Success:
-    """The client is `username`; `data` goes into `<success/>` (base64; empty for PLAIN)."""
+    """The client is `username`; `data` goes into `<success/>` (base64; empty for PLAIN and ANONYMOUS).
+
+    `anonymous`: it is nobody we know; the account is made for this login and ends with its session.
+    """
 
     username: str
     data: bytes
+    anonymous: bool = False
 
 
 Step = Challenge | NeedsSecret | NeedsVerify | Success
@@ -190,24 +197,26 @@ def exchange(
     *,
     host: str,
     offered: Sequence[str],
-    channel_binding: tuple[str, bytes] | None = None,
+    bindings: Mapping[str, bytes] | None = None,
     server_nonce: str | None = None,
 ) -> "Exchange":
     """Start an attempt with a mechanism the client took from those `offered` for `host`.
 
-    `channel_binding` is the TLS connection's (type, data), also for mechanisms without `-PLUS`: a client that supports
-    binding but believes we do not (flag `y`) has been lied to if we offered it (RFC 5802 section 6). It counts only if
-    a `-PLUS` is among those offered. `server_nonce` is for the vectors of the RFCs.
-    Raises `SaslError` `invalid-mechanism`.
+    `bindings` is what the TLS connection can be bound to, type -> data, as it was announced (XEP-0440). It is needed
+    for mechanisms without `-PLUS`, too: a client that supports binding but believes we do not (flag `y`) has been lied
+    to if we offered it (RFC 5802 section 6). It counts only if a `-PLUS` is among those offered. `server_nonce` is for
+    the vectors of the RFCs. Raises `SaslError` `invalid-mechanism`.
     """
-    binding = channel_binding if any(name.endswith("-PLUS") for name in offered) else None
+    bound = bindings if bindings and any(name.endswith(PLUS) for name in offered) else {}
     if mechanism not in offered:
         raise SaslError("invalid-mechanism", "this mechanism is not offered")
     if mechanism == "PLAIN":
-        return _Plain(host)
-    if mechanism.removesuffix("-PLUS") not in _KIND_OF or (mechanism.endswith("-PLUS") and binding is None):
+        return _Plain(host, mechanism)
+    if mechanism == "ANONYMOUS":
+        return _Anonymous(host, mechanism)
+    if mechanism.removesuffix(PLUS) not in _KIND_OF or (mechanism.endswith(PLUS) and not bound):
         raise SaslError("invalid-mechanism", "this mechanism is not supported")
-    return _Scram(host, mechanism, binding, server_nonce)
+    return _Scram(host, mechanism, bound, server_nonce)
 
 
 class Exchange:
@@ -216,6 +225,7 @@ class Exchange:
     def __init__(self, host: str, mechanism: str) -> None:
         self.host = host
         self.mechanism = mechanism
+        self.username = ""  # who the client says it is, prepared, as soon as it has said so
         self._asked = False  # for the initial response, with an empty challenge
         self._expects = "first"  # first | secret | verdict | final | nothing
 
@@ -255,14 +265,15 @@ class Exchange:
     def _final(self, text: str) -> Step:
         raise NotImplementedError
 
-    def _prepare(self, username: str, authzid: str) -> str:
-        """The user's local part. Nobody acts for somebody else here: an authzid names the user's own bare JID."""
+    def _prepare(self, username: str, authzid: str) -> None:
+        """Note who it is. Nobody acts for somebody else here: an authzid names the user's own bare JID."""
         if len(username.encode()) > MAX_USERNAME:
             raise SaslError("malformed-request", "the user name is too long")
         try:
             prepared = prep_username(username)
         except JidError as exc:
             raise SaslError("not-authorized", "no user can have this name") from exc
+        self.username = prepared
         if authzid:
             try:
                 asked = parse(authzid).full
@@ -270,14 +281,9 @@ class Exchange:
                 asked = ""
             if asked != f"{prepared}@{self.host}":
                 raise SaslError("invalid-authzid", "users may act for themselves only")
-        return prepared
 
 
 class _Plain(Exchange):
-    def __init__(self, host: str) -> None:
-        super().__init__(host, "PLAIN")
-        self._username = ""
-
     def _first(self, text: str) -> Step:
         parts = text.split("\0")
         if len(parts) != 3 or not parts[1] or not parts[2]:
@@ -285,9 +291,9 @@ class _Plain(Exchange):
         authzid, username, password = parts
         if len(password.encode()) > MAX_PASSWORD:
             raise SaslError("malformed-request", "the password is too long")
-        self._username = self._prepare(username, authzid)
+        self._prepare(username, authzid)
         self._expects = "verdict"
-        return NeedsVerify(self._username, password)
+        return NeedsVerify(self.username, password)
 
     def verified(self, ok: bool) -> Step:
         if self._expects != "verdict":
@@ -295,7 +301,21 @@ class _Plain(Exchange):
         self._expects = "nothing"
         if not ok:
             raise SaslError("not-authorized", WRONG)
-        return Success(self._username, b"")
+        return Success(self.username, b"")
+
+
+class _Anonymous(Exchange):
+    def receive(self, data: bytes) -> Step:
+        """The trace information is optional, so no data is an answer and not a reason to ask (XEP-0175)."""
+        self._asked = True
+        return super().receive(data)
+
+    def _first(self, text: str) -> Step:
+        if len(text) > MAX_TRACE:
+            raise SaslError("malformed-request", f"trace information has at most {MAX_TRACE} characters")
+        # 128 random bits: nobody had this name before, and nobody can guess who has it now.
+        self.username = secrets.token_hex(16)
+        return Success(self.username, b"", anonymous=True)
 
 
 # The same words for a user who does not exist and for a wrong password, whatever the mechanism.
@@ -307,18 +327,21 @@ _WORDS: Final = {
         "not-authorized",
         "channel binding was offered, but the client did not see it: somebody may sit in the middle",
     ),
-    ServerError.UNSUPPORTED_CHANNEL_BINDING_TYPE: ("malformed-request", "channel binding of a type that is not ours"),
+    ServerError.UNSUPPORTED_CHANNEL_BINDING_TYPE: (
+        "malformed-request",
+        "channel binding of a type that was not announced",
+    ),
 }
 
 
 class _Scram(Exchange):
-    def __init__(self, host: str, mechanism: str, binding: tuple[str, bytes] | None, server_nonce: str | None) -> None:
+    def __init__(self, host: str, mechanism: str, bindings: Mapping[str, bytes], server_nonce: str | None) -> None:
         super().__init__(host, mechanism)
-        self._kind = _KIND_OF[mechanism.removesuffix("-PLUS")]
-        self._binding = binding
+        self._kind = _KIND_OF[mechanism.removesuffix(PLUS)]
+        self._bindings = bindings
         self._server_nonce = server_nonce
         self._server: ScramServer | None = None
-        self._username = self._flag = self._authzid = self._bare = ""
+        self._flag = self._authzid = self._bare = ""
 
     def _first(self, text: str) -> Step:
         header = _GS2.fullmatch(text)
@@ -326,11 +349,18 @@ class _Scram(Exchange):
         if header is None or bare is None:
             raise SaslError("malformed-request", "no client-first-message of SCRAM (RFC 5802 section 7)")
         self._flag, self._authzid, self._bare = header["flag"], header["authzid"] or "", header["bare"]
-        if self._flag[0] == "p" and not self.mechanism.endswith("-PLUS"):
+        if self._flag[0] == "p" and not self.mechanism.endswith(PLUS):
             raise SaslError("malformed-request", "channel binding needs a mechanism with -PLUS")
-        self._username = self._prepare(_unescape(bare["username"]), _unescape(self._authzid))
+        if self._flag[0] == "p" and self._flag[2:] not in self._bindings:
+            raise SaslError(*_WORDS[ServerError.UNSUPPORTED_CHANNEL_BINDING_TYPE])
+        self._prepare(_unescape(bare["username"]), _unescape(self._authzid))
         self._expects = "secret"
-        return NeedsSecret(self._username, self._kind)
+        return NeedsSecret(self.username, self._kind)
+
+    def _binding(self) -> tuple[str, bytes] | None:
+        """What the client chose; else any that was offered, for scramp to notice a client that did not see it."""
+        name = self._flag[2:] if self._flag[0] == "p" else next(iter(self._bindings), "")
+        return (name, self._bindings[name]) if name else None
 
     def supply(self, secret: Secret) -> Step:
         if self._expects != "secret":
@@ -340,7 +370,7 @@ class _Scram(Exchange):
             raise SaslError("temporary-auth-failure", "the stored secret of this account cannot be used")
         stored = (secret.salt, secret.stored_key, secret.server_key, secret.iterations)
         try:
-            server = ScramMechanism(self.mechanism).make_server(lambda _: stored, self._binding, self._server_nonce)
+            server = ScramMechanism(self.mechanism).make_server(lambda _: stored, self._binding(), self._server_nonce)
             server.set_client_first(f"{self._flag},,{self._bare}")  # scramp refuses any authzid; ours is checked
             if self._authzid:  # but the client's `c=` and its proof cover the header as it was sent
                 server.gs2_header = _HeaderAsSent(server.gs2_header, self._authzid)
@@ -358,7 +388,7 @@ class _Scram(Exchange):
             data: str = self._server.get_server_final()
         except ScramException as exc:
             raise _translated(exc) from exc
-        return Success(self._username, data.encode())
+        return Success(self.username, data.encode())
 
 
 class _HeaderAsSent(Gs2Header):  # type: ignore[misc]

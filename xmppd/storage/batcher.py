@@ -1,7 +1,6 @@
 """The batcher: group commit. Many rows, one transaction; each caller's future is resolved after the commit only."""
 
 import asyncio
-import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,8 +11,9 @@ from typing import Any, Final, Protocol, TypeVar
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from xmppd.errors import StorageError, StorageUnavailable
+from xmppd.log import get_logger
 
-log = logging.getLogger("xmppd.storage")
+log = get_logger("storage")
 T = TypeVar("T")
 
 Write = Callable[[AsyncConnection, list[Any]], Awaitable[list[Any]]]
@@ -99,6 +99,11 @@ class Batcher:
     def rows_waiting(self) -> int:
         """Rows submitted and not yet committed or failed."""
         return self._rows
+
+    @property
+    def closed(self) -> bool:
+        """True from the call of `close` on: nothing is taken any more."""
+        return self._closed
 
     def define(
         self,
@@ -234,7 +239,7 @@ class Batcher:
             return
         kinds = ",".join(sorted({kind.name for kind, _ in batch[0].items}))
         if not isinstance(exc, StorageError):
-            log.error("write failed kinds=%s", kinds, exc_info=exc)
+            log.error("write failed", kinds=kinds, exc=exc)
             error = StorageError(f"writing {kinds} failed: {exc!r}")
             error.__cause__ = exc
             exc = error
@@ -283,13 +288,13 @@ class Batcher:
     def _note_away(self, exc: StorageUnavailable) -> None:
         if self._away_since is None:
             self._away_since = asyncio.get_running_loop().time()
-            log.warning("writes wait for the database rows=%d reason=%s", self._rows, exc)
+            log.warning("writes wait for the database", rows=self._rows, reason=exc)
 
     def _note_back(self) -> None:
         if self._away_since is not None:
             away = asyncio.get_running_loop().time() - self._away_since
             self._away_since = None
-            log.info("database takes writes again away_s=%.1f rows=%d", away, self._rows)
+            log.info("database takes writes again", away_s=round(away, 1), rows=self._rows)
 
 
 async def _write(batch: list[_Unit], connection: AsyncConnection) -> dict[_Unit, list[Any]]:

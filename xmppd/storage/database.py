@@ -1,7 +1,6 @@
 """Storage: the one object through which the server reads and writes its database."""
 
 import asyncio
-import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
@@ -14,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from xmppd.errors import StorageError, StorageUnavailable
+from xmppd.log import get_logger
 from xmppd.storage.batcher import Batcher
 from xmppd.storage.engine import STATEMENT_TIMEOUT, create_sqlite_file, mysql_engine, sqlite_engine
 from xmppd.storage.faults import Fault, classify, translated
@@ -21,7 +21,7 @@ from xmppd.storage.loader import Loader
 from xmppd.storage.migrate import create_missing, migrate
 from xmppd.storage.url import SqliteTarget, parse_url
 
-log = logging.getLogger("xmppd.storage")
+log = get_logger("storage")
 T = TypeVar("T")
 
 _ATTEMPTS: Final = 8
@@ -74,6 +74,11 @@ class Storage:
         """True when only processes of this machine can share it."""
         return isinstance(self._target, SqliteTarget)
 
+    @property
+    def closed(self) -> bool:
+        """True before `open` and from `close` on."""
+        return self._engine is None or self.batcher.closed
+
     async def open(self) -> None:
         """Connect, bring the schema to this version. Raises StorageUnavailable, SchemaTooNew, StorageError."""
         if self._engine is not None:
@@ -86,7 +91,7 @@ class Storage:
         except BaseException:
             await self._dispose()
             raise
-        log.info("storage open database=%s", str(self._target).replace(" ", ":"))
+        log.info("storage open", database=self.where)
 
     async def close(self) -> None:
         """Writes what is queued, as long as its deadlines allow, then closes every connection."""
@@ -100,6 +105,11 @@ class Storage:
         """Creates those that are missing, for third-party modules; a table that is there is left as it is."""
         with translated(self.where):
             await self._migrate(tables)
+
+    def forget_statements(self) -> None:
+        """Forget how statements were compiled: those of a module that was unloaded would keep its tables in memory."""
+        if self._engine is not None:
+            self._engine.sync_engine.clear_compiled_cache()
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[AsyncConnection]:
@@ -142,7 +152,7 @@ class Storage:
                 undone = fault.transient or (fault.lost and (repeatable or not transaction.committing))
                 if not undone or attempt == _ATTEMPTS or loop.time() >= give_up:
                     raise fault.error(self.where) from exc
-                log.debug("transaction tried again attempt=%d reason=%s", attempt, fault.reason)
+                log.debug("transaction tried again", attempt=attempt, reason=fault.reason)
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 2, 0.2)
         raise AssertionError("not reached")
@@ -232,7 +242,7 @@ class Storage:
                     raise
             await asyncio.sleep(0.05)
         if mode != "wal":
-            log.warning("database without write-ahead log: readers wait for writers path=%s mode=%s", self.where, mode)
+            log.warning("no write-ahead log, readers wait for writers", database=self.where, mode=mode)
 
     async def _missing_sql_mode(self) -> str | None:
         """None when the server is strict by itself; else the mode that each of our connections has to set."""
@@ -240,7 +250,7 @@ class Storage:
             mode = str((await connection.exec_driver_sql("SELECT @@sql_mode")).scalar_one())
         if any(word in mode for word in _STRICT):
             return None
-        log.warning("database server is not strict: each connection sets sql_mode; better set it in the server")
+        log.warning("database server is not strict", database=self.where, sql_mode=mode)
         return ",".join(word for word in (mode, _STRICT[0]) if word)
 
     @asynccontextmanager

@@ -147,9 +147,11 @@ def _sqlite_pragmas(dbapi_connection: Any, record: Any) -> None:
 
 
 def create_sqlite_file(path: Path) -> None:
-    """Created for our eyes only; SQLite gives its -wal and -shm files the same mode. Raises StorageUnavailable."""
+    """Created for our eyes only; SQLite gives its -wal and -shm files the same mode. Raises StorageUnavailable.
+
+    Its folder has to be there: a mistyped path must not become a new, empty database.
+    """
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as exc:
         raise StorageUnavailable(f"sqlite {path}: {exc.strerror or exc}") from exc

@@ -1,7 +1,6 @@
 """The loader: look-ups made at the same time become one SELECT … IN (…)."""
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -10,8 +9,9 @@ from typing import Any, Final, Protocol, TypeVar
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from xmppd.errors import StorageError, StorageUnavailable
+from xmppd.log import get_logger
 
-log = logging.getLogger("xmppd.storage")
+log = get_logger("storage")
 K = TypeVar("K")
 V = TypeVar("V")
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class Reader(Protocol):
 @dataclass(slots=True)
 class _Kind:
     name: str
-    fetch: Fetch | None
+    fetch: Fetch
     waiting: dict[Any, list[asyncio.Future[Any]]] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
 
@@ -55,10 +55,8 @@ class Loader:
             kind.fetch = fetch
 
     def undefine(self, name: str) -> None:
-        """Look-ups that wait for a query of this kind fail with StorageError."""
-        kind = self._kinds.pop(name, None)
-        if kind is not None:
-            kind.fetch = None
+        """No more of this kind; look-ups that wait are still made."""
+        self._kinds.pop(name, None)
 
     async def get(self, name: str, key: Any) -> Any:
         """The value, or None when there is no such row. Raises StorageError, StorageUnavailable."""
@@ -104,10 +102,6 @@ class Loader:
 
     async def _load(self, kind: _Kind, batch: dict[Any, list[asyncio.Future[Any]]]) -> None:
         fetch, keys = kind.fetch, list(batch)
-        if fetch is None:
-            for waiters in batch.values():
-                _fail(waiters, StorageError(f"nobody loads {kind.name} any more: its module was unloaded"))
-            return
         try:
             found = await self._read(lambda connection: fetch(connection, keys))
         except StorageUnavailable as exc:
@@ -126,7 +120,7 @@ class Loader:
         """One key that cannot be looked up must not fail the others: halve until it is alone."""
         if len(batch) == 1:
             if not isinstance(exc, StorageError):
-                log.error("look-up failed kind=%s", kind.name, exc_info=exc)
+                log.error("look-up failed", kind=kind.name, exc=exc)
             for waiters in batch.values():
                 _fail(waiters, exc)
             return

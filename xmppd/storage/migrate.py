@@ -6,7 +6,6 @@ commits by itself) every step looks first at what is there.
 """
 
 import asyncio
-import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -25,11 +24,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.schema import CreateTable
 
 from xmppd.errors import SchemaTooNew, StorageUnavailable
+from xmppd.log import get_logger
 from xmppd.storage.faults import classify
 from xmppd.storage.lease import Lease
 from xmppd.storage.tables import db_lock
 
-log = logging.getLogger("xmppd.storage")
+log = get_logger("storage")
 
 LOCK_NAME: Final = "migration"
 LOCK_SECONDS: Final = 30.0  # a killed migrator holds the others up for as long as this
@@ -56,9 +56,9 @@ async def migrate(engine: AsyncEngine, where: str) -> None:
     async with _migration_lock(engine) as guard:
         if await _is_current(engine, where):
             return
-        log.info("migration begins database=%s", where)
+        log.info("migration begins", database=where)
         await _upgrade(engine, guard)
-        log.info("migration done database=%s", where)
+        log.info("migration done", database=where)
 
 
 async def create_missing(engine: AsyncEngine, tables: Sequence[Table]) -> None:
@@ -71,7 +71,7 @@ async def create_missing(engine: AsyncEngine, tables: Sequence[Table]) -> None:
     def create(connection: Connection) -> None:
         for table in missing(connection):
             table.create(connection)
-            log.info("table created name=%s", table.name)
+            log.info("table created", name=table.name)
 
     async with engine.connect() as connection:
         if not await connection.run_sync(missing):
@@ -156,7 +156,7 @@ async def _acquire(engine: AsyncEngine, lease: Lease) -> None:
             )
         if now - said >= _PROGRESS:
             said = now
-            log.info("waiting for the migration lock waited_s=%d holder=%s", now - started, await _holder(lease))
+            log.info("waiting for the migration lock", waited_s=int(now - started), holder=await _holder(lease))
         await asyncio.sleep(_POLL)
 
 
