@@ -364,7 +364,7 @@ async def test_a_slow_database_makes_logins_slow_and_nothing_else(node, mariadb_
     node.start()  # makes the tables, which is a matter of its own
     node.register("romeo", "juliet", "mercutio", "nurse", "paris")
     node.end()
-    async with SlowLine(mariadb_server.port, 0.25) as line:
+    async with SlowLine(mariadb_server.port, 0.12) as line:
         node.write(database={"url": url.replace(f":{mariadb_server.port}/", f":{line.port}/"), "pool": {"timeout": 3}})
         await asyncio.to_thread(node.start)
         play = Play(node)
@@ -372,7 +372,7 @@ async def test_a_slow_database_makes_logins_slow_and_nothing_else(node, mariadb_
         await play.go_on(as_it_is(4))
 
         assert set(play.logins) == {"success"}
-        assert play.slowest > 0.25
+        assert play.slowest > 0.12
         node.write(database={"url": url})  # its last start goes straight there: the proxy lives in our loop
         await play.check(logins=set())
         await play.end()

@@ -161,7 +161,7 @@ def test_file_and_format_of_the_log_change_at_a_reload_or_nothing_does(node, tmp
 
     lines = [json.loads(line) for line in log(node).splitlines()]
     assert {"configuration reloaded", "stopping", "stopped"} <= {line["phrase"] for line in lines}
-    assert not node.trouble()
+    assert not node.trouble(), node.err
 
 
 def test_a_log_that_cannot_be_written_is_a_fault_of_the_configuration(node, tmp_path):
