@@ -1,7 +1,7 @@
 """In-band registration (XEP-0077): new accounts, new passwords, removal. Not among the default modules."""
 
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from typing import Final
@@ -14,6 +14,7 @@ from xmppd.errors import JidError, StanzaError, StorageError, XmppdError
 from xmppd.events import HANDLED, FeaturesOffering, Handled, UnauthenticatedIq
 from xmppd.module_api import (
     NO_REPLY,
+    AccessRules,
     Context,
     IqRequest,
     Module,
@@ -25,6 +26,7 @@ from xmppd.module_api import (
     iq,
 )
 from xmppd.protocol import ns
+from xmppd.protocol.jid import make
 from xmppd.protocol.sasl import PasswordError
 from xmppd.protocol.stanza import Stanza, build, error_element, iq_result
 
@@ -36,6 +38,8 @@ _ADDRESSES: Final = 10_000  # remembered; the one that was silent longest is for
 
 @dataclass(frozen=True, slots=True)
 class Config:
+    access: str = "all"  # access rule: which accounts may be made
+    ip_access: str = "all"  # access rule: from which addresses
     require_encryption: bool = True  # no passwords over connections that others can read
     per_address: OptionalRate = _FIVE_AN_HOUR  # attempts to make an account
     instructions: str = "Choose a username and a password"  # shown by clients
@@ -50,6 +54,12 @@ class Register(Module[Config]):
     def __init__(self, context: Context, config: Config) -> None:
         super().__init__(context, config)
         self._attempts = Attempts(config.per_address, context.clock)
+
+    @classmethod
+    def check_options(cls, config: Config, access: AccessRules) -> Iterator[str]:
+        for option, rule in (("access", config.access), ("ip_access", config.ip_access)):
+            if not access.has_rule(rule):
+                yield f"{option}: there is no access rule {rule!r}"
 
     # -- before authentication
 
@@ -86,10 +96,21 @@ class Register(Module[Config]):
         username, password = _text(query, "username"), _text(query, "password")
         if not username or not password:
             raise StanzaError("not-acceptable", "username and password are needed")
+        if not self._may_register(event, username):
+            raise StanzaError("forbidden", "Access denied by service policy")
         if not await _checked(self.accounts.register(event.host, username, password)):
             raise StanzaError("conflict", "this username is taken")
         self.log.info("account registered", host=event.host, username=username, address=event.address)
         return b""
+
+    def _may_register(self, event: UnauthenticatedIq, username: str) -> bool:
+        try:
+            user = make(username, event.host)
+        except JidError as exc:
+            raise StanzaError("not-acceptable", "this username cannot be used") from exc
+        return self.access.allowed(self.config.access, user, event.address) and self.access.allowed(
+            self.config.ip_access, None, event.address, event.host
+        )
 
     def _is_safe(self, encrypted: bool) -> bool:
         return encrypted or not self.config.require_encryption

@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         overrides["data_dir"] = str(arguments.data_dir)
     try:
         loaded = config.load(arguments.config, overrides=overrides, node=arguments.name)
+        if arguments.check or arguments.dump_config:
+            return _look(loaded, dump=arguments.dump_config)
         log.setup_from(loaded)
         again = uvloop.run(_serve(Server, loaded))
     except XmppdError as exc:
@@ -44,6 +46,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _look(loaded: Any, *, dump: bool) -> int:
+    """Start nothing; ConfigError when it could not start."""
+    from xmppd import config
+    from xmppd.check import check, effective_options
+
+    prepared, warnings = check(loaded)
+    for warning in warnings:
+        print(f"xmppd: warning: {warning}", file=sys.stderr)
+    if dump:
+        print(config.dump(loaded, effective_options(prepared)), end="")
+    else:
+        print(f"{loaded.source}: no problems found")
+    return 0
+
+
 async def _serve(server: Any, loaded: Any) -> bool:
     again: bool = await server(loaded).run()
     return again
@@ -54,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="xmppd.yml; else $XMPPD_CONFIG, ./etc/, /etc/xmppd/, defaults")
     parser.add_argument("--node", "--name", "--sname", dest="name", help="this node's name, such as xmppd@node01")
     parser.add_argument("--data-dir", type=Path, help="where the node keeps what is its own (`data_dir`)")
+    look = parser.add_mutually_exclusive_group()
+    look.add_argument("--check", action="store_true", help="validate the configuration, start nothing; 0, or 10")
+    look.add_argument("--dump-config", action="store_true", help="print every value and where it came from")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     return parser
 

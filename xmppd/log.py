@@ -289,9 +289,9 @@ class _FileHandler(_Handler):
     """Appends to a file, unbuffered; when it has been moved away (logrotate) the next line starts a new one."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
         self._path = path.absolute()
         self._file, self._identity = self._open()
+        super().__init__()  # not before: logging closes at exit whatever has come so far
         self._torn = False  # the last write ended inside a line
 
     def _open(self) -> tuple[int, tuple[int, int]]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
+from xmppd.access import Access, AccessRules
 from xmppd.admin.registry import Arg, command
 from xmppd.admin.results import List, Rescode, Tuple, integer, string
 from xmppd.cluster.tables import Owner
@@ -54,6 +55,8 @@ __all__ = [
     "FULL_BYTES",
     "NO_REPLY",
     "SAFE",
+    "Access",
+    "AccessRules",
     "Arg",
     "BlockingService",
     "Blocklist",
@@ -259,6 +262,7 @@ class Context:
     spool: "Spool"
     sessions: Sessions
     accounts: AccountsInfo
+    access: Access
     server: ServerInfo
     log: "Logger"
     clock: Callable[[], float]
@@ -289,11 +293,18 @@ class Module(Generic[C]):
         self.spool = context.spool
         self.sessions = context.sessions
         self.accounts = context.accounts
+        self.access = context.access
         self.server = context.server
         self.log = context.log
         self.clock = context.clock
         self._context = context
         self.table = SimpleNamespace(**{table.name: table for table in self.tables})
+
+    @classmethod
+    def check_options(cls, config: C, access: AccessRules) -> Iterable[str]:
+        """What is wrong with options in a way their types cannot know, such as rules that do not exist: lines like
+        `access: there is no access rule 'x'`. Asked before anything starts, or stops for a reload."""
+        return ()
 
     async def start(self) -> None:
         """Called after its hooks are registered and before it is used by others."""

@@ -15,7 +15,7 @@ import itertools
 import sys
 import typing
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from xmppd.access import Access, AccessRules
 from xmppd.admin.registry import Registry, commands_of
 from xmppd.errors import CommandError, ConfigError, XmppdError
 from xmppd.hooks import Hooks
@@ -78,6 +79,15 @@ class ModuleUse:
 Validate = Callable[[type[Any], Mapping[str, Any], str], Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A `modules:` section that was found to be right: each module's class and its validated options."""
+
+    options: Mapping[str, Mapping[str, Any]]
+    modules: Mapping[str, tuple[type[Module[Any]], Any]]
+    order: Sequence[str]
+
+
 class ModuleLoader:
     """All modules of a node."""
 
@@ -89,6 +99,7 @@ class ModuleLoader:
         registry: Registry,
         context: Callable[[str], Context],
         validate: Validate,
+        access: Access,
         paths: Sequence[Path] = (),
     ) -> None:
         self._hooks = hooks
@@ -96,6 +107,7 @@ class ModuleLoader:
         self._registry = registry
         self._context = context
         self._validate = validate
+        self._access = access
         self._paths = tuple(paths)
         self._loaded: dict[str, Loaded] = {}
         self._options: Mapping[str, Mapping[str, Any]] = {}
@@ -148,20 +160,21 @@ class ModuleLoader:
 
     # -- configuration
 
-    def check(self, modules: Mapping[str, Mapping[str, Any]]) -> None:
-        """Every name exists and every option is right, or ConfigError with all problems; nothing is started."""
-        self._prepare(modules)
+    def prepare(
+        self,
+        modules: Mapping[str, Mapping[str, Any]],
+        *,
+        validate: Validate | None = None,
+        access: AccessRules | None = None,
+    ) -> Prepared:
+        """Every name exists and every option is right, or ConfigError with all problems; nothing is started.
 
-    def _prepare(self, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[type[Module[Any]], Any]]:
+        `validate` and `access` where they differ from those in force: for a configuration that is being considered."""
         problems: list[str] = []
         prepared: dict[str, tuple[type[Module[Any]], Any]] = {}
         for name, options in modules.items():
             try:
-                python_module = self._import(name)
-                prepared[name] = (
-                    self._class_of(python_module, name),
-                    self._validate(_config_of(python_module), options, f"modules.{name}"),
-                )
+                prepared[name] = self._checked(self._import(name), name, options, validate, access)
             except ConfigError as exc:
                 problems += exc.problems
         for name, (cls, _) in prepared.items():
@@ -172,17 +185,32 @@ class ModuleLoader:
             ]
         if problems:
             raise ConfigError(problems)
-        return prepared
+        return Prepared(modules, prepared, _in_order({name: cls.requires for name, (cls, _) in prepared.items()}))
+
+    def _checked(
+        self,
+        python_module: ModuleType,
+        name: str,
+        options: Mapping[str, Any],
+        validate: Validate | None = None,
+        access: AccessRules | None = None,
+    ) -> tuple[type[Module[Any]], Any]:
+        """A module's class and its options; ConfigError."""
+        cls = self._class_of(python_module, name)
+        config = (validate or self._validate)(_config_of(python_module), options, f"modules.{name}")
+        wrong = list(cls.check_options(config, access or self._access.rules))
+        if wrong:
+            raise ConfigError([f"modules.{name}.{words}" for words in wrong])
+        return cls, config
 
     # -- life
 
     async def start(self, modules: Mapping[str, Mapping[str, Any]]) -> None:
         """Load everything that is configured, each after what it requires; ConfigError before anything started."""
-        prepared = self._prepare(modules)
+        prepared = self.prepare(modules)
         self._options = modules
-        for name in _in_order({name: cls.requires for name, (cls, _) in prepared.items()}):
-            cls, config = prepared[name]
-            await self._start(name, cls, config)
+        for name in prepared.order:
+            await self._start(name, *prepared.modules[name])
         _log.info("modules loaded", modules=",".join(self._loaded))
 
     async def stop(self) -> None:
@@ -215,9 +243,8 @@ class ModuleLoader:
             forgotten = _forget_code(python_name)
             try:
                 python_module = self._import(name)
-                cls = self._class_of(python_module, name)
+                cls, config = self._checked(python_module, name, self._options.get(name, {}))
                 self._needs_nothing_more(name, cls)
-                config = self._validate(_config_of(python_module), self._options.get(name, {}), f"modules.{name}")
                 await self._replace(name, cls, config)
                 self._tidy_up(1)
             except BaseException:
@@ -226,35 +253,59 @@ class ModuleLoader:
                 raise
         _log.info("module reloaded", module=name)
 
-    async def apply(self, modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """Go over to another `modules:` section: unload, load, reload what differs. What was done comes back."""
-        prepared = self._prepare(modules)
-        report: list[str] = []
+    async def apply(self, prepared: Prepared) -> None:
+        """Go over to another `modules:` section: unload, load, restart what differs.
+
+        All or nothing: when a module refuses to start, those that were there before are started again with the options
+        they had, and ConfigError tells which one refused, and why."""
         async with self._lock:
-            before, self._options = self._options, modules
-            for name in reversed([name for name in self._loaded if name not in modules]):
-                await self._stop(name)
-                report.append(f"modules.{name}: unloaded")
-            for name in _in_order({name: cls.requires for name, (cls, _) in prepared.items()}):
-                cls, config = prepared[name]
-                if name not in self._loaded:
-                    await self._start(name, cls, config)
-                    report.append(f"modules.{name}: loaded")
-                elif dict(before.get(name, {})) != dict(modules[name]):
-                    await self._replace(name, cls, config)
-                    report.append(f"modules.{name}: restarted with new options")
-            self._tidy_up(len(report))
-        return report
+            before, self._options = self._options, prepared.options
+            undo: list[Callable[[], Awaitable[None]]] = []
+            try:
+                for name in reversed(list(self._loaded)):
+                    if name not in prepared.options:
+                        undo.append(functools.partial(self._enter, self._loaded[name]))
+                        await self._stop(name)
+                for name in prepared.order:
+                    if name not in self._loaded:
+                        await self._start(name, *prepared.modules[name])
+                        undo.append(functools.partial(self._stop, name))
+                    elif dict(before.get(name, {})) != dict(prepared.options[name]):
+                        old = self._loaded[name]
+                        await self._replace(name, *prepared.modules[name])
+                        undo.append(functools.partial(self._put_back, old))
+            except BaseException as exc:
+                self._options = before
+                lost = await self._go_back(undo)
+                if isinstance(exc, XmppdError):
+                    raise ConfigError([*getattr(exc, "problems", [str(exc)]), *lost]) from exc
+                raise
+            self._tidy_up(len(undo))
+
+    async def _go_back(self, undo: Sequence[Callable[[], Awaitable[None]]]) -> list[str]:
+        """The last step first. Lines about modules that did not come back."""
+        problems: list[str] = []
+        for step in reversed(undo):
+            try:
+                await step()
+            except XmppdError as exc:
+                problems.append(f"{exc} (this is how it was before, and it does not start again)")
+        return problems
+
+    async def _put_back(self, old: Loaded) -> None:
+        """A module as it was before it was replaced."""
+        new = self._loaded[old.name]
+        await _end_tasks(new)
+        await self._leave(new)
+        await self._enter(old)
 
     async def _load(self, name: str) -> None:
         if name in self._loaded:
             raise CommandError(f"the module {name} is loaded already", _STATE)
         if name not in self._available():
             raise CommandError(self._unknown(name), _UNKNOWN)
-        python_module = self._import(name)
-        cls = self._class_of(python_module, name)
+        cls, config = self._checked(self._import(name), name, self._options.get(name, {}))
         self._needs_nothing_more(name, cls)
-        config = self._validate(_config_of(python_module), self._options.get(name, {}), f"modules.{name}")
         await self._start(name, cls, config)
 
     def _needs_nothing_more(self, name: str, cls: type[Module[Any]]) -> None:

@@ -19,8 +19,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
-from xmppd import config as configuration
-from xmppd import log
+from xmppd import log, reload
+from xmppd.access import Access, AccessRules
 from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
 from xmppd.admin.commands import register_core
 from xmppd.admin.registry import Registry, commands_of
@@ -32,12 +32,12 @@ from xmppd.c2s.negotiation import Rules
 from xmppd.c2s.session import Parts
 from xmppd.c2s.sweeper import RecordSweeper
 from xmppd.c2s.tls import Certificates
+from xmppd.check import own_certfiles, validator
 from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
 from xmppd.config import Config
-from xmppd.config.changes import RESTART
 from xmppd.config.schema import C2SListen, HttpListen
 from xmppd.delivery import Gate
-from xmppd.errors import CommandError, XmppdError
+from xmppd.errors import CommandError, ConfigError, XmppdError
 from xmppd.events import ConfigReloaded, ServerStarted, UserDeleted, UserRegistered
 from xmppd.hooks import Hooks
 from xmppd.http.node import HttpServers
@@ -51,7 +51,7 @@ from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
 from xmppd.notify import Notifier
 from xmppd.protocol import ns, stream
-from xmppd.protocol.jid import JID, make
+from xmppd.protocol.jid import make
 from xmppd.protocol.stream import Limits
 from xmppd.router import Router
 from xmppd.s2s_manager import S2SManager
@@ -137,8 +137,10 @@ class Server:
         self._tasks: set[asyncio.Task[None]] = set()  # each ends by itself, soon
         self._services: set[asyncio.Task[None]] = set()  # each goes on until it is cancelled
         self._listeners: list[ClientListener] = []
-        self._notifier = Notifier.from_environment()
         self._reloading = asyncio.Lock()
+        self._applying = asyncio.Lock()
+        self.access = Access(AccessRules(config))
+        self._notifier = Notifier.from_environment()
 
     # -- what operators and modules ask
 
@@ -248,7 +250,8 @@ class Server:
                 _log.warning("data folder needs attention", problem=warning)
             for path in self.config.without_effect():
                 _log.warning("option has no effect yet", option=path)
-            self.certificates = Certificates(self.config.hosts, self.config.certfiles, self.config.data_dir)
+            config = self.config
+            self.certificates = Certificates(config.hosts, config.certfiles, config.data_dir, own_certfiles(config))
             for warning in self.certificates.report.warnings:
                 _log.warning("certificate needs attention", problem=warning)
             yield
@@ -341,7 +344,8 @@ class Server:
             iqs=self.iqs,
             registry=self.registry,
             context=self._context,
-            validate=functools.partial(configuration.validate_dataclass, source=self.config.source),
+            validate=lambda kind, options, path: validator(self.config)(kind, options, path),
+            access=self.access,
             paths=self.config.module_paths,
         )
         register_core(
@@ -369,6 +373,7 @@ class Server:
             spool=self.spool,
             sessions=self.sessions,  # type: ignore[arg-type]
             accounts=self.accountant,
+            access=self.access,
             server=self,
             log=get_logger(f"modules.{name}"),
             clock=time.time,
@@ -435,7 +440,9 @@ class Server:
                 listen.starttls,
                 listen.starttls_required,
                 lambda host: self.config.for_host(host).resource_conflict,
-                self._max_sessions,
+                self.access.max_sessions,
+                functools.partial(self.access.allowed, listen.access),
+                functools.partial(self.access.shaper, listen.shaper),
             ),
             auth=self.auth,
             tls=self.certificates,
@@ -446,13 +453,6 @@ class Server:
         address = await listener.open()
         self._listeners.append(listener)
         self._addresses.append({"module": "c2s", "ip": address.ip, "port": address.port, "tls": address.tls})
-
-    def _max_sessions(self, user: JID) -> int | None:
-        """access_rules.max_user_sessions: the entry for everybody (other entries await access rules)."""
-        for rule in self.config.access_rules.get("max_user_sessions", ()):
-            if rule.acl == "all":
-                return rule.value if isinstance(rule.value, int) else None
-        return None
 
     @contextlib.contextmanager
     def _signals(self) -> Any:
@@ -543,33 +543,51 @@ class Server:
                 self._notifier.ready(self._condition()[1])
 
     async def reload_config(self) -> list[str]:
-        """Read the file again; all or nothing. What was applied, and what needs a restart, comes back."""
-        path = self.config.path
-        if path is None:
+        """Read the file again; all or nothing. What was applied, and what needs a restart, comes back; ConfigError:
+        nothing was applied."""
+        if self.config.path is None:
             raise CommandError("there is no configuration file: the node runs with the built-in defaults")
-        new = configuration.load(path, node=None)
-        self.loader.check(new.modules)
-        report = [str(change) for change in configuration.diff(self.config, new)]
-        await asyncio.to_thread(self.certificates.reload, new.hosts, new.certfiles)
-        if (new.log_file, new.log_format) != (self.config.log_file, self.config.log_format):
-            log.setup_from(new)
-        await self._apply(new)
-        waiting = self.hooks.notify(ConfigReloaded())
-        if waiting is not None:
-            await waiting
-        _log.info("configuration reloaded", changes=len(report))
-        return report
+        # To its end, even if whoever asked for it has left meanwhile.
+        done: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+        self.spawn(self._reload_into(done), name="reload of the configuration")
+        return await asyncio.shield(done)
 
-    async def _apply(self, new: Config) -> None:
-        await self.loader.apply(new.modules)
-        if new.loglevel != self.config.loglevel:
-            log.set_level(new.loglevel)
-        self.sessions.strict = new.routing.profile == "rfc6121"
-        self.config = self._keep_what_needs_a_restart(new)
-        self.auth.config = self.config
+    async def _reload_into(self, done: "asyncio.Future[list[str]]") -> None:
+        try:
+            done.set_result(await self._reload_whole())
+        except BaseException as exc:
+            done.set_exception(exc if isinstance(exc, Exception) else CommandError("the node stops"))
+            done.exception()  # somebody has looked
+            if not isinstance(exc, XmppdError):
+                raise
 
-    def _keep_what_needs_a_restart(self, new: Config) -> Config:
-        return new.model_copy(update={name: getattr(self.config, name) for name in RESTART})
+    async def _reload_whole(self) -> list[str]:
+        async with self._applying:
+            try:
+                plan = await reload.prepare(self.config, self.loader, self.certificates)
+                await reload.carry_out(plan, self.config, self.loader, self.certificates, self._commit)
+            except ConfigError as exc:
+                _log.warning("configuration refused", problems=len(exc.problems), first=exc.problems[0])
+                raise
+            for warning in self.certificates.report.warnings:
+                _log.warning("certificate needs attention", problem=warning)
+            waiting = self.hooks.notify(ConfigReloaded())
+            if waiting is not None:
+                await waiting
+            report = plan.report()
+            _log.info("configuration reloaded", changes=len(report))
+            return report
+
+    def _commit(self, plan: reload.Plan) -> None:
+        """What cannot fail."""
+        if plan.config.loglevel != self.config.loglevel:
+            log.set_level(plan.config.loglevel)
+        self.config = plan.config
+        self.access.rules = plan.access
+        self.auth.config = plan.config
+        self.sessions.strict = plan.config.routing.profile == "rfc6121"
+        for listener in self._listeners:
+            listener.shape()
 
 
 def _settings(listen: C2SListen) -> Settings:

@@ -152,6 +152,8 @@ class Announce(Module[Config]):
         session, user = event.session, event.session.user
         if event.priority < 0 or user.bare in self._showing:
             return
+        if session.anonymous and event.old_priority is not None:
+            return
         self._showing.add(user.bare)
         current = None
         try:
@@ -167,7 +169,9 @@ class Announce(Module[Config]):
 
     async def _unseen(self, user: JID) -> Motd | None:
         current = await self._current(user.domain)
-        return None if current is None or await self._store.seen(user) == current.id else current
+        if current is None or self.sessions.is_anonymous(user):
+            return current
+        return None if await self._store.seen(user) == current.id else current
 
     async def _current(self, host: str) -> Motd | None:
         looked, found = self._motds.get(host, (0.0, None))
@@ -178,6 +182,9 @@ class Announce(Module[Config]):
 
     def _mark(self, users: "set[JID] | tuple[JID, ...]", shown: Motd) -> None:
         for user in users:
+            if self.sessions.is_anonymous(user):
+                self._showing.discard(user.bare)
+                continue  # nothing is kept about them
             self._showing.add(user.bare)
             try:
                 self._store.mark(user, shown.id).add_done_callback(partial(self._marked, user))

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 from xml.sax.saxutils import quoteattr
 
 from lxml.etree import _Element
@@ -88,7 +88,7 @@ class Blocking(Module[Config]):
     def __init__(self, context: Context, config: Config) -> None:
         super().__init__(context, config)
         self._store = Store(self.storage)
-        self._lists = Lists(self._store.load, self.sessions.sessions, self._guard_all)
+        self._lists = Lists(self._load, self.sessions.sessions, self._guard_all)
         self._pushes = itertools.count(1)
         self._unknown: set[JID] = set()  # users whose lists a task tries to get
         self._loading = False
@@ -115,7 +115,7 @@ class Blocking(Module[Config]):
     def invalidate(self, user: JID) -> None:
         """Another node has changed this list: load it again if it is kept here."""
         self._lists.invalidate(user)
-        if self._lists.cached(user) is not None:
+        if self.sessions.sessions(user):
             self._load_until_known({user})
 
     # -- the lists of those who are here
@@ -137,6 +137,9 @@ class Blocking(Module[Config]):
     @hook(SessionClosed)
     def unload(self, event: SessionClosed) -> None:
         self._lists.leave(event.session.user)
+
+    async def _load(self, user: JID) -> frozenset[str]:
+        return frozenset() if self.sessions.is_anonymous(user) else await self._store.load(user)
 
     def _guard(self, session: Session) -> None:
         known = self._lists.cached(session.user)
@@ -275,13 +278,24 @@ class Blocking(Module[Config]):
                 changed = await self._store.change(change)
             except (StorageError, asyncio.CancelledError):
                 self.invalidate(user)  # the answer to a COMMIT may have been lost
+                self._tell_successor(user)
                 raise
             self._lists.keep(user, changed.items)
+            self._tell_successor(user)
             for session in self.sessions.sessions(user):
                 if _INTERESTED in session.state:
                     attrs = {"type": "set", "id": f"block-{next(self._pushes)}", "to": session.jid.full}
                     session.send(build("iq", attrs | {"from": user.bare}, push))
         return changed
+
+    def _tell_successor(self, user: JID) -> None:
+        """This change was under way when the module was reloaded: the new one may have read the list before it."""
+        try:
+            serving: Any = self.service(BlockingService)  # type: ignore[type-abstract]
+        except LookupError:
+            return
+        if serving is not self and hasattr(serving, "invalidate"):
+            serving.invalidate(user)
 
     def _pass_on(self, user: JID, reports: Sequence[Report]) -> None:
         for report in reports:

@@ -28,6 +28,7 @@ class Lists:
         self._changed = changed
         self._kept: dict[str, BlockedJids] = {}
         self._stale: set[str] = set()
+        self._doubted: set[str] = set()  # invalidated since the last look-up began
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def turn(self, user: JID) -> asyncio.Lock:
@@ -57,13 +58,10 @@ class Lists:
         return None if user.bare in self._stale else self._kept.get(user.bare)
 
     async def _fill(self, user: JID) -> BlockedJids:
-        self._stale.discard(user.bare)  # what is invalidated while we read is stale again
-        try:
-            items = await self._load(user)
-        except BaseException:
-            if user.bare in self._kept:
-                self._stale.add(user.bare)
-            raise
+        self._doubted.discard(user.bare)
+        items = await self._load(user)
+        if user.bare not in self._doubted:  # else it is still stale
+            self._stale.discard(user.bare)
         return self.keep(user, items)
 
     def keep(self, user: JID, items: frozenset[str]) -> BlockedJids:
@@ -78,6 +76,7 @@ class Lists:
         """The database may have something newer: another node said so, or the end of a transaction is not known."""
         if self._sessions(user):
             self._stale.add(user.bare)
+            self._doubted.add(user.bare)
 
     def leave(self, user: JID) -> None:
         """A session has ended."""
@@ -88,3 +87,4 @@ class Lists:
         """Nothing is known any more."""
         self._kept.pop(user.bare, None)
         self._stale.discard(user.bare)
+        self._doubted.discard(user.bare)

@@ -4,6 +4,7 @@ import asyncio
 import random
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Final, cast
@@ -12,6 +13,7 @@ from xmppd.errors import CommandError, JidError, StanzaError, StorageError
 from xmppd.events import HANDLED, DiscoNodeAsking, Handled, MessageUndeliverable, SessionBecameAvailable, SessionClosed
 from xmppd.module_api import (
     SAFE,
+    AccessRules,
     Arg,
     BlockingService,
     Blocklist,
@@ -36,6 +38,7 @@ from .flush import RETRY_FIRST, RETRY_LONGEST, Chores, Flush, KeptMessage
 from .retrieval import Retrieval, count_form, nodes
 from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, repetition_key, sender_of
 
+DEFAULT_QUOTA: Final = 100  # where no rule counts, as in ejabberd
 _AT_ONCE: Final = 200  # sessions looked up together
 _RETRIEVES: Final = "offline"  # in a session's state: it looks through the messages by itself
 _FETCH: Final = f"{{{ns.OFFLINE}}}fetch"
@@ -44,7 +47,8 @@ _PURGE: Final = f"{{{ns.OFFLINE}}}purge"
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    max_messages: Annotated[int, between(0, 1_000_000)] = 100  # per user; past it the sender gets an error
+    access_max_user_messages: str = "max_user_offline_messages"  # the rule that says how many a user may have waiting
+    max_messages: Annotated[int, between(0, 1_000_000)] | None = None  # for everybody, instead of that rule
     store_empty_body: EmptyBody = "unless_chat_state"  # messages without a body
 
 
@@ -59,6 +63,12 @@ class Offline(Module[Config]):
         self._retrieval = Retrieval(self.spool, self._blocklist, self._is_here)
         # Messages that are being stored, by bare JID: a login waits for them, or a later message would overtake them.
         self._storing: dict[str, set[asyncio.Future[None]]] = {}
+
+    @classmethod
+    def check_options(cls, config: Config, access: AccessRules) -> Iterator[str]:
+        rule = config.access_max_user_messages
+        if config.max_messages is None and not access.has_limit(rule):
+            yield f"access_max_user_messages: there is no shaper rule {rule!r}"
 
     async def start(self) -> None:
         takers = [s for s in self.sessions.local() if s.priority is not None and s.priority >= 0]
@@ -76,6 +86,12 @@ class Offline(Module[Config]):
                     self._retry(session)
 
     # -- keeping
+
+    def _quota(self, user: JID) -> int | None:
+        """How many messages may wait for a user; past it the sender gets an error."""
+        if self.config.max_messages is not None:
+            return self.config.max_messages
+        return self.access.limit(self.config.access_max_user_messages, DEFAULT_QUOTA, user)
 
     @hook(MessageUndeliverable, after=("push", "blocking", "privacy"))
     def keep(self, event: MessageUndeliverable) -> Handled | None:
@@ -103,7 +119,7 @@ class Offline(Module[Config]):
             sender_of(message),
             with_child(message, delay_element(stamp, user.domain, REASON)).xml,
             dedup=key,
-            quota=self.config.max_messages,
+            quota=self._quota(user),
             expires_at=expiry(message, now),
             for_account=True,
         )

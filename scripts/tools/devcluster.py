@@ -87,7 +87,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     command = add("up", starts=True, prints=True)
     command.add_argument("count", type=int, metavar="N", help="how many nodes")
-    command.add_argument("--plain", action="store_true", help="clients may log in without TLS (for benches)")
+    command.add_argument(
+        "--plain",
+        action="store_true",
+        help="clients may log in without TLS, and send as fast as they can (for benches)",
+    )
     command.add_argument("--config", metavar="FILE", help="YAML merged over the generated configuration")
     command.add_argument("--cpus", metavar="LIST", type=cpu_list, help="CPUs the nodes may run on, such as 0 or 0,2-3")
     add("down")
@@ -413,6 +417,8 @@ def configuration(node: Node, over: dict[str, Any], *, plain: bool, next_port: "
             {"module": "http"},
         ],
     }
+    if plain:
+        own["shaper_rules"] = {"c2s_shaper": "none"}  # benches measure the server, not its shapers
     config = merged(own, copy.deepcopy(over))
     for listener in config["listen"] if isinstance(config["listen"], list) else []:
         if isinstance(listener, dict):  # what is no listener is for the server to refuse, in its own words

@@ -209,3 +209,18 @@ async def test_operators_announce_with_commands(any_world):
     assert await world.command("announce_motd_get", HOST) == ""
     with pytest.raises(CommandError, match="unknown host"):
         await world.command("announce_send_all", "verona.example", "", "x")
+
+
+async def test_an_anonymous_user_is_shown_it_and_nothing_is_kept_about_them(world):
+    admin = await admin_in(world)
+    await announce(world, admin, "motd/update")
+
+    guest = world.login("guest", anonymous=True)
+    await guest.available()
+    await guest.available(-1)
+    await guest.available()
+    await announce(world, admin, "motd", "Another")
+    await world.storage.batcher.drain()
+
+    assert guest.bodies == ["Peace!", "Another"]
+    assert await world.loader._loaded["announce"].instance._store.seen(guest.session.user) is None

@@ -488,6 +488,16 @@ async def test_a_new_session_is_guarded_before_its_list_is_there(friends):
     assert again.received == []
 
 
+async def test_an_anonymous_user_blocks_nobody_and_waits_for_no_list(friends):
+    await begin(friends)
+    friends.storage.loader._read = away
+    guest = Client(friends, f"guest@{HOST}/x", anonymous=True)
+    await guest.session.bound()
+
+    assert guest.session.guards == frozenset()
+    assert await guest.refusal("set", block(ROMEO)) == "not-allowed"
+
+
 # -- the module comes and goes
 
 
@@ -508,6 +518,27 @@ async def test_a_module_that_is_loaded_late_knows_the_lists_of_those_who_are_the
     assert juliet.bodies == ["unhindered"]
     assert errors(romeo) == ["service-unavailable"]
     assert friends.hooks.count() == hooks
+
+
+async def test_a_change_that_is_under_way_at_a_reload_is_seen_by_the_new_instance(friends):
+    await begin(friends)
+    juliet = await friends.come("juliet")
+    commit, run = asyncio.Event(), friends.storage.batcher._run
+
+    async def slow(*args: Any, **options: Any) -> Any:
+        await commit.wait()
+        return await run(*args, **options)
+
+    friends.storage.batcher._run = slow
+    asked = asyncio.create_task(juliet.ask("set", block(ROMEO)))
+    await asyncio.sleep(0.02)
+    await friends.loader.reload("blocking")
+    await friends.until(lambda: not juliet.session.guards)  # the new one has read the list
+    commit.set()
+    assert (await asked).type == "result"
+
+    await friends.until(lambda: juliet.session.guards)
+    assert await listed(juliet) == [ROMEO]
 
 
 # -- reports

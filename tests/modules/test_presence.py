@@ -193,7 +193,7 @@ async def test_where_directed_presence_bounced_no_end_is_told(friends):
 
 
 async def test_directed_presence_has_a_bound(friends):
-    await friends.loader.apply({"roster": {}, "presence": {"max_directed": 2}})
+    await friends.loader.apply(friends.loader.prepare({"roster": {}, "presence": {"max_directed": 2}}))
     juliet = await friends.come("juliet")
     for number in range(2):
         await juliet.send(f"<presence to='room{number}@conference.montague.example/j'/>")

@@ -9,9 +9,11 @@ from typing import Any
 
 from lxml.etree import _Element
 
+from xmppd.access import Access, AccessRules
 from xmppd.admin.registry import Caller, Registry
 from xmppd.c2s.session import Parts, Session
 from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
+from xmppd.config import parse as parse_config
 from xmppd.config.loader import validate_dataclass
 from xmppd.delivery import SAFE, Gate, Outcome, Pending, Settled
 from xmppd.errors import StreamError
@@ -157,6 +159,7 @@ class World:
         self.hooks = Hooks()
         self.iqs = IqHandlers()
         self.registry = Registry()
+        self.access = Access(AccessRules(parse_config({}, source="xmppd.yml")))
         self.rosters = Rosters()
         self.accounts = Accounts(storage)
         self.accountant = PlainAccounts(self)
@@ -189,6 +192,7 @@ class World:
             registry=self.registry,
             context=self._context,
             validate=validate_dataclass,
+            access=self.access,
         )
 
     # -- what modules may know of the server
@@ -211,6 +215,7 @@ class World:
             spool=self.spool,
             sessions=self.manager,  # type: ignore[arg-type]
             accounts=self.accountant,
+            access=self.access,
             server=self,  # type: ignore[arg-type]
             log=get_logger(f"modules.{name}"),
             clock=self.clock,

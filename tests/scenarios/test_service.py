@@ -7,14 +7,16 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.scenarios.plain_node import PATIENCE, ROOT, Node
+from tests.scenarios.plain_node import PASSWORD, PATIENCE, ROOT, Node
 
 
 @pytest.fixture
@@ -159,7 +161,7 @@ def test_file_and_format_of_the_log_change_at_a_reload_or_nothing_does(node, tmp
 
     lines = [json.loads(line) for line in log(node).splitlines()]
     assert {"configuration reloaded", "stopping", "stopped"} <= {line["phrase"] for line in lines}
-    assert not node.trouble()
+    assert not node.trouble(), node.err
 
 
 def test_a_log_that_cannot_be_written_is_a_fault_of_the_configuration(node, tmp_path):
@@ -184,6 +186,26 @@ def test_a_node_in_a_terminal_ends_with_it_and_reloads_before(node):
 
     assert node.process.wait(PATIENCE) == 0
     assert "stopped" in log(node)
+
+
+def test_a_backup_taken_while_the_node_runs_can_be_restored(node, tmp_path):
+    """docs/operating.md, to the letter, with the online backup that `sqlite3 .backup` makes."""
+    node.start()
+    node.register("juliet")
+    copy = tmp_path / "xmppd.db"
+    with closing(sqlite3.connect(node.data_dir / "xmppd.db")) as live, closing(sqlite3.connect(copy)) as backup:
+        live.backup(backup)
+    node.register("romeo")
+    assert node.end() == 0
+
+    for name in ("xmppd.db-wal", "xmppd.db-shm"):
+        (node.data_dir / name).unlink(missing_ok=True)
+    shutil.copy(copy, node.data_dir / "xmppd.db")
+    (node.data_dir / "incarnation").write_text(f"{int(time.time())}\n")
+    node.start()
+
+    assert node.ctl("registered_users", "localhost").stdout == "juliet\n"
+    assert node.ctl("check_password", "juliet", "localhost", PASSWORD).returncode == 0
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")

@@ -18,7 +18,10 @@ HOSTS = FILES[0]["given"]["hosts"]
 async def golden(served, fresh, file):
     """The server with the recorded hosts; whatever accounts the commands have made go with the test."""
     if any(case["argv"][:1] == ["stop"] for case in file["cases"]):
-        yield fresh(hosts=HOSTS)
+        scene = fresh(hosts=HOSTS)
+        yield scene
+        for command in ("stop", "stopped"):  # what `xmppctl start` has started is nobody's child
+            await asyncio.to_thread(main, ["--config", str(scene.node.path), command])
         return
     scene = await served(hosts=HOSTS)
     yield scene

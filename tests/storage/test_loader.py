@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import event
 
 from xmppd.errors import StorageError, StorageUnavailable
-from xmppd.storage import Accounts, Secret, Storage
+from xmppd.storage import Accounts, Secret, Storage, loader
 
 HOST = "example.net"
 SECRETS = {"sha1": Secret("sha1", b"salt", 4096, b"s", b"k"), "sha256": Secret("sha256", b"salt", 4096, b"s", b"k")}
@@ -59,6 +59,35 @@ async def test_look_ups_that_come_while_a_query_runs_are_the_next_query(storage)
     assert await first == 2
     assert await asyncio.gather(*rest) == [2, 4, None, 4]
     assert queries == [[1], [1, 2, 13]]  # 1 again: the query under way may have begun before its last change
+
+
+@pytest.mark.parametrize(("hangs", "queries"), [(True, 1), (False, 2)])
+async def test_nobody_waits_for_a_second_query_that_hangs(storage, monkeypatch, hangs, queries):
+    monkeypatch.setattr(loader, "_HUNG", 0.1 if hangs else 1000)
+    asked = []
+    begun, gate = asyncio.Event(), asyncio.Event()
+
+    async def fetch(connection, keys):
+        asked.append(keys)
+        begun.set()
+        await gate.wait()
+        if len(asked) == 1:
+            raise StorageUnavailable("no answer")
+        return dict.fromkeys(keys, True)
+
+    storage.loader.define("slow", fetch)
+    first = asyncio.create_task(storage.loader.get("slow", 1))
+    await begun.wait()
+    behind = asyncio.create_task(storage.loader.get("slow", 2))
+    await asyncio.sleep(0.2)
+    gate.set()
+    results = await asyncio.gather(first, behind, return_exceptions=True)
+
+    assert isinstance(results[0], StorageUnavailable)
+    assert isinstance(results[1], StorageUnavailable) if hangs else results[1] is True
+    assert len(asked) == queries
+    monkeypatch.undo()
+    assert await storage.loader.get("slow", 3) is True
 
 
 async def test_a_look_up_sees_what_was_committed_before_it(accounts):

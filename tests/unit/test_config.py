@@ -113,8 +113,6 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
     rows = re.findall(r"^\| `([^`]+)` \|.*\| ([a-z ]+) \|$", DOCS, re.MULTILINE)
     assert {effect for _, effect in rows} == {"now", "restart", "not yet"}
     assert [path for path, effect in rows if effect == "not yet"] == [
-        "listen[].access",
-        "listen[].shaper",
         "listen[].use_proxy_protocol",
         "listen[].trusted_proxies",
         "database.read",
@@ -124,10 +122,6 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
         "cluster.peer_timeout",
         "cluster.nats_url",
         "cluster.nats_server",
-        "acl",
-        "access_rules",
-        "shaper",
-        "shaper_rules",
     ]
 
     everything = parse(
@@ -135,8 +129,6 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
             "listen": [
                 {
                     "module": "c2s",
-                    "access": "all",
-                    "shaper": "none",
                     "use_proxy_protocol": True,
                     "trusted_proxies": "10.0.0.0/8",
                 },
@@ -144,10 +136,6 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
             ],
             "database": {"read": "mysql://h/x"},
             "cluster": {"peer_timeout": "9s"},
-            "acl": {"x": {}},
-            "access_rules": {"x": "allow"},
-            "shaper": {"x": 5},
-            "shaper_rules": {"x": 5},
         },
         source="x.yml",
     ).without_effect()
@@ -160,7 +148,7 @@ def test_only_what_somebody_changed_is_warned_about() -> None:
     assert parse({}, source="x.yml").without_effect() == []
     assert load(ROOT / "etc/xmppd.yml").without_effect() == []
     assert parse({"listen": []}, source="x.yml").without_effect() == []
-    assert parse(c2s(access="all"), source="x.yml").without_effect() == ["listen[].access"]
+    assert parse({"database": {"read": "mysql://h/x"}}, source="x").without_effect() == ["database.read"]
 
 
 @pytest.mark.parametrize("path", schema_paths())
@@ -249,6 +237,28 @@ def test_the_docs_say_what_a_reload_applies(path: str) -> None:
         (c2s(access="c2z"), "listen[0].access: there is no access rule 'c2z'. Did you mean c2s?"),
         (c2s(shaper="c2s_shapr"), "listen[0].shaper: there is no shaper rule 'c2s_shapr'. Did you mean c2s_shaper?"),
         ({"access_rules": {"c2s": {"deny": "bloked", "allow": "all"}}}, "access_rules.c2s[0]: there is no acl 'bloked'. Did you mean blocked?"),
+        (c2s(access="max_user_sessions"), "listen[0].access: the access rule 'max_user_sessions' has other values than allow and deny"),
+        (c2s(shaper="max_user_offline_messages"), "listen[0].shaper: the shaper rule 'max_user_offline_messages' has numbers where shapers are expected"),
+        ({"access_rules": {"max_user_sessions": "allow"}}, "access_rules.max_user_sessions[0]: expected a number or infinity, got 'allow'"),
+        ({"access_rules": {"x": [{"allow": ["admin", "bloked"]}]}}, "access_rules.x[0]: there is no acl 'bloked'. Did you mean blocked?"),
+        ({"acl": {"a": {"server": "a b"}}}, "acl.a.server: expected a domain such as example.net, got 'a b'"),
+        # one host
+        ({"host_config": {"localhost": {"resource_conflct": "closenew"}}}, "host_config.localhost.resource_conflct: unknown option. Did you mean resource_conflict?"),
+        ({"host_config": {"localhost": {"listen": []}}}, "host_config.localhost.listen: cannot differ from host to host"),
+        ({"host_config": {"localhots": {}}}, "host_config.localhots: localhots is not one of the hosts. Did you mean localhost?"),
+        ({"host_config": {"LocalHost": {}, "localhost": {}}}, "host_config.localhost: localhost is listed twice"),
+        ({"host_config": {"a b": {}}}, "host_config.a b: expected a domain such as example.net: labels of letters, digits and hyphens"),
+        ({"host_config": {"localhost": 5}}, "host_config.localhost: expected options (name: value), got 5"),
+        ({"host_config": {"localhost": {"auth_scram": {"iterations": 1}}}}, "host_config.localhost.auth_scram.iterations: expected a number from 4096 to 1000000, got 1"),
+        ({"host_config": {"localhost": {"auth_scram": {"hashes": "sha1"}, "disable_sasl_mechanisms": ["PLAIN", "SCRAM-SHA-1", "SCRAM-SHA-1-PLUS"]}}}, "disable_sasl_mechanisms: no mechanism is left with which anybody could log in at localhost"),
+        ({"host_config": {"localhost": {"access_rules": {"x": {"allow": "freinds"}}}}}, None),
+        ({"listen": [{"module": "c2s"}], "host_config": {"localhost": {"access_rules": {"c2s": 5}}}}, "listen[0].access: the access rule 'c2s' has other values than allow and deny"),
+        ({"append_host_config": {"localhost": {"resource_conflict": "closenew"}}}, "append_host_config.localhost.resource_conflict: has one value; set it in host_config"),
+        ({"append_host_config": {"localhost": {"shaper_rules": {"x": "fast"}}}}, "append_host_config.localhost.shaper_rules.x[0]: there is no shaper 'fast'."),
+        # other files
+        ({"include_config_file": 5}, "include_config_file: expected files such as acl.yml, [acl.yml, hosts.yml] or {acl.yml: {allow_only: [acl]}}, got 5"),
+        ({"include_config_file": {"a.yml": {"alow_only": []}}}, "include_config_file: alow_only is neither allow_only nor disallow. Did you mean allow_only?"),
+        ({"include_config_file": {"a.yml": {"disallow": "lisen"}}}, "include_config_file: there is no option 'lisen'. Did you mean listen?"),
         ({"shaper_rules": {"x": {"nromal": "all"}}}, "shaper_rules.x[0]: there is no shaper 'nromal'. Did you mean normal?"),
         ({"database": {"pool": {"min": 9}}}, "database.pool.min: expected at most pool.max, 8, got 9"),
         ({"auth_scram": {"hashes": "sha1"}, "disable_sasl_mechanisms": ["plain", "scram-sha-1", "scram-sha-1-plus"]}, "disable_sasl_mechanisms: no mechanism is left with which anybody could log in"),
@@ -364,7 +374,10 @@ def test_rules_are_read_in_each_of_ejabberds_spellings() -> None:
     bare = parse({"access_rules": {"x": [{"deny": "blocked"}, "allow"]}}, source="x.yml")
 
     assert lists.access_rules["x"] == mapping.access_rules["x"] == bare.access_rules["x"]
-    assert [(rule.value, rule.acl) for rule in lists.access_rules["x"]] == [("deny", "blocked"), ("allow", "all")]
+    assert [(rule.value, rule.acls) for rule in lists.access_rules["x"]] == [
+        ("deny", ("blocked",)),
+        ("allow", ("all",)),
+    ]
     assert parse({"shaper_rules": {"x": 10}}, source="x").shaper_rules["x"][0].value == 10
 
 

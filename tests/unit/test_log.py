@@ -371,6 +371,16 @@ def test_a_log_that_cannot_be_reopened_goes_on_in_the_old_file(tmp_path: Path) -
     assert "two" in (folder / "xmppd.log").read_text()
 
 
+def test_a_file_that_could_not_be_opened_is_not_closed_at_exit(tmp_path: Path) -> None:
+    before = len(logging._handlerList)
+
+    with pytest.raises(FileNotFoundError) as kept:  # as a reload keeps it, for its report
+        log.setup(path=tmp_path / "missing" / "xmppd.log")
+
+    assert len(logging._handlerList) == before
+    assert kept.value.filename
+
+
 def test_a_stream_has_nothing_to_reopen(lines: io.StringIO) -> None:
     log.reopen()
     log.get_logger("c2s").info("one")

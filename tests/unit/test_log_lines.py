@@ -68,7 +68,7 @@ def said() -> dict[str, Line]:
 
 def explained() -> dict[str, Line]:
     """The rows of the page's tables; those without an explanation do not count."""
-    rows = re.findall(r"^\| `([^`]+)` \| ([a-z, ]+) \| (.*?) \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([^`]+)` \| ([a-z, ]+) \| (.*?) ?\| (.*) \|$", PAGE.read_text(), re.MULTILINE)
     return {
         phrase: Line(frozenset(levels.split(", ")), frozenset(re.findall(r"`([^`]+)`", fields)))
         for phrase, levels, fields, meaning in rows

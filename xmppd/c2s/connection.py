@@ -23,8 +23,10 @@ from xmppd.errors import StreamError
 from xmppd.log import Logger
 from xmppd.metrics import Counters, add
 from xmppd.protocol import ns
+from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 from xmppd.protocol.stream import Event, Limits, Nonza, Stream, StreamClosed, StreamOpened
+from xmppd.shaper import ShaperLimits, TokenBucket
 
 SECURE: Final = "c2s_tls"  # how operators are shown any connection with TLS
 _STREAM_ERROR: Final = f"{{{ns.STREAMS}}}error"
@@ -92,6 +94,7 @@ class Connection(asyncio.Protocol):
         self.negotiator: Negotiator | None = None
         self.on_lost: Callable[[Connection], None] | None = None
         self.counters = counters
+        self.choose_shaper: Callable[[JID | None, str], ShaperLimits | None] = _unlimited  # by user and address
         self._flusher = flusher
         self._spawn = spawn
         self._stream = Stream(settings.before)
@@ -100,6 +103,8 @@ class Connection(asyncio.Protocol):
         self._out: list[bytes] = []
         self._waiting: deque[Event] = deque()
         self._busy = False  # a stanza waits for something; the next ones wait behind it
+        self._bucket: TokenBucket | None = None  # how fast the peer may send
+        self._throttled: asyncio.TimerHandle | None = None  # the peer has sent too fast; reading goes on then
         self._paused = False  # the peer does not take our bytes
         self._header_sent = False
         self._closing = False  # our closing tag is written
@@ -120,11 +125,15 @@ class Connection(asyncio.Protocol):
         address = transport.get_extra_info("peername")
         if address:
             self.peer = (_plain_ip(address[0]), address[1])
+        self.shape()
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(self.settings.negotiation_timeout, self._too_slow)
 
     def data_received(self, data: bytes) -> None:
-        self.last_heard = time.monotonic()
+        self.last_heard = now = time.monotonic()
+        bucket = self._bucket
+        if bucket is not None and (wait := bucket.take(len(data), now)) > 0:
+            self._throttle(wait, now)
         try:
             for event in self._stream.receive(data):
                 if self._busy:
@@ -151,7 +160,7 @@ class Connection(asyncio.Protocol):
             self._stuck = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._deadline, self._stuck):
+        for timer in (self._deadline, self._stuck, self._throttled):
             if timer is not None:
                 timer.cancel()
         self.counters.stalled.discard(self)
@@ -248,8 +257,38 @@ class Connection(asyncio.Protocol):
                 self._handle(self._waiting.popleft())
         except Exception as exc:
             self._crashed(exc)
-        if not self._busy and self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
+        self._read_on()
+
+    def _read_on(self) -> None:
+        if self._busy or self._throttled is not None or self._transport is None or self._transport.is_closing():
+            return
+        self._transport.resume_reading()
+
+    # -- how fast the peer may send
+
+    def shape(self) -> None:
+        """Choose the shaper anew: the peer is known better, or the rules have changed."""
+        limits = self.choose_shaper(self.session.jid if self.session is not None else None, self.peer[0])
+        if limits is None:
+            self._bucket = None
+        elif self._bucket is None or self._bucket.limits != limits:
+            self._bucket = TokenBucket(limits, time.monotonic())
+
+    def _throttle(self, wait: float, now: float) -> None:
+        """Read nothing for so long: the peer's own machine will hold it back (TCP), and nothing is lost."""
+        if self._closing or self._transport is None or self._transport.is_closing():
+            return
+        # Its silence counts from when it may be heard again, or a client would be taken for dead that was not listened
+        # to.
+        self.last_heard = now + wait
+        if self._throttled is not None:
+            self._throttled.cancel()
+        self._throttled = asyncio.get_running_loop().call_later(wait, self._unthrottle)
+        self._transport.pause_reading()
+
+    def _unthrottle(self) -> None:
+        self._throttled = None
+        self._read_on()
 
     # -- writing
 
@@ -352,6 +391,7 @@ class Connection(asyncio.Protocol):
         self.session = session
         self.negotiator = None
         self._stream.bind(session.jid)
+        self.shape()
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -388,6 +428,10 @@ class Connection(asyncio.Protocol):
         taken = clean and self.unsent() <= len(_CLOSE)
         self.flush()
         self._closing = True
+        self._bucket = None
+        if self._throttled is not None:
+            self._throttled.cancel()
+            self._throttled = None
         session, self.session = self.session, None
         self.negotiator = None
         if session is not None:
@@ -444,6 +488,10 @@ class Connection(asyncio.Protocol):
     def _crashed(self, exc: Exception) -> None:
         self.log.error("connection crashed", exc=exc, peer=self.peer[0])
         self.end(StreamError("internal-server-error"))
+
+
+def _unlimited(user: JID | None, address: str) -> ShaperLimits | None:
+    return None
 
 
 def _tune(sock: socket.socket, send_timeout: float) -> None:

@@ -88,6 +88,7 @@ class ClientListener:
         )
         connection.negotiator = Negotiation(connection, self.rules, self._auth, self._tls, parts)
         connection.on_lost = self._forget
+        connection.choose_shaper = self.rules.shaper
         self._connections.add(connection)
         return connection
 
@@ -104,6 +105,11 @@ class ClientListener:
     def connections(self) -> int:
         """How many there are, those that negotiate included."""
         return len(self._connections)
+
+    def shape(self) -> None:
+        """The shapers have changed: choose anew for every connection."""
+        for connection in self._connections:
+            connection.shape()
 
     def stop_listening(self) -> None:
         """Take no new connections; those that are there go on."""

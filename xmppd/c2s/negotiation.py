@@ -25,6 +25,7 @@ from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, make, parse
 from xmppd.protocol.stanza import Stanza, error_reply, iq_result
 from xmppd.protocol.stream import Nonza, StreamOpened
+from xmppd.shaper import ShaperLimits
 
 _SASL: Final = f"{{{ns.SASL}}}"
 _STARTTLS: Final = f"{{{ns.TLS}}}starttls"
@@ -48,7 +49,9 @@ class Rules:
     starttls: bool
     starttls_required: bool
     resource_conflict: Callable[[str], str]  # host -> acceptnew, closeold, closenew, setresource
-    max_sessions: Callable[[JID], int | None]  # user -> how many sessions at once
+    max_sessions: Callable[[JID, str], int | None]  # user, address -> how many sessions at once
+    allowed: Callable[[JID, str], bool]  # full JID, address -> whether it may bind here
+    shaper: Callable[[JID | None, str], ShaperLimits | None]  # user if known, address -> how fast it may send
 
 
 class Negotiation:
@@ -166,11 +169,15 @@ class Negotiation:
             self._reply(iq_result(request, f"<bind xmlns='{ns.BIND}'><jid>{jid}</jid></bind>".encode()))
 
     async def _open_session(self, wanted: str) -> Session:
-        """A session with this resource (or one made up for ""), on this connection; StanzaError as `_choose`."""
+        """A session with this resource (or one made up for ""), on this connection; StanzaError."""
         assert self._user is not None
         connection = self._connection
         jid = self._choose(self._user, wanted)
-        limit = self._rules.max_sessions(self._user)
+        if not self._rules.allowed(jid, connection.peer[0]):
+            connection.log.info("login refused by access rule", jid=jid.full, ip=connection.peer[0])
+            # RFC 6120 7.6.2.2; only now is everything known that a rule may ask for.
+            raise StanzaError("not-allowed", "Denied by access rule")
+        limit = self._rules.max_sessions(self._user, connection.peer[0])
         if limit is not None:
             replacing = self._parts.manager.is_bound(jid)
             for session in self._parts.manager.oldest(self._user, limit if replacing else limit - 1):

@@ -46,7 +46,7 @@ class Carrier(Protocol):
 
     name: str  # c2s, c2s_tls ...: as operators see it
     peer: tuple[str, int]  # the client's address
-    last_heard: float  # time.monotonic() of the last sign of life, within a second
+    last_heard: float  # time.monotonic() of the last sign of life, within a second; ahead of now: not listened to
 
     def write(self, data: bytes) -> None:
         """Queue bytes; they leave with everything else of this loop tick."""
@@ -361,7 +361,7 @@ class Session:
     @property
     def idle_seconds(self) -> float:
         """How long the client has been silent."""
-        return time.monotonic() - self._carrier.last_heard
+        return max(0.0, time.monotonic() - self._carrier.last_heard)
 
     def info(self) -> SessionInfo:
         """What operators are shown."""

@@ -60,34 +60,70 @@ class _Loaded:
     default: str  # the first host's name in SNI
 
 
+Files = Sequence[str | Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Certificates that were read and found good, and are not in use yet."""
+
+    hosts: tuple[str, ...]
+    certfiles: tuple[str, ...]
+    own: Mapping[str, tuple[str, ...]]
+    loaded: _Loaded
+    report: Report
+
+
 class Certificates:
     """All TLS contexts of a node.
 
     A context that was handed out stays good over a reload: it asks for the current certificate at each handshake.
     """
 
-    def __init__(self, hosts: Sequence[str], certfiles: Sequence[str | Path], data_dir: str | Path) -> None:
+    def __init__(
+        self, hosts: Sequence[str], certfiles: Files, data_dir: str | Path, own: Mapping[str, Files] | None = None
+    ) -> None:
         """`hosts` as they are compared, at least one; `certfiles`: paths or globs of PEM files, certificate, chain and
-        key in one file or several. A host they do not cover gets `data_dir/certs/HOST.pem`, self-signed.
+        key in one file or several; `own`: hosts for which others are looked at instead. A host they do not cover gets
+        `data_dir/certs/HOST.pem`, self-signed.
 
         Raises `ConfigError`, each line naming its file: absent, no PEM, expired, without its key; `XmppdError` if the
         data folder cannot be written.
         """
         self._data_dir = Path(data_dir)
-        self._hosts = tuple(hosts)
-        self._certfiles = tuple(str(path) for path in certfiles)
-        self._loaded, self.report = self._load(self._hosts, self._certfiles, {})
+        self._loaded = _Loaded({}, {}, "")
+        self.commit(self.prepare(hosts, certfiles, own or {}))
 
-    def reload(self, hosts: Sequence[str] | None = None, certfiles: Sequence[str | Path] | None = None) -> Report:
+    def reload(
+        self,
+        hosts: Sequence[str] | None = None,
+        certfiles: Files | None = None,
+        own: Mapping[str, Files] | None = None,
+    ) -> Report:
         """Read all files again, or others from now on. Blocks for some milliseconds: call it in a thread.
 
         All or nothing: if it raises (as the constructor does), everything is as it was.
         """
-        wanted = self._hosts if hosts is None else tuple(hosts)
-        files = self._certfiles if certfiles is None else tuple(str(path) for path in certfiles)
-        loaded, report = self._load(wanted, files, self._loaded.served)
-        self._hosts, self._certfiles, self._loaded, self.report = wanted, files, loaded, report
-        return report
+        now = self._now
+        self.commit(
+            self.prepare(
+                now.hosts if hosts is None else hosts,
+                now.certfiles if certfiles is None else certfiles,
+                now.own if own is None else own,
+            )
+        )
+        return self.report
+
+    def prepare(self, hosts: Sequence[str], certfiles: Files, own: Mapping[str, Files]) -> Prepared:
+        """The first half of `reload`, which may fail and changes nothing."""
+        files = tuple(map(str, certfiles))
+        others = {host: tuple(map(str, paths)) for host, paths in own.items()}
+        loaded, report = self._load(hosts, files, others, self._loaded.served)
+        return Prepared(tuple(hosts), files, others, loaded, report)
+
+    def commit(self, prepared: Prepared) -> None:
+        """The second half, which cannot fail."""
+        self._now, self._loaded, self.report = prepared, prepared.loaded, prepared.report
 
     def context(self, alpn: bool = False, host: str | None = None) -> ssl.SSLContext:
         """For a direct TLS listener (with `alpn`) or for STARTTLS; the same object each time, until a reload.
@@ -105,29 +141,19 @@ class Certificates:
         return {host: (served.not_after - now).days for host, served in self._loaded.served.items()}
 
     def _load(
-        self, hosts: Sequence[str], certfiles: Sequence[str], before: Mapping[str, Served]
+        self,
+        hosts: Sequence[str],
+        certfiles: Sequence[str],
+        own: Mapping[str, Sequence[str]],
+        before: Mapping[str, Served],
     ) -> tuple[_Loaded, Report]:
         now = datetime.now(UTC)
-        found, warnings = read_certificates(certfiles)
-        problems: list[str] = []
-        chosen: dict[str, tuple[Found, bool]] = {}
-        for host in hosts:
-            fitting = [one for one in found if any(name_matches(name, dns_name(host)) for name in one.names)]
-            usable = [one for one in fitting if one.valid(now)]
-            if usable:
-                chosen[host] = (max(usable, key=lambda one: (dns_name(host) in one.names, one.not_after)), False)
-            elif fitting:
-                problems += [
-                    f"certfiles: {one.source}: the certificate for {host} {_when(one, now)}" for one in fitting
-                ]
-            else:
-                if certfiles:
-                    warnings.append(f"certfiles: none covers {host}; it is served with a self-signed certificate")
-                chosen[host] = (self._self_signed(host, now), True)
-        if problems:
-            raise ConfigError(problems)
-        warnings += [f"certfiles: {one.source}: {_when(one, now)}; not used" for one in found if not one.valid(now)]
-        served = {host: _served(one, own) for host, (one, own) in chosen.items()}
+        found, warnings = _choose(hosts, certfiles, own, now)
+        chosen = {
+            host: (one, False) if one is not None else (self._self_signed(host, now), True)
+            for host, one in found.items()
+        }
+        served = {host: _served(one, made) for host, (one, made) in chosen.items()}
         contexts = self._contexts(chosen)
         changed = tuple(
             host for host, one in served.items() if host not in before or before[host].fingerprint != one.fingerprint
@@ -180,6 +206,47 @@ class Certificates:
         except OSError as exc:
             raise XmppdError(f"{folder}: cannot make this folder: {exc.strerror}") from exc
         return folder
+
+
+def check_certificates(hosts: Sequence[str], certfiles: Files, own: Mapping[str, Files]) -> list[str]:
+    """Warnings about these files, as a start with them would give; nothing is made. Raises as Certificates does."""
+    others = {host: tuple(map(str, paths)) for host, paths in own.items()}
+    found, warnings = _choose(hosts, tuple(map(str, certfiles)), others, datetime.now(UTC))
+    with tempfile.TemporaryDirectory(prefix="xmppd-check-") as folder:
+        for one in found.values():
+            if one is not None:
+                _context(one, Path(folder), False)
+    return warnings
+
+
+def _choose(
+    hosts: Sequence[str], certfiles: Sequence[str], own: Mapping[str, Sequence[str]], now: datetime
+) -> tuple[dict[str, Found | None], list[str]]:
+    """The best certificate for each host, None where there is none; warnings. ConfigError."""
+    common, warnings = read_certificates(certfiles)
+    problems: list[str] = []
+    chosen: dict[str, Found | None] = {}
+    unused = {id(one): one for one in common if not one.valid(now)}
+    for host in hosts:
+        found = common
+        if host in own:
+            found, more = read_certificates(own[host])
+            warnings += more
+            unused |= {id(one): one for one in found if not one.valid(now)}
+        fitting = [one for one in found if any(name_matches(name, dns_name(host)) for name in one.names)]
+        usable = [one for one in fitting if one.valid(now)]
+        if usable:
+            chosen[host] = max(usable, key=lambda one: (dns_name(host) in one.names, one.not_after))
+        elif fitting:
+            problems += [f"certfiles: {one.source}: the certificate for {host} {_when(one, now)}" for one in fitting]
+        else:
+            if own.get(host, certfiles):
+                warnings.append(f"certfiles: none covers {host}; it is served with a self-signed certificate")
+            chosen[host] = None
+    if problems:
+        raise ConfigError(problems)
+    warnings += [f"certfiles: {one.source}: {_when(one, now)}; not used" for one in unused.values()]
+    return chosen, warnings
 
 
 def _context(found: Found, folder: Path, alpn: bool) -> ssl.SSLContext:

@@ -6,8 +6,10 @@ in schema.py, their meaning in docs/configuration.md.
 
 from xmppd.errors import ConfigError
 
-from .changes import Change, diff
-from .loader import Config, HostConfig, load, parse, validate_dataclass
+from .changes import Change, diff, running
+from .dump import dump
+from .loader import Config, load, parse, validate_dataclass
+from .per_host import HostConfig
 from .problems import mask, suggest
 from .schema import C2SListen, HttpListen, Listen
 from .types import Duration, Network, OptionalRate, Rate, Size, between, host_port, lasting, several, sized
@@ -27,11 +29,13 @@ __all__ = [
     "Size",
     "between",
     "diff",
+    "dump",
     "host_port",
     "lasting",
     "load",
     "mask",
     "parse",
+    "running",
     "several",
     "sized",
     "suggest",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from .checks import listener_rules
 from .loader import Config
 from .problems import masked
 
@@ -52,3 +53,11 @@ def diff(old: Config, new: Config) -> list[Change]:
             applies: Literal["now", "restart"] = "restart" if top in RESTART else "now"
             changes.append(Change(path, masked(path, one), masked(path, other), applies))
     return changes
+
+
+def running(old: Config, new: Config) -> tuple[Config, list[str]]:
+    """What holds after a reload: `new`, with what needs a restart as it was. And what does not go together then: the
+    listeners, which stay, may need rules that the new file has no more."""
+    mixed = new.keeping(old, RESTART)
+    words = "(the listeners that are open need it until the restart)"
+    return mixed, [f"{new.file_of(path)}: {path}: {problem} {words}" for path, problem in listener_rules(mixed)]

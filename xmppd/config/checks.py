@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
+from .per_host import HostConfig, Rules, host_config
 from .problems import key, suggest
-from .rules import Rule
-from .schema import SCRAM_MECHANISMS, C2SListen, Schema
+from .rules import INFINITY
+from .schema import SCRAM_MECHANISMS, AppendHostOptions, C2SListen, Schema
 from .types import format_size
 
 Problem = tuple[str, str]  # path, words
@@ -58,24 +59,49 @@ def _unknown(kind: str, name: str, known: list[str]) -> str:
     return f"there is no {kind} {name!r}.{suggest(name, known)}"
 
 
-def _listener_rules(config: Schema) -> Iterator[Problem]:
-    access, shapers = ["all", "none", *config.access_rules], ["none", *config.shaper_rules]
-    for index, listener in enumerate(config.listen):
-        if isinstance(listener, C2SListen):
-            if listener.access not in access:
-                yield f"listen[{index}].access", _unknown("access rule", listener.access, access)
-            if listener.shaper not in shapers:
-                yield f"listen[{index}].shaper", _unknown("shaper rule", listener.shaper, shapers)
+def listener_rules(config: Schema) -> Iterator[Problem]:
+    """Listeners whose access rule or shaper rule does not exist for everybody, or is of another kind."""
+    found: dict[Problem, None] = {}
+    scopes: list[Schema | HostConfig] = [config, *(host_config(config, host) for host in config.hosts)]
+    for scope in scopes:
+        for index, listener in enumerate(config.listen):
+            if isinstance(listener, C2SListen):
+                problems = _rules_of(listener, f"listen[{index}]", scope.access_rules, scope.shaper_rules)
+                found |= dict.fromkeys(problems)
+    yield from found
+
+
+def _rules_of(listener: C2SListen, at: str, access: Rules, shapers: Rules) -> Iterator[Problem]:
+    names = ["all", "none", *access]
+    if listener.access not in names:
+        yield f"{at}.access", _unknown("access rule", listener.access, names)
+    elif any(rule.value not in ("allow", "deny") for rule in access.get(listener.access, ())):
+        yield f"{at}.access", f"the access rule {listener.access!r} has other values than allow and deny"
+    names = ["none", *shapers]
+    if listener.shaper not in names:
+        yield f"{at}.shaper", _unknown("shaper rule", listener.shaper, names)
+    elif any(isinstance(rule.value, int) for rule in shapers.get(listener.shaper, ())):
+        yield f"{at}.shaper", f"the shaper rule {listener.shaper!r} has numbers where shapers are expected"
+
+
+def _scopes(config: Schema) -> Iterator[tuple[str, Schema | AppendHostOptions, Schema | HostConfig]]:
+    """Each place where rules are written, and all that may be named there."""
+    yield "", config, config
+    for section in ("host_config", "append_host_config"):
+        for host, own in getattr(config, section).items():
+            yield f"{section}.{host}.", own, host_config(config, host)
 
 
 def _acl_names(config: Schema) -> Iterator[Problem]:
-    known = ["all", "none", *config.acl]
-    for group in ("access_rules", "shaper_rules"):
-        rules: dict[str, tuple[Rule, ...]] = dict(getattr(config, group))
-        for name, entries in rules.items():
-            for index, rule in enumerate(entries):
-                if rule.acl not in known:
-                    yield f"{group}.{key(name)}[{index}]", _unknown("acl", rule.acl, known)
+    for prefix, own, scope in _scopes(config):
+        known = ["all", "none", *scope.acl]
+        for group in ("access_rules", "shaper_rules"):
+            rules: Rules = dict(getattr(own, group))
+            for name, entries in rules.items():
+                for index, rule in enumerate(entries):
+                    for acl in rule.acls:
+                        if acl not in known:
+                            yield f"{prefix}{group}.{key(name)}[{index}]", _unknown("acl", acl, known)
 
 
 def _api_permissions(config: Schema) -> Iterator[Problem]:
@@ -88,15 +114,37 @@ def _api_permissions(config: Schema) -> Iterator[Problem]:
 
 def _shaper_names(config: Schema) -> Iterator[Problem]:
     known = ["none", "infinity", *config.shaper]
-    for name, entries in config.shaper_rules.items():
-        for index, rule in enumerate(entries):
-            if isinstance(rule.value, str) and rule.value not in known:
-                yield f"shaper_rules.{key(name)}[{index}]", _unknown("shaper", rule.value, known)
+    for prefix, own, _ in _scopes(config):
+        for name, entries in own.shaper_rules.items():
+            for index, rule in enumerate(entries):
+                if isinstance(rule.value, str) and rule.value not in known:
+                    yield f"{prefix}shaper_rules.{key(name)}[{index}]", _unknown("shaper", rule.value, known)
+
+
+def _limits(config: Schema) -> Iterator[Problem]:
+    for prefix, own, _ in _scopes(config):
+        for group, name in LIMITS:
+            for index, rule in enumerate(getattr(own, group).get(name, ())):
+                if not isinstance(rule.value, int) and rule.value != INFINITY:
+                    yield f"{prefix}{group}.{name}[{index}]", f"expected a number or infinity, got {rule.value!r}"
+
+
+def _host_sections(config: Schema) -> Iterator[Problem]:
+    for section in ("host_config", "append_host_config"):
+        for host in getattr(config, section):
+            if host not in config.hosts:
+                yield f"{section}.{host}", f"{host} is not one of the hosts.{suggest(host, config.hosts)}"
 
 
 def _mechanisms(config: Schema) -> Iterator[Problem]:
-    if _locked_out(config.auth_method, config.auth_scram.hashes, set(config.disable_sasl_mechanisms)):
-        yield "disable_sasl_mechanisms", "no mechanism is left with which anybody could log in"
+    for host in config.hosts:
+        own = host_config(config, host)
+        if _locked_out(own.auth_method, own.auth_scram.hashes, set(own.disable_sasl_mechanisms)):
+            special = host in config.host_config or host in config.append_host_config
+            where = f" at {host}" if special else ""
+            yield "disable_sasl_mechanisms", f"no mechanism is left with which anybody could log in{where}"
+            if not special:
+                return
 
 
 def _locked_out(methods: Iterable[str], hashes: Iterable[str], disabled: set[str]) -> bool:
@@ -114,16 +162,26 @@ def _database(config: Schema) -> Iterator[Problem]:
         yield "data_dir", "may not contain ? or # while database.url refers to it"
 
 
+_BY_HOST: Final = ("host_config", "append_host_config")
+# Rules whose values are numbers. ejabberd has max_user_sessions among the shaper rules, which is understood too.
+LIMITS: Final = (
+    ("access_rules", "max_user_sessions"),
+    ("shaper_rules", "max_user_sessions"),
+    ("shaper_rules", "max_user_offline_messages"),
+)
+
 # Each check with the top-level options it looks at: it is left out when one of those is already at fault.
 CHECKS: Final[tuple[tuple[frozenset[str], Check], ...]] = (
     (frozenset({"hosts"}), _hosts),
     (frozenset({"listen"}), _ports),
     (frozenset({"listen"}), _c2s_listeners),
-    (frozenset({"listen", "access_rules", "shaper_rules"}), _listener_rules),
-    (frozenset({"acl", "access_rules", "shaper_rules"}), _acl_names),
+    (frozenset({"hosts", *_BY_HOST}), _host_sections),
+    (frozenset({"listen", "access_rules", "shaper_rules", *_BY_HOST}), listener_rules),
+    (frozenset({"acl", "access_rules", "shaper_rules", *_BY_HOST}), _acl_names),
     (frozenset({"acl", "api_permissions"}), _api_permissions),
-    (frozenset({"shaper", "shaper_rules"}), _shaper_names),
-    (frozenset({"auth_method", "auth_scram", "disable_sasl_mechanisms"}), _mechanisms),
+    (frozenset({"access_rules", "shaper_rules", *_BY_HOST}), _limits),
+    (frozenset({"shaper", "shaper_rules", *_BY_HOST}), _shaper_names),
+    (frozenset({"hosts", "auth_method", "auth_scram", "disable_sasl_mechanisms", *_BY_HOST}), _mechanisms),
     (frozenset({"database", "data_dir"}), _database),
 )
 

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -175,10 +175,13 @@ def _describe(kind: str, context: Mapping[str, Any], value: object, path: str) -
     return f"expected {what}", "; put it in quotes" if quotes else ""
 
 
-def explain(exc: ValidationError, data: Any, schema: Any, *, source: str, prefix: str = "") -> list[str]:
+def explain(
+    exc: ValidationError, data: Any, schema: Any, *, source: str | Callable[[str], str], prefix: str = ""
+) -> list[str]:
     """One line per fault: `etc/xmppd.yml: listen[1].port: expected a number from 0 to 65535, got '5222x'`.
 
-    `data` is what was validated, `schema` its type; `prefix` stands before each path, such as `modules.offline`.
+    `source` is the file, or tells the file of a path; `data` is what was validated, `schema` its type; `prefix` stands
+    before each path, such as `modules.offline`.
     """
     lines: dict[str, list[str]] = {}
     tails: dict[str, str] = {}
@@ -206,7 +209,10 @@ def explain(exc: ValidationError, data: Any, schema: Any, *, source: str, prefix
         if not text.startswith("expected"):  # a sentence of its own, which has said what there was
             continue
         tails[path] = f", got {shown(value, path)}{'.' if extra.startswith(' ') else ''}{extra}"
-    return [
-        f"{source}: {path}: {' or '.join(dict.fromkeys(texts)).replace(' or expected', ' or')}{tails.get(path, '')}"
-        for path, texts in lines.items()
-    ]
+
+    def line(path: str, texts: list[str]) -> str:
+        file = source if isinstance(source, str) else source(path)
+        words = " or ".join(dict.fromkeys(texts)).replace(" or expected", " or")
+        return f"{file}: {path}: {words}{tails.get(path, '')}"
+
+    return [line(path, texts) for path, texts in lines.items()]

@@ -1,7 +1,8 @@
 """Access rules and shaper rules: ordered lists of `value: acl`, of which the first that matches counts.
 
 `[{deny: blocked}, {allow: all}]`, ejabberd's mapping `{deny: blocked, allow: all}` and a single value such as `allow`
-or `10` (for all) are the same kind of thing and all accepted.
+or `10` (for all) are the same kind of thing and all accepted. Behind a value may stand several acls, of which all must
+match: `{allow: [admin, office]}`.
 """
 
 import re
@@ -17,17 +18,29 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Whoever is in `acl` gets `value`: allow, deny, none, infinity, a shaper's name or a number."""
+    """Whoever is in every one of `acls` gets `value`: allow, deny, none, infinity, a shaper's name or a number."""
 
     value: str | int
-    acl: str
+    acls: tuple[str, ...]
 
 
-def _rule(value: object, acl: object, check: Callable[[str], bool], words: str) -> Rule:
+def _acls(data: object, value: object) -> tuple[str, ...]:
+    """Names out of `admin`, `[admin, office]` or ejabberd's `{acl: admin}`."""
+    names = []
+    for item in data if isinstance(data, list | tuple) else [data]:
+        name = item["acl"] if isinstance(item, dict) and list(item) == ["acl"] else item
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"expected the name of an acl behind {str(value)[:40]!r}")
+        names.append(name)
+    if not names:
+        raise ValueError(f"expected the name of an acl behind {str(value)[:40]!r}")
+    return tuple(names)
+
+
+def _rule(value: object, acls: object, check: Callable[[str], bool], words: str) -> Rule:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(words)
-    if not isinstance(acl, str) or not _NAME.fullmatch(acl):
-        raise ValueError(f"expected the name of an acl behind {str(value)[:40]!r}")
+    names = _acls(acls, value)
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}", value, re.ASCII):
         value = int(value)  # keys of a mapping are text
     if value == "unlimited":
@@ -36,7 +49,7 @@ def _rule(value: object, acl: object, check: Callable[[str], bool], words: str) 
         raise ValueError(words)
     if isinstance(value, int) and value < 0:
         raise ValueError(words)
-    return Rule(value, acl)
+    return Rule(value, names)
 
 
 def _rules(check: Callable[[str], bool], words: str) -> Callable[[object], tuple[Rule, ...]]:
@@ -46,7 +59,7 @@ def _rules(check: Callable[[str], bool], words: str) -> Callable[[object], tuple
             if isinstance(item, Rule):
                 rules.append(item)
             elif isinstance(item, dict) and item:
-                rules += [_rule(value, acl, check, words) for value, acl in item.items()]
+                rules += [_rule(value, acls, check, words) for value, acls in item.items()]
             else:
                 rules.append(_rule(item, "all", check, words))
         if not rules:
@@ -56,8 +69,8 @@ def _rules(check: Callable[[str], bool], words: str) -> Callable[[object], tuple
     return parse
 
 
-def _as_data(rules: tuple[Rule, ...]) -> list[dict[str, str]]:
-    return [{str(rule.value): rule.acl} for rule in rules]
+def _as_data(rules: tuple[Rule, ...]) -> list[dict[str, str | list[str]]]:
+    return [{str(rule.value): rule.acls[0] if len(rule.acls) == 1 else list(rule.acls)} for rule in rules]
 
 
 _plain: Final[Any] = PlainSerializer(_as_data, when_used="json")

@@ -21,10 +21,15 @@ from pydantic import (
     PlainValidator,
     SerializerFunctionWrapHandler,
     WrapSerializer,
+    model_serializer,
 )
+
+from xmppd.errors import JidError
+from xmppd.protocol.jid import make
 
 from .api import ApiPermission, TokenHash, TokenName
 from .hosts import normalise_host
+from .includes import Include, parse_includes
 from .rules import AccessRules, ShaperRules
 from .types import (
     Duration,
@@ -55,16 +60,10 @@ MECHANISMS: Final = (
 
 # Validated, but nothing acts on them yet. `listen[]` stands for each listener; a name covers what is below it.
 NO_EFFECT_YET: Final = (
-    "acl",
-    "access_rules",
     "cluster",
     "database.read",
-    "listen[].access",
-    "listen[].shaper",
     "listen[].trusted_proxies",
     "listen[].use_proxy_protocol",
-    "shaper",
-    "shaper_rules",
 )
 
 
@@ -136,9 +135,25 @@ def _regexp(value: object) -> str:
 
 
 def _acl_user(value: object) -> str:
+    """A bare JID or a user name, as the addresses of stanzas are prepared."""
     if isinstance(value, str) and re.fullmatch(r"[^@/\s]+(@[^@/\s]+)?", value):
-        return value
+        name, at, host = value.partition("@")
+        try:
+            user = make(name, host or "localhost")
+        except JidError as exc:
+            raise ValueError(f"expected a user such as admin@example.net: {exc}") from None
+        return user.bare if at else user.local
     raise ValueError("expected a user such as admin@example.net")
+
+
+def _acl_server(value: object) -> str:
+    """A domain as the addresses of stanzas are prepared; any domain, not only ours."""
+    try:
+        if isinstance(value, str):
+            return make("", value).domain
+    except JidError:
+        pass
+    raise ValueError("expected a domain such as example.net")
 
 
 AbsolutePath = Annotated[Path, PlainValidator(_absolute), PlainSerializer(str, when_used="json")]
@@ -148,10 +163,18 @@ Mechanism = Annotated[str, PlainValidator(_mechanism)]
 DatabaseUrl = Annotated[str, PlainValidator(_database_url)]
 Regexp = Annotated[str, PlainValidator(_regexp)]
 AclUser = Annotated[str, PlainValidator(_acl_user)]
+AclServer = Annotated[str, PlainValidator(_acl_server)]
 Word = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[Word, ...], several]
 Regexps = Annotated[tuple[Regexp, ...], several]
 Networks = Annotated[tuple[Network, ...], several]
+
+
+Includes = Annotated[
+    tuple[Include, ...],
+    PlainValidator(parse_includes),
+    PlainSerializer(lambda found: [include.as_data() for include in found], when_used="json"),
+]
 
 
 class Options(BaseModel):
@@ -270,7 +293,7 @@ class Acl(Options):
     user: Annotated[tuple[AclUser, ...], several] = ()
     user_regexp: Regexps = ()
     user_glob: Texts = ()
-    server: Texts = ()
+    server: Annotated[tuple[AclServer, ...], several] = ()
     server_regexp: Regexps = ()
     server_glob: Texts = ()
     resource: Texts = ()
@@ -284,6 +307,34 @@ class Shaper(Options):
 
     rate: Annotated[Size, sized(1, 1 << 40)]
     burst: Annotated[Size, sized(1, 1 << 40)] = Field(default_factory=lambda data: data.get("rate", 1))
+
+
+NamedAcls = Annotated[Mapping[str, Acl], frozen, as_dict]
+NamedAccessRules = Annotated[Mapping[str, AccessRules], frozen, as_dict]
+NamedShaperRules = Annotated[Mapping[str, ShaperRules], frozen, as_dict]
+
+
+class AppendHostOptions(Options):
+    """What may be added for one host. Only what the file says counts, hence `model_fields_set`."""
+
+    certfiles: Annotated[tuple[AbsolutePath, ...], several] = ()
+    auth_method: Annotated[tuple[AuthMethod, ...], several] = ()
+    disable_sasl_mechanisms: Annotated[tuple[Mechanism, ...], several] = ()
+    acl: NamedAcls = Field(default_factory=lambda: _freeze({}))
+    access_rules: NamedAccessRules = Field(default_factory=lambda: _freeze({}))
+    shaper_rules: NamedShaperRules = Field(default_factory=lambda: _freeze({}))
+
+    @model_serializer(mode="wrap")
+    def _only_what_was_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
+
+
+class HostOptions(AppendHostOptions):
+    """What may differ for one host."""
+
+    auth_method: Annotated[tuple[AuthMethod, ...], several, Field(min_length=1)] = ("sql",)
+    auth_scram: AuthScram = Field(default_factory=AuthScram)
+    resource_conflict: ResourceConflict = "acceptnew"
 
 
 class Schema(Options):
@@ -313,16 +364,21 @@ class Schema(Options):
     database: Database = Field(default_factory=Database)
     cluster: Cluster = Field(default_factory=Cluster)
     routing: Routing = Field(default_factory=Routing)
-    acl: Annotated[Mapping[str, Acl], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
-    access_rules: Annotated[Mapping[str, AccessRules], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
+    acl: NamedAcls = Field(default_factory=lambda: _freeze({}))
+    access_rules: NamedAccessRules = Field(default_factory=lambda: _freeze({}))
     shaper: Annotated[Mapping[str, Shaper], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
-    shaper_rules: Annotated[Mapping[str, ShaperRules], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
+    shaper_rules: NamedShaperRules = Field(default_factory=lambda: _freeze({}))
     api_tokens: Annotated[Mapping[TokenName, TokenHash], frozen, as_dict] = Field(
         default_factory=lambda: _freeze({}), repr=False
     )
     api_permissions: Annotated[Mapping[str, ApiPermission], frozen, as_dict] = Field(
         default_factory=lambda: _freeze({})
     )
+    host_config: Annotated[Mapping[Host, HostOptions], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
+    append_host_config: Annotated[Mapping[Host, AppendHostOptions], frozen, as_dict] = Field(
+        default_factory=lambda: _freeze({})
+    )
+    include_config_file: Includes = ()
     shutdown_grace: Annotated[Duration, lasting(0, 600)] = 5.0
     module_paths: Annotated[tuple[AbsolutePath, ...], several] = ()
     modules: Annotated[Mapping[str, Mapping[str, Any]], frozen, as_dict] = Field(

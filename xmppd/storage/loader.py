@@ -17,6 +17,8 @@ V = TypeVar("V")
 T = TypeVar("T")
 
 MAX_KEYS: Final = 500  # in one query
+# seconds; a query that failed so late takes along those who waited behind it: the next one would hang as long
+_HUNG: Final = 2.0
 MAX_WAITING: Final = 100_000  # look-ups of one kind; one more is refused with StorageUnavailable
 
 Fetch = Callable[[AsyncConnection, list[Any]], Awaitable[dict[Any, Any]]]
@@ -36,6 +38,8 @@ class _Kind:
 
 class Loader:
     """One query of a kind runs at a time; what is asked for meanwhile goes into the next one.
+
+    A database that does not answer keeps nobody waiting for more than one query's time-outs.
 
     A look-up never joins a query that has begun: it sees everything that was committed before it was made.
     """
@@ -102,11 +106,16 @@ class Loader:
 
     async def _load(self, kind: _Kind, batch: dict[Any, list[asyncio.Future[Any]]]) -> None:
         fetch, keys = kind.fetch, list(batch)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             found = await self._read(lambda connection: fetch(connection, keys))
         except StorageUnavailable as exc:
-            for waiters in batch.values():
+            hung = loop.time() - began >= _HUNG
+            for waiters in (*batch.values(), *(kind.waiting.values() if hung else ())):
                 _fail(waiters, exc)
+            if hung:
+                kind.waiting.clear()
         except Exception as exc:
             await self._find_culprit(kind, batch, exc)
         else:
