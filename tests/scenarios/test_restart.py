@@ -5,14 +5,13 @@ import json
 import re
 import signal
 import socket
-import subprocess
 import time
 
 import pytest
 
 from tests.harness.raw import Raw
 from tests.harness.scene import PASSWORD
-from tests.harness.server import PATIENCE, Server
+from tests.harness.server import Server
 
 ROSTER, PRIVATE, VCARD = "jabber:iq:roster", "jabber:iq:private", "vcard-temp"
 NOTE = "<note xmlns='urn:example:notes'>buy a dagger</note>"
@@ -144,17 +143,9 @@ async def test_the_command_restart_keeps_the_process_and_ends_the_streams(fresh)
 
 
 def refused(node: Server) -> tuple[int, str]:
-    """Start a process on the same configuration; its exit code and what it says."""
-    before = len(node.log)
-    other = Server.__new__(Server)
-    other.__dict__.update(node.__dict__, process=None)
-    other.launch()
-    try:
-        code = other.process.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        other.kill()
-        raise
-    return code, node.log[before:]
+    """Start a process on the same configuration, which must end by itself: its exit code and what it says."""
+    done = node.second_start()
+    return done.returncode, done.stdout + done.stderr
 
 
 async def test_a_second_start_on_the_same_data_says_who_holds_it(fresh):
@@ -224,9 +215,7 @@ def test_a_start_that_is_interrupted_leaves_the_data_in_order(tmp_path):
         node.launch()
         while not (node.data_dir / "lock").exists() and node.process.poll() is None:
             time.sleep(0.001)
-        node.process.send_signal(number)
-        node.process.wait(PATIENCE)
-        node.process = None
+        node.stop(number)
 
     node.start()
 
