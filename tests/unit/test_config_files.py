@@ -269,6 +269,7 @@ TEXTS = NAMES.filter(bool)
 OPTIONS = st.dictionaries(NAMES, NAMES | st.integers(-(10**17), 10**17) | st.none() | st.booleans())
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.fixed_dictionaries(

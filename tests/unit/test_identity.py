@@ -255,6 +255,7 @@ def killed_at(step, path):
     return process.returncode != 0
 
 
+@pytest.mark.slow
 def test_a_first_start_killed_at_any_moment_leaves_no_half_made_file(tmp_path):
     step = 1
     while killed_at(step, path := tmp_path / str(step)):
@@ -264,6 +265,7 @@ def test_a_first_start_killed_at_any_moment_leaves_no_half_made_file(tmp_path):
     assert step > 30
 
 
+@pytest.mark.slow
 def test_a_later_start_killed_at_any_moment_uses_no_incarnation_twice(path):
     first = last = once(path)
     step = 1

@@ -574,6 +574,7 @@ def test_any_text_as_name_and_authzid(username, authzid):
         feed(mechanism, [message.encode("utf-8", "surrogatepass")])
 
 
+@pytest.mark.slow
 def test_a_second_of_damaged_messages():
     rng = random.Random(20)
     ends = time.monotonic() + 1.0

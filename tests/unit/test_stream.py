@@ -512,6 +512,7 @@ assert grown < 1500, f"{{grown}} KiB"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "stanza",
@@ -705,6 +706,7 @@ def assert_agree(one: list[object], other: list[object]) -> None:
         assert one == other
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(pieces=st.lists(st.binary(max_size=60) | SOUP, max_size=6), header=st.booleans())
 def test_receive_never_raises_and_is_silent_after_the_end(pieces, header):
@@ -765,6 +767,7 @@ def trees(draw: st.DrawFn, name: str | None = None, level: int = 0) -> str:
     return head + ">" + "".join(parts) + f"</{prefix}{name}>"
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     stanzas=st.lists(st.sampled_from(["message", "presence", "iq"]).flatmap(trees), min_size=1, max_size=4),
