@@ -93,3 +93,16 @@ class CommandError(XmppdError):
         super().__init__(text)
         self.text = text
         self.code = code
+
+
+class NodeUnreachable(XmppdError):
+    """Another node of the cluster did not answer: it is down, cut off, or too slow."""
+
+
+class CallRefused(XmppdError):
+    """Another node of the cluster answered a call with a refusal: its text and exit code."""
+
+    def __init__(self, text: str, code: int = 1) -> None:
+        super().__init__(text)
+        self.text = text
+        self.code = code
