@@ -13,12 +13,18 @@ from tests.modules.world import HOST, World
 from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
 from xmppd.admin.commands import register_core
 from xmppd.admin.nodes import Nodes
+from xmppd.admin.puppets import Puppet, Puppets
 from xmppd.admin.registry import Call, Caller, commands_of
 from xmppd.admin.request import Frame, answer
 from xmppd.admin.results import Result
+from xmppd.admin.selftest import SelfTest, SelfTestCommands
 from xmppd.admin.talk import Speaker
+from xmppd.admin.watch import Watch, WatchCommands
+from xmppd.c2s.session import Session
 from xmppd.cluster.interfaces import Peer
 from xmppd.cluster.tables import SessionRow
+from xmppd.log import get_logger
+from xmppd.protocol.jid import JID
 from xmppd.storage import Storage
 
 CTL = Caller("ctl", "uid=0")
@@ -72,6 +78,28 @@ class Node(World):
         )
         self.registry.register("core", commands_of(ApiTokenCommands(ApiTokens(storage, dict))))
         self.registry.connect(self.nodes)
+        self.watch = Watch(node=name, hooks=self.hooks)
+        self.watch.connect(self.links, self.calls)
+        self.puppets = Puppets(hooks=self.hooks, table=self.table, bind=self._bind)
+        self.puppets.connect(self.calls)
+        self.selftest = SelfTest(
+            node=name,
+            server=self.part,
+            accounts=self.accounts,
+            auth=self.accountant,
+            hooks=self.hooks,
+            puppets=self.puppets,
+            nodes=self.nodes,
+        )
+        for source in (WatchCommands(self.watch), SelfTestCommands(self.selftest)):
+            self.registry.register("core", commands_of(source))
+
+    def _bind(self, jid: JID, carrier: Puppet) -> Session:
+        return Session(jid, carrier, self.parts, get_logger("selftest"))
+
+    async def close(self) -> None:
+        self.puppets.close()
+        await super().close()
 
     async def run(self, *argv: str, local: bool = False, **more: Any) -> Result:
         spec, args = self.registry.split(argv)

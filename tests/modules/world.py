@@ -34,6 +34,7 @@ from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 HOST = "capulet.example"
+OWNER = Owner(bytes(range(16)), 0, 7)
 _ids = itertools.count(1)
 
 
@@ -153,9 +154,7 @@ class PlainAccounts:
 
 
 class World:
-    def __init__(
-        self, storage: Storage, *, node: str = "xmppd@test", owner: Owner = Owner(bytes(range(16)), 0, 7)
-    ) -> None:
+    def __init__(self, storage: Storage, *, node: str = "xmppd@test", owner: Owner = OWNER) -> None:
         self.storage = storage
         self.advanced = 0.0
         self.hooks = Hooks()

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from xmppd.admin import talk, wire
-from xmppd.admin.registry import Call, Caller, Command
-from xmppd.admin.request import Ask, Frame, Send
+from xmppd.admin.registry import Call, Caller, Command, UsageError
+from xmppd.admin.request import Ask, Frame, Send, refusal
 from xmppd.admin.results import Answer
 from xmppd.cluster.interfaces import Calls, Links
 from xmppd.cluster.tables import SessionTable
@@ -88,7 +88,7 @@ class Nodes:
             ]
             return wire.value_of(spec.result, lines)
         except NodeUnreachable as exc:
-            return _Failed(f"no answer: {exc}", UNANSWERED)
+            return _Failed(f"did not answer: {exc}", UNANSWERED)
         except CallRefused as exc:
             return _Failed(exc.text, exc.code)
         except CommandError as exc:
@@ -107,19 +107,18 @@ class Nodes:
             needed = await self._pass_on(node, asked, caller, send)
             if needed is not None:
                 secret = await ask(needed)
-                await self._pass_on(node, {**asked, "secret": secret or ""}, caller, send)
+                if secret is None:
+                    return await send(refusal(UsageError(f"no {needed} was given"), asked.get("json") is True))
+                await self._pass_on(node, {**asked, "secret": secret}, caller, send)
         except NodeUnreachable as exc:
             text = f"Failed RPC connection to the node {node}: {exc}; it may have carried out the command"
-            await send({"out": f"Error: {text}\n", "err": "", "code": NOT_REACHABLE})
+            await send(refusal(CommandError(text, NOT_REACHABLE), asked.get("json") is True))
         except CallRefused as exc:
-            await send({"out": f"Error: {exc.text}\n", "err": "", "code": exc.code})
+            await send(refusal(CommandError(exc.text, exc.code), asked.get("json") is True))
 
     async def _pass_on(self, node: str, asked: Frame, caller: Caller, send: Send) -> str | None:
         """The name of a secret that is needed first, else None."""
-        member = next((key for key, peer in self._links.peers.items() if peer.name == node), None)
-        if member is None:
-            raise NodeUnreachable("nodedown")
-        async for line in talk.listen(self._calls, member, asked, caller, rows=False):
+        async for line in talk.listen(self._calls, self._node(node), asked, caller, rows=False):
             said = talk.frame_of(line)
             if said is not None and "need" in said:
                 return str(said["need"])
@@ -127,6 +126,16 @@ class Nodes:
             if said is not None and "code" in said:
                 return None
         raise NodeUnreachable("its answer was cut off")
+
+    async def call(self, node: str, name: str, payload: Any, *, timeout: float) -> Any:
+        """Ask another node, one of `names`. Raises NodeUnreachable, CallRefused."""
+        return await self._calls.call(self._node(node), name, payload, timeout=timeout)
+
+    def _node(self, name: str) -> bytes:
+        node = next((key for key, peer in self._links.peers.items() if peer.name == name), None)
+        if node is None:
+            raise NodeUnreachable("nodedown")
+        return node
 
 
 async def _here(here: Callable[[], Awaitable[Any]]) -> Any:

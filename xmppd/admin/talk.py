@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 from xmppd.admin import request, wire
 from xmppd.admin.registry import Call, Caller, Registry
 from xmppd.cluster.interfaces import Calls, Peer
-from xmppd.errors import CallRefused, CommandError, NodeUnreachable
+from xmppd.errors import CommandError, NodeUnreachable
 
 POLL: Final = 2.0  # seconds
 ANSWERS_WITHIN: Final = 5.0  # seconds: what the network and a busy node may add to POLL are in it
@@ -107,25 +107,25 @@ class Speaker:
     def __init__(self, registry: Registry, calls: Calls, spawn: Spawn) -> None:
         self._registry = registry
         self._spawn = spawn
-        self._talks: dict[tuple[bytes, int], _Talk] = {}
+        self.talks: dict[tuple[bytes, int], _Talk] = {}
         self._last = 0
         calls.on_call(_BEGIN, self._begin)
         calls.on_call(_MORE, self._more)
         calls.on_cast(_QUIT, self._quit)
 
     async def _begin(self, peer: Peer, asked: Any) -> dict[str, Any]:
-        if len(self._talks) >= MAX_TALKS:
+        if len(self.talks) >= MAX_TALKS:
             raise CommandError("too many commands of other nodes are carried out here already")
         self._last += 1
         talk = _Talk(peer, self._last)
-        self._talks[peer.node, talk.id] = talk
+        self.talks[peer.node, talk.id] = talk
         self._rewind(talk)
         work = self._rows if asked["rows"] else self._frames
         self._spawn(self._carry_out(work, talk, asked), name="command of another node")
         return await self._answer(talk)
 
     async def _more(self, peer: Peer, asked: Any) -> dict[str, Any]:
-        talk = self._talks.get((peer.node, asked["id"]))
+        talk = self.talks.get((peer.node, asked["id"]))
         if talk is None:
             raise CommandError("the command was given up: nobody had asked for its answer for too long")
         self._rewind(talk)
@@ -138,7 +138,7 @@ class Speaker:
         return piece
 
     def _quit(self, peer: Peer, asked: Any) -> None:
-        talk = self._talks.get((peer.node, asked["id"]))
+        talk = self.talks.get((peer.node, asked["id"]))
         if talk is not None:
             self._forget(talk)
 
@@ -150,7 +150,7 @@ class Speaker:
     def _forget(self, talk: _Talk) -> None:
         if talk.left is not None:
             talk.left.cancel()
-        self._talks.pop((talk.peer.node, talk.id), None)
+        self.talks.pop((talk.peer.node, talk.id), None)
         talk.quit()
 
     async def _carry_out(
@@ -218,6 +218,3 @@ def frame_of(line: str) -> request.Frame | None:
         return None
     frame = json.loads(line)
     return frame if isinstance(frame, dict) else None
-
-
-__all__ = ["CallRefused", "Gone", "NodeUnreachable", "Speaker", "frame_of", "listen"]

@@ -1,7 +1,9 @@
 """The core's commands about users: accounts, sessions, messages. Roster and offline commands are their modules'."""
 
 import asyncio
+import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, Final
 from xml.sax.saxutils import escape, quoteattr
@@ -37,6 +39,7 @@ _SESSION_FIELDS: Final = (
     string("statustext"),
 )
 _RESOURCE: Final = 7
+_PLACE_FIELDS: Final = (*map(string, ("jid", "node", "connection", "ip")), integer("port"), string("since"))
 
 
 def served_host(server: Server, host: str) -> str | None:
@@ -78,6 +81,17 @@ def _jid_order(full: str) -> tuple[str, str, str]:
     user, _, rest = full.partition("@")
     host, _, resource = rest.partition("/")
     return host, user, resource
+
+
+def _address(text: str) -> jid.JID:
+    """A user's JID."""
+    try:
+        found = jid.parse(text)
+    except JidError as exc:
+        raise CommandError(f"malformed JID: {exc}") from exc
+    if not found.local:
+        raise CommandError(f"expected the JID of a user, such as juliet@{found.domain}")
+    return found
 
 
 def _user(values: Mapping[str, Any]) -> str | None:
@@ -292,6 +306,32 @@ class SessionCommands:
         return [_row(info) for info in self._infos(call, user, host)]
 
     @command(
+        "where",
+        args=(Arg("jid"),),
+        result=List("places", Tuple("place", _PLACE_FIELDS)),
+        tags=("session",),
+        reads=True,
+        scope="owner",
+        of=lambda values: _address(values["jid"]).bare,
+        merge=ordered(lambda row: _jid_order(row[0])),
+        doc="Tell where the sessions of a user, or the one of a full JID, are: node, connection, address, since when",
+    )
+    def where(self, jid: str) -> list[tuple[str | int, ...]]:
+        of, now = _address(jid), time.time()
+        infos = (info for info in self._sessions.infos(of.domain, of.local) if of.resource in ("", info.resource))
+        return [
+            (
+                _jid(info.user, info.host, info.resource),
+                info.node,
+                info.connection,
+                info.ip,
+                info.port,
+                datetime.fromtimestamp(now - info.uptime_seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            )
+            for info in sorted(infos, key=_order)
+        ]
+
+    @command(
         "kick_user",
         args=(USER, HOST),
         result=integer("num_resources"),
@@ -317,8 +357,7 @@ class SessionCommands:
 
     def _kick(self, user: str, host: str, resource: str | None, reason: str, condition: str) -> int:
         try:
-            of = jid.make(user, host, resource or "")
-            return self._sessions.kick(of.local, of.domain, of.resource or None, reason, condition=condition)
+            return self._sessions.kick_here(jid.make(user, host, resource or ""), reason, condition)
         except JidError:
             return 0
 
