@@ -128,6 +128,7 @@ class SessionManager:
         self._hooks = hooks
         self._iqs = iqs
         self._bounce = bounce
+        self._spawn = spawn
         self._gate = Gate(hooks, spawn, bounce)
         self.strict = strict  # routing.profile: rfc6121
         self.rerouted = 0  # stanzas whose session turned out to be dead
@@ -173,7 +174,9 @@ class SessionManager:
 
     def _appeared(self, user: str, row: SessionRow) -> None:
         if self._hooks.wants(SessionAppeared):
-            self._hooks.notify(SessionAppeared(bare(row.jid), row.owner.member))
+            waiting = self._hooks.notify(SessionAppeared(bare(row.jid), row.owner.member))
+            if waiting is not None:
+                self._spawn(_finish(waiting), name="session appeared")
 
     def close(self, row: SessionRow) -> bool:
         """Take a session's row out; True when it was the user's last one in the cluster."""
@@ -546,6 +549,10 @@ class SessionManager:
     def _kick_elsewhere(self, rows: list[SessionRow], jid: JID, reason: str, condition: str) -> None:
         if self._remote is not None:
             self._remote.kick(sorted({row.owner.member for row in rows}), jid, reason, condition)
+
+
+async def _finish(waiting: Awaitable[None]) -> None:
+    await waiting
 
 
 def _here(rows: Rows) -> Rows:
