@@ -9,14 +9,11 @@ from tests.golden.memory import Loader
 from tests.modules.world import HOST, Place, World
 from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
 from xmppd.admin.commands import register_core
-from xmppd.admin.nodes import Nodes
-from xmppd.admin.puppets import Puppet, Puppets
+from xmppd.admin.puppets import Puppet
 from xmppd.admin.registry import Call, Caller, commands_of
 from xmppd.admin.request import Frame, answer
 from xmppd.admin.results import Result
-from xmppd.admin.selftest import SelfTest, SelfTestCommands
-from xmppd.admin.talk import Speaker
-from xmppd.admin.watch import Watch, WatchCommands
+from xmppd.admin.wide import ClusterWide
 from xmppd.c2s.session import Session
 from xmppd.log import get_logger
 from xmppd.protocol.jid import JID
@@ -32,8 +29,9 @@ class ServerPart:
     status = "started"
     hosts = (HOST,)
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, spawn: Any) -> None:
         self.node = node
+        self.spawn = spawn
         self.asked: list[str] = []
         self.report: list[str] = []
 
@@ -59,9 +57,7 @@ class Node(World):
         super().__init__(storage, Place(name, net.owner(name), self.links, self.calls))
         PlainReplica(self.table, self.links)
         self.name = name
-        self.part = ServerPart(name)
-        self.nodes = Nodes(name=name, member=self.owner.member, links=self.links, calls=self.calls, table=self.table)
-        self.speaker = Speaker(self.registry, self.calls, self.spawn)
+        self.part = ServerPart(name, self.spawn)
         self.modules = Loader()
         register_core(
             self.registry,
@@ -73,28 +69,25 @@ class Node(World):
             loader=self.modules,
         )
         self.registry.register("core", commands_of(ApiTokenCommands(ApiTokens(storage, dict))))
-        self.registry.connect(self.nodes)
-        self.watch = Watch(node=name, hooks=self.hooks)
-        self.watch.connect(self.links, self.calls, self.table)
-        self.puppets = Puppets(hooks=self.hooks, table=self.table, bind=self._bind)
-        self.puppets.connect(self.calls)
-        self.selftest = SelfTest(
-            node=name,
+        self.wide = ClusterWide(
             server=self.part,
+            member=self.owner.member,
+            registry=self.registry,
+            links=self.links,
+            calls=self.calls,
+            table=self.table,
+            hooks=self.hooks,
             accounts=self.accounts,
             auth=self.accountant,
-            hooks=self.hooks,
-            puppets=self.puppets,
-            nodes=self.nodes,
+            bind=self._bind,
         )
-        for source in (WatchCommands(self.watch), SelfTestCommands(self.selftest)):
-            self.registry.register("core", commands_of(source))
+        self.nodes, self.speaker, self.puppets = self.wide.nodes, self.wide.speaker, self.wide.puppets
 
     def _bind(self, jid: JID, carrier: Puppet) -> Session:
         return Session(jid, carrier, self.parts, get_logger("selftest"))
 
     async def close(self) -> None:
-        self.puppets.close()
+        self.wide.close()
         await super().close()
 
     async def run(self, *argv: str, local: bool = False, **more: Any) -> Result:
