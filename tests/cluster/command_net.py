@@ -9,11 +9,14 @@ from tests.golden.memory import Loader
 from tests.modules.world import HOST, Place, World
 from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
 from xmppd.admin.commands import register_core
-from xmppd.admin.puppets import Puppet
+from xmppd.admin.nodes import Nodes
+from xmppd.admin.puppets import Puppet, Puppets
 from xmppd.admin.registry import Call, Caller, commands_of
 from xmppd.admin.request import Frame, answer
 from xmppd.admin.results import Result
-from xmppd.admin.wide import ClusterWide
+from xmppd.admin.selftest import SelfTest, SelfTestCommands
+from xmppd.admin.talk import Speaker
+from xmppd.admin.watch import Watch, WatchCommands
 from xmppd.c2s.session import Session
 from xmppd.log import get_logger
 from xmppd.protocol.jid import JID
@@ -29,9 +32,8 @@ class ServerPart:
     status = "started"
     hosts = (HOST,)
 
-    def __init__(self, node: str, spawn: Any) -> None:
+    def __init__(self, node: str) -> None:
         self.node = node
-        self.spawn = spawn
         self.asked: list[str] = []
         self.report: list[str] = []
 
@@ -57,7 +59,7 @@ class Node(World):
         super().__init__(storage, Place(name, net.owner(name), self.links, self.calls))
         PlainReplica(self.table, self.links)
         self.name = name
-        self.part = ServerPart(name, self.spawn)
+        self.part = ServerPart(name)
         self.modules = Loader()
         register_core(
             self.registry,
@@ -69,25 +71,30 @@ class Node(World):
             loader=self.modules,
         )
         self.registry.register("core", commands_of(ApiTokenCommands(ApiTokens(storage, dict))))
-        self.wide = ClusterWide(
+        self.nodes = Nodes(name=name, member=self.owner.member, links=self.links, calls=self.calls, table=self.table)
+        self.registry.connect(self.nodes)
+        self.speaker = Speaker(self.registry, self.calls, self.spawn)
+        watch = Watch(node=name, hooks=self.hooks)
+        watch.connect(self.links, self.calls, self.table)
+        self.puppets = Puppets(hooks=self.hooks, table=self.table, bind=self._bind)
+        self.puppets.connect(self.calls)
+        selftest = SelfTest(
+            node=name,
             server=self.part,
-            member=self.owner.member,
-            registry=self.registry,
-            links=self.links,
-            calls=self.calls,
-            table=self.table,
-            hooks=self.hooks,
             accounts=self.accounts,
             auth=self.accountant,
-            bind=self._bind,
+            hooks=self.hooks,
+            puppets=self.puppets,
+            nodes=self.nodes,
         )
-        self.nodes, self.speaker, self.puppets = self.wide.nodes, self.wide.speaker, self.wide.puppets
+        for source in (WatchCommands(watch), SelfTestCommands(selftest)):
+            self.registry.register("core", commands_of(source))
 
     def _bind(self, jid: JID, carrier: Puppet) -> Session:
         return Session(jid, carrier, self.parts, get_logger("selftest"))
 
     async def close(self) -> None:
-        self.wide.close()
+        self.puppets.close()
         await super().close()
 
     async def run(self, *argv: str, local: bool = False, **more: Any) -> Result:
