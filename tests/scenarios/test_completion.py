@@ -1,4 +1,4 @@
-"""etc/xmppctl.bash-completion in a real bash and zsh, against a node that serves the registry (tests/golden/small_node.py)."""
+"""etc/xmppctl.bash-completion in a real bash and zsh; a node serves the registry (tests/golden/small_node.py)."""
 
 import os
 import pty
