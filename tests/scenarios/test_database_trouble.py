@@ -42,19 +42,6 @@ def node(tmp_path: Path) -> Iterator[Node]:
     node.end(9)
 
 
-@pytest.fixture(scope="module")
-def mariadb_server() -> Iterator[mariadb.MariaDB]:
-    if (why := mariadb.missing()) is not None:
-        if mariadb.required():
-            pytest.fail(f"{why}, and XMPPD_REQUIRE_MARIADB=1 asks for it")
-        pytest.skip(why)
-    server = mariadb.MariaDB()
-    try:
-        yield server
-    finally:
-        server.destroy()
-
-
 class Play:
     """Who says what to whom during a trouble, and who got what."""
 
