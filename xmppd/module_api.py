@@ -31,7 +31,7 @@ from xmppd.protocol.stanza import Stanza
 from xmppd.spool import Holder, NoAccount, QuotaReached, SpoolRow
 from xmppd.storage import Storage
 from xmppd.storage.ids import new_id
-from xmppd.storage.sql import by_host, insert_new, upsert
+from xmppd.storage.sql import User, by_host, insert_new, read_per_user, upsert, write_per_user
 from xmppd.storage.tables import (
     FULL_BYTES,
     Stamp,
@@ -86,6 +86,7 @@ __all__ = [
     "Stamp",
     "Storage",
     "Tuple",
+    "User",
     "Utf8",
     "as_stanza_error",
     "between",
@@ -103,11 +104,13 @@ __all__ = [
     "long_text",
     "module_table",
     "new_id",
+    "read_per_user",
     "several",
     "sized",
     "string",
     "upsert",
     "user_column",
+    "write_per_user",
 ]
 
 C = TypeVar("C")

@@ -5,7 +5,7 @@ import itertools
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 from lxml.etree import _Element
 
@@ -300,6 +300,12 @@ class World:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
 
     async def close(self) -> None:
         await self.loader.stop()
