@@ -39,6 +39,7 @@ from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 HOST = "capulet.example"
+OWNER = Owner(bytes(range(16)), 0, 7)
 _ids = itertools.count(1)
 
 
@@ -168,9 +169,17 @@ class Place:
 
 
 class World:
-    """`place`: one node of several; else it is alone."""
+    """`place`: one node of several; else it is alone, or what connects it is the caller's business."""
 
-    def __init__(self, storage: Storage, place: Place | None = None, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        place: Place | None = None,
+        *,
+        strict: bool = False,
+        node: str = "xmppd@test",
+        owner: Owner = OWNER,
+    ) -> None:
         self.storage = storage
         self.advanced = 0.0
         self.hooks = Hooks()
@@ -181,7 +190,7 @@ class World:
         self.accounts = Accounts(storage)
         self.accountant = PlainAccounts(self)
         self.spool = Spool(storage, clock=self.clock)
-        self.owner = place.owner if place else Owner(bytes(range(16)), 0, 7)
+        self.owner = place.owner if place else owner
         self.place = place
         self.node_handlers = NodeHandlers()
         self.table = SessionTable()
@@ -211,7 +220,7 @@ class World:
         routes.insert(Route(HOST, self.owner, LocalRouter(self.manager, dispatcher, gate).route))
         sweeper: Any = SimpleNamespace(add=self.with_records.append)
         self.parts = Parts(
-            place.name if place else "xmppd@test", self.router, self.manager, self.hooks, gate, self.spawn, sweeper
+            place.name if place else node, self.router, self.manager, self.hooks, gate, self.spawn, sweeper
         )
         self.loader = ModuleLoader(
             hooks=self.hooks,
