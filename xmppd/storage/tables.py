@@ -209,9 +209,9 @@ node = _core(  # every node that has ever served from this database
 )
 
 __all__ = [
+    "ADDRESS_BYTES",
     "BARE_BYTES",
     "FULL_BYTES",
-    "ADDRESS_BYTES",
     "HOST_BYTES",
     "NODE_NAME_BYTES",
     "PART_BYTES",
