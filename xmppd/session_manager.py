@@ -93,6 +93,7 @@ class SessionManager:
         strict: bool = False,
     ) -> None:
         self._table = table
+        table.on_conflict.append(_displace)
         self._owner = owner
         self._accounts = accounts
         self._hooks = hooks
@@ -108,8 +109,8 @@ class SessionManager:
         """Enter a session that was just bound; one with the same full JID ends with `conflict` (requirements ST-01)."""
         row = SessionRow(session.jid, self._owner, time.time_ns(), session, anonymous=session.anonymous)
         displaced = self._table.insert(row)
-        if displaced is not None and displaced.session is not None:
-            displaced.session.replaced()
+        if displaced is not None:
+            _displace(displaced)
         return row
 
     def close(self, row: SessionRow) -> bool:
@@ -120,7 +121,7 @@ class SessionManager:
 
     def set_priority(self, row: SessionRow, priority: int | None) -> None:
         """The priority of its presence, or None when it is no longer available."""
-        row.priority = priority
+        self._table.set_priority(row, priority)
 
     def oldest(self, user: JID, keep: int) -> list[LiveSession]:
         """The user's oldest sessions beyond `keep` (requirements ST-02)."""
@@ -133,7 +134,7 @@ class SessionManager:
 
     def local(self) -> Iterator[LiveSession]:
         """Every live session of this node."""
-        return (row.session for row in self._table.all() if row.session is not None)
+        return (row.session for row in self._table.own_sessions() if row.session is not None)
 
     def is_bound(self, jid: JID) -> bool:
         return jid.resource in self._table.rows(jid.bare)
@@ -321,6 +322,12 @@ class SessionManager:
             if row.session is not None:
                 row.session.kick(reason, condition)
         return len(chosen)
+
+
+def _displace(row: SessionRow) -> None:
+    """End a session of this node whose full JID was bound again, here or elsewhere."""
+    if row.session is not None:
+        row.session.replaced()
 
 
 def _not_negative(rows: Rows) -> list[SessionRow]:

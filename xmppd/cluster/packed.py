@@ -1,0 +1,154 @@
+"""Rows of other nodes as bytes: what a row looks like on the wire and in memory.
+
+A row is (group, item, value): a group is what is looked up (a bare JID, a domain), items tell its rows apart (a
+resource).
+
+    row    = length group  length item  length value        lengths are varints: 7 bits a byte, the lowest first
+    packed = { length item  length value }                  all rows of one group, in memory
+
+Group and item are UTF-8. Fields are only ever added to the end of a value: who does not know them skips them, and keeps
+them, so that digests agree between versions.
+
+Hundreds of thousands of rows as objects would cost 1 KiB each and make every collection of garbage slow. A dict of str
+to bytes costs a quarter, and the collector never looks into it.
+"""
+
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import Final
+
+_MORE: Final = 0x80
+_LONGEST: Final = 10  # bytes of a varint: 64 bits
+
+
+def varint(number: int) -> bytes:
+    """A number that is not negative, 7 bits a byte, the lowest first."""
+    if number < _MORE:
+        return bytes((number,))
+    out = bytearray()
+    while number >= _MORE:
+        out.append(number & 0x7F | _MORE)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number that begins at `at`, and where it ends. ValueError when it does not end."""
+    number = 0
+    for count in range(_LONGEST):
+        if at + count >= len(data):
+            break
+        byte = data[at + count]
+        number |= (byte & 0x7F) << (7 * count)
+        if byte < _MORE:
+            return number, at + count + 1
+    raise ValueError(f"no number at {at}")
+
+
+def _read_bytes(data: bytes, at: int) -> tuple[bytes, int]:
+    length, start = (data[at], at + 1) if at < len(data) and data[at] < _MORE else read_varint(data, at)
+    end = start + length
+    if end > len(data):
+        raise ValueError(f"cut short at {at}")
+    return data[start:end], end
+
+
+def row_bytes(group: str, item: bytes, value: bytes) -> bytes:
+    """A row as it crosses the wire."""
+    name = group.encode()
+    return b"".join((varint(len(name)), name, varint(len(item)), item, varint(len(value)), value))
+
+
+def read_row(data: bytes, at: int) -> tuple[str, bytes, bytes, int]:
+    """(group, item, value, where it ends) of the row that begins at `at`. ValueError when it is none."""
+    name, at = _read_bytes(data, at)
+    item, at = _read_bytes(data, at)
+    value, at = _read_bytes(data, at)
+    return name.decode(), item, value, at
+
+
+def row_digest(group: str, item: bytes, value: bytes) -> int:
+    """64 bits. The digest of many rows is the XOR of theirs, so it is kept up as rows come and go."""
+    return int.from_bytes(blake2b(row_bytes(group, item, value), digest_size=8).digest(), "big")
+
+
+def items_in(packed: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(item, value) of each row of one group."""
+    at = 0
+    while at < len(packed):
+        item, at = _read_bytes(packed, at)
+        value, at = _read_bytes(packed, at)
+        yield item, value
+
+
+class PackedRows:
+    """Rows of one owner and table: group -> packed, with their number, digest and number per host."""
+
+    __slots__ = ("count", "digest", "groups", "hosts")
+
+    def __init__(self) -> None:
+        self.groups: dict[str, bytes] = {}
+        self.count = 0
+        self.digest = 0
+        self.hosts: dict[str, int] = {}  # by the domain of the group
+
+    def put(self, group: str, item: bytes, value: bytes) -> bytes | None:
+        """Add or replace a row; the value it had comes back."""
+        entry = b"".join((varint(len(item)), item, varint(len(value)), value))
+        packed = self.groups.get(group)
+        if packed is None:
+            self.groups[group] = entry
+            old = None
+        else:
+            old, others = _take(packed, item)
+            self.groups[group] = others + entry
+        if old is None:
+            self._count(group, 1)
+        else:
+            self.digest ^= row_digest(group, item, old)
+        self.digest ^= row_digest(group, item, value)
+        return old
+
+    def delete(self, group: str, item: bytes) -> bytes | None:
+        """Take a row out; its value, or None when there is none."""
+        packed = self.groups.get(group)
+        if packed is None:
+            return None
+        old, others = _take(packed, item)
+        if old is None:
+            return None
+        if others:
+            self.groups[group] = others
+        else:
+            del self.groups[group]
+        self._count(group, -1)
+        self.digest ^= row_digest(group, item, old)
+        return old
+
+    def all(self) -> Iterator[tuple[str, bytes, bytes]]:
+        """Every (group, item, value). Rows may come and go meanwhile; those that stay are all named."""
+        for group in list(self.groups):
+            for item, value in items_in(self.groups.get(group, b"")):
+                yield group, item, value
+
+    def _count(self, group: str, more: int) -> None:
+        self.count += more
+        host = group.rpartition("@")[2]
+        left = self.hosts.get(host, 0) + more
+        if left:
+            self.hosts[host] = left
+        else:
+            del self.hosts[host]
+
+
+def _take(packed: bytes, wanted: bytes) -> tuple[bytes | None, bytes]:
+    """The value of one item, and the rows without it."""
+    start = 0
+    while start < len(packed):
+        item, at = _read_bytes(packed, start)
+        value, end = _read_bytes(packed, at)
+        if item == wanted:
+            return value, packed[:start] + packed[end:]
+        start = end
+    return None, packed
