@@ -8,14 +8,15 @@ there that the members have changed, if nobody told it before.
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from xmppd.cluster import subjects
 from xmppd.cluster.engine import Engine
 from xmppd.cluster.hello import LOOK, REFRESH, SKEW, Card
-from xmppd.cluster.interfaces import Calls, Links, Peer
+from xmppd.cluster.interfaces import Calls, Peer
+from xmppd.cluster.links import LinkSet
 from xmppd.cluster.membership import MEMBER, REMOVED, Membership, Node, Store
 from xmppd.cluster.replica import Replica
 from xmppd.errors import NodeUnreachable, StorageError, XmppdError
@@ -35,17 +36,6 @@ ENGINE_PAUSE: Final = 5.0  # seconds between attempts to start an engine that do
 HELLO: Final = 3.0  # seconds for an answer
 _MEMBERS: Final = "cluster.members"  # cast: the members have changed
 _CARD: Final = "cluster.card"  # call: who are you?
-
-
-class ManagedLinks(Links, Protocol):
-    """The links, as their owner sees them (links.LinkSet)."""
-
-    def start(self) -> None: ...
-    async def stop(self) -> None: ...
-    def set_members(self, nodes: Collection[bytes]) -> None: ...
-    def block(self, node: bytes, seconds: float) -> None: ...
-    def rtt(self, node: bytes) -> float | None:
-        """Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +63,7 @@ class Cluster:
         store: Store,
         *,
         engine: Engine,
-        links: ManagedLinks,
+        links: LinkSet,
         calls: Calls,
         replica: Replica,
         hooks: Hooks,
@@ -117,6 +107,7 @@ class Cluster:
 
     async def start(self, *, patience: float) -> None:
         """Begin to take part; for at most `patience` seconds the tables of members that are up are waited for."""
+        self.replica.start()
         self._beating = self._loop.create_task(self._beat(), name="cluster beat")
         await self._turn()
         if self._running and self.membership.others:
@@ -130,6 +121,8 @@ class Cluster:
         for task in (self._beating, self._refreshing):
             if task is not None:
                 task.cancel()
+        self.links.stop()
+        self.replica.stop()
         async with self._turning:
             await self._stop_engine()
         try:
@@ -212,16 +205,15 @@ class Cluster:
         await self.engine.serve(subjects.hello(self.me.name), self._answer)
         await self.engine.start(self._routes())
         self._running = True
+        self.links.attach(self.engine)
         self.links.set_members([each.node for each in self.membership.others])
-        self.links.start()
-        self.replica.start()
 
     async def _stop_engine(self) -> None:
         if self._running:
             self._running = False
             self._extra.clear()
-            self.replica.stop()
-            await self.links.stop()
+            self.links.set_members(())
+            self.links.detach()
             await self.engine.stop()
 
     def _routes(self) -> list[str]:
@@ -373,13 +365,11 @@ class Cluster:
 
     def _up(self, peer: Peer) -> None:
         self._extra.pop(peer.node, None)
-        log.info("node up", node=peer.name, version=peer.version)
         self._notify(NodeUp(peer.name, peer.node))
         self._spawn(self._look_at_clock(peer), name="cluster clock")
 
     def _down(self, peer: Peer, reason: str) -> None:
         self.skews.pop(peer.node, None)
-        log.warning("node down", node=peer.name, reason=reason)
         self._notify(NodeDown(peer.name, peer.node, reason))
 
     async def _look_at_clock(self, peer: Peer) -> None:

@@ -23,10 +23,10 @@ class LinkView:
 
     node: str  # whose view it is
     peer: str
-    up: bool
+    state: str  # up, down, disconnected
     rtt_ms: float | None
     sessions: int  # of the peer, as the node has them
-    note: str  # what is missing, or through whom the way leads
+    via: str  # the node through which packets go
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class View:
     def as_json(self) -> dict[str, Any]:
         return {
             "node": self.node,
-            "links": [[x.node, x.peer, x.up, x.rtt_ms, x.sessions, x.note] for x in self.links],
+            "links": [[x.node, x.peer, x.state, x.rtt_ms, x.sessions, x.via] for x in self.links],
             "tables": [[x.node, x.table, x.owner, x.version, x.rows, x.digest] for x in self.tables],
             "counters": dict(self.counters),
             "missing": list(self.missing),
@@ -85,19 +85,21 @@ def view(cluster: Cluster) -> View:
     me = cluster.me.name
     status = cluster.replica.status()
     peers = {peer.owner.member: peer for peer in status.peers}
+    states = {link.node: link for link in cluster.links.status()}
     links, tables = [], []
     for name, tally in status.tables.items():
         tables.append(TableView(me, name, me, status.version, tally.rows, f"{tally.digest:016x}"))
     for member in cluster.membership.others:
         peer = peers.get(member.node)
-        rtt = cluster.links.rtt(member.node)
+        link = states.get(member.node)
         rows = 0
         if peer is not None:
             for name, tally in peer.tables.items():
                 tables.append(TableView(me, name, member.name, peer.version, tally.rows, f"{tally.digest:016x}"))
             rows = peer.tables["session"].rows if "session" in peer.tables else 0
-        up = member.node in cluster.links.peers
-        links.append(LinkView(me, member.name, up, None if rtt is None else round(rtt * 1000, 2), rows, ""))
+        via = "" if link is None or link.via is None else cluster.membership.name_of(link.via)
+        rtt = None if link is None or link.rtt_ms is None else round(link.rtt_ms, 2)
+        links.append(LinkView(me, member.name, "down" if link is None else link.state, rtt, rows, via))
     counters = {
         "deltas_sent": status.deltas_sent,
         "deltas_applied": status.deltas_applied,
