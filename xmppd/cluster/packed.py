@@ -3,7 +3,7 @@
 A row is (group, item, value): a group is what is looked up (a bare JID, a domain), items tell its rows apart (a
 resource).
 
-    row    = length group  length item  length value        lengths are varints: 7 bits a byte, the lowest first
+    row    = length group  length item  length value        lengths are varints (frames.py)
     packed = { length item  length value }                  all rows of one group, in memory
 
 Group and item are UTF-8. Fields are only ever added to the end of a value: who does not know them skips them, and keeps
@@ -15,42 +15,15 @@ to bytes costs a quarter, and the collector never looks into it.
 
 from collections.abc import Iterator
 from hashlib import blake2b
-from typing import Final
 
-_MORE: Final = 0x80
-_LONGEST: Final = 10  # bytes of a varint: 64 bits
-
-
-def varint(number: int) -> bytes:
-    """A number that is not negative, 7 bits a byte, the lowest first."""
-    if number < _MORE:
-        return bytes((number,))
-    out = bytearray()
-    while number >= _MORE:
-        out.append(number & 0x7F | _MORE)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
-
-
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at `at`, and where it ends. ValueError when it does not end."""
-    number = 0
-    for count in range(_LONGEST):
-        if at + count >= len(data):
-            break
-        byte = data[at + count]
-        number |= (byte & 0x7F) << (7 * count)
-        if byte < _MORE:
-            return number, at + count + 1
-    raise ValueError(f"no number at {at}")
+from xmppd.cluster.frames import FrameError, read_varint, varint
 
 
 def _read_bytes(data: bytes, at: int) -> tuple[bytes, int]:
-    length, start = (data[at], at + 1) if at < len(data) and data[at] < _MORE else read_varint(data, at)
+    length, start = (data[at], at + 1) if at < len(data) and data[at] < 128 else read_varint(data, at)
     end = start + length
     if end > len(data):
-        raise ValueError(f"cut short at {at}")
+        raise FrameError("a row is cut off")
     return data[start:end], end
 
 
@@ -61,11 +34,14 @@ def row_bytes(group: str, item: bytes, value: bytes) -> bytes:
 
 
 def read_row(data: bytes, at: int) -> tuple[str, bytes, bytes, int]:
-    """(group, item, value, where it ends) of the row that begins at `at`. ValueError when it is none."""
+    """(group, item, value, where it ends) of the row that begins at `at`. FrameError when it is none."""
     name, at = _read_bytes(data, at)
     item, at = _read_bytes(data, at)
     value, at = _read_bytes(data, at)
-    return name.decode(), item, value, at
+    try:
+        return name.decode(), item, value, at
+    except UnicodeDecodeError as exc:
+        raise FrameError("a group is no text") from exc
 
 
 def row_digest(group: str, item: bytes, value: bytes) -> int:

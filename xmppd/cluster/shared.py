@@ -7,7 +7,7 @@ calls `begin`, `put`, `delete`, `end`, `drop` there. Nothing else writes rows of
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, ParamSpec
+from typing import ParamSpec
 
 from xmppd.cluster.packed import PackedRows, items_in, row_digest
 from xmppd.log import get_logger
@@ -93,8 +93,8 @@ class Held:
 class SharedTable:
     """The part of a table that a Replica sees. A table has a number of its own, for ever, and a name for operators."""
 
-    number: ClassVar[int]
-    name: ClassVar[str]
+    number: int
+    name: str
 
     def __init__(self) -> None:
         self.announce: Announce | None = None  # set by the replica
