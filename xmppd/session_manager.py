@@ -323,6 +323,14 @@ class SessionManager:
                 row.session.kick(reason, condition)
         return len(chosen)
 
+    def kick_here(self, jid: JID, reason: str, condition: str) -> int:
+        """End the session of a full JID, or all of a bare one, as far as they are on this node; how many there were."""
+        rows = list(self._table.rows(jid.bare).values())
+        chosen = [row.session for row in rows if row.session is not None and jid.resource in ("", row.jid.resource)]
+        for session in chosen:
+            session.kick(reason, condition)
+        return len(chosen)
+
 
 def _displace(row: SessionRow) -> None:
     """End a session of this node whose full JID was bound again, here or elsewhere."""

@@ -34,6 +34,7 @@ from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 HOST = "capulet.example"
+OWNER = Owner(bytes(range(16)), 0, 7)
 _ids = itertools.count(1)
 
 
@@ -153,7 +154,7 @@ class PlainAccounts:
 
 
 class World:
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, *, node: str = "xmppd@test", owner: Owner = OWNER) -> None:
         self.storage = storage
         self.advanced = 0.0
         self.hooks = Hooks()
@@ -164,7 +165,7 @@ class World:
         self.accounts = Accounts(storage)
         self.accountant = PlainAccounts(self)
         self.spool = Spool(storage, clock=self.clock)
-        self.owner = Owner(bytes(range(16)), 0, 7)
+        self.owner = owner
         self.table = SessionTable()
         self.tasks: set[asyncio.Task[None]] = set()
         self.with_records: list[Session] = []
@@ -185,7 +186,7 @@ class World:
         )
         routes.insert(Route(HOST, self.owner, LocalRouter(self.manager, dispatcher, gate).route))
         sweeper: Any = SimpleNamespace(add=self.with_records.append)
-        self.parts = Parts("xmppd@test", self.router, self.manager, self.hooks, gate, self.spawn, sweeper)
+        self.parts = Parts(node, self.router, self.manager, self.hooks, gate, self.spawn, sweeper)
         self.loader = ModuleLoader(
             hooks=self.hooks,
             iqs=self.iqs,
