@@ -11,15 +11,15 @@ import contextlib
 import gc
 import os
 import time
-import uuid
 from collections.abc import AsyncIterator, Coroutine
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
-from xmppd import log, signals
+from xmppd import clustering, log, signals
 from xmppd.access import Access, AccessRules
 from xmppd.accountant import Accountant
 from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
+from xmppd.admin.cluster_commands import ClusterCommands
 from xmppd.admin.commands import register_core
 from xmppd.admin.registry import Registry, commands_of
 from xmppd.admin.socket import ControlSocket
@@ -29,7 +29,7 @@ from xmppd.c2s.session import Parts
 from xmppd.c2s.sweeper import RecordSweeper
 from xmppd.c2s.tls import Certificates
 from xmppd.check import own_certfiles, validator
-from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
+from xmppd.cluster.tables import Route, RouteTable, SessionTable
 from xmppd.config import Config
 from xmppd.delivery import Gate
 from xmppd.events import ServerStarted
@@ -56,6 +56,7 @@ _log = get_logger("xmppd.server")
 _COLLECT_EVERY: Final = 5.0  # seconds
 _COLLECT_ABANDONED: Final = 500  # parsers, about 6 MiB
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
+_SYNC: Final = 3.0  # seconds a start waits for the tables of the other nodes
 _GC_THRESHOLDS: Final = (50_000, 20, 50)
 
 
@@ -139,14 +140,23 @@ class Server:
             stack.callback(self._notifier.rest)
             stack.enter_context(
                 signals.handled(
-                    starting=lambda: self._status == "starting",
+                    starting=lambda: self._status in ("starting", "syncing"),
                     stop=self.stop,
                     reload=lambda: self.spawn(self._reloader.after_signal(), name="reload"),
                 )
             )
-            for part in (self._data_folder, self._storage, self._routing_parts, self._modules, self._control):
+            for part in (
+                self._data_folder,
+                self._storage,
+                self._routing_parts,
+                self._cluster,
+                self._modules,
+                self._control,
+            ):
                 await stack.enter_async_context(part())
             await stack.enter_async_context(self._http())
+            self._status = "syncing"
+            await self.cluster.first_sync(_SYNC)
             await stack.enter_async_context(self._clients())
             self._ready()
             await self._stopping.wait()
@@ -225,7 +235,8 @@ class Server:
         try:
             self.accounts = Accounts(self.storage)
             self.spool = Spool(self.storage)
-            self.owner = Owner(uuid.UUID(self.folder.node_id).bytes, 0, self.folder.incarnation)
+            self._place = await clustering.take_place(self.config, self.folder, self.storage, self.version)
+            self.owner = self._place.owner
             freed = await self.spool.free_stale(self.owner.member, self.owner.incarnation)
             if freed:
                 _log.info("messages of an earlier run are free again", messages=freed)
@@ -289,6 +300,24 @@ class Server:
             self.auth.close()
 
     @contextlib.asynccontextmanager
+    async def _cluster(self) -> AsyncIterator[None]:
+        self.cluster = clustering.build(
+            self.config,
+            self.folder,
+            self._place,
+            tables=(self.routes, self.table),
+            hooks=self.hooks,
+            spawn=self.spawn,
+            removed=self.stop,
+            ousted=self.stop,
+        )
+        await self.cluster.start()
+        try:
+            yield
+        finally:
+            await self.cluster.stop()
+
+    @contextlib.asynccontextmanager
     async def _modules(self) -> AsyncIterator[None]:
         self.registry = Registry()
         self.loader = ModuleLoader(
@@ -311,11 +340,16 @@ class Server:
         )
         self.api_tokens = ApiTokens(self.storage, lambda: self.config.api_tokens)
         self.registry.register("core", commands_of(ApiTokenCommands(self.api_tokens)))
+        self.registry.register("core", commands_of(ClusterCommands(self.cluster, self._info)))
         try:
             await self.loader.start(self.config.modules)
             yield
         finally:
             await self.loader.stop()
+
+    def _info(self) -> tuple[str, int, int, int]:
+        """Status, sessions, tasks, seconds: what `list_cluster_detailed` shows of a node."""
+        return self._status, self.table.own.rows, len(asyncio.all_tasks()), int(self.uptime())
 
     def _context(self, name: str) -> Context:
         return Context(
@@ -401,7 +435,7 @@ class Server:
     def _condition(self) -> tuple[bool, str]:
         """For `Notifier.beat`: whether the node is still on its way up, and what `systemctl status` shows."""
         if self._status != "started":
-            return self._status == "starting", self._status
+            return self._status in ("starting", "syncing"), self._status
         return False, f"serving {', '.join(self.hosts)}: {self.sessions.count()} sessions"
 
     def _tell_systemd_that_we_stop(self) -> None:

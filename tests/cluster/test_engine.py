@@ -315,7 +315,7 @@ async def test_the_child_dies_with_us_and_the_others_hear_of_it_within_a_second(
         for other in (one, two):
             await other.engine.set_routes([one.address, two.address, f"127.0.0.1:{port}"])
         async with asyncio.timeout(5):
-            while not all([node in {r.node for r in (await x.engine.state()).routes} for x in (one, two)]):  # noqa: C419
+            while not all([node in {r.node for r in (await x.engine.state()).routes} for x in (one, two)]):
                 await asyncio.sleep(0.02)
         assert alive(child)
     finally:

@@ -76,5 +76,3 @@ def _fields(departure: Departure | None) -> dict[str, object]:
     if departure is None:
         return {"by": "", "at": ""}
     return {"by": departure.by, "at": time.strftime("%F %T", time.gmtime(departure.at))}
-
-

@@ -8,7 +8,7 @@ there that the members have changed, if nobody told it before.
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -97,23 +97,31 @@ class Cluster:
         self._beating: asyncio.Task[None] | None = None
         self._database_away = False
         self._done = False
+        self._changed = asyncio.Event()  # links, tables or members
         self._extra: dict[bytes, str] = {}  # routes to nodes that are no members yet
         links.on_up(self._up)
         links.on_down(self._down)
+        replica.on_synced.append(lambda peer: self._changed.set())
         calls.on_cast(_MEMBERS, self._told)
         calls.on_call(_CARD, lambda peer, payload: self.card().as_json())
 
     # -- life
 
-    async def start(self, *, patience: float) -> None:
-        """Begin to take part; for at most `patience` seconds the tables of members that are up are waited for."""
+    async def start(self) -> None:
+        """Begin to take part; nobody is waited for."""
         self.replica.start()
         self._beating = self._loop.create_task(self._beat(), name="cluster beat")
         await self._turn()
-        if self._running and self.membership.others:
-            deadline = self._loop.time() + patience
-            while self._loop.time() < deadline and not self.synced:
-                await asyncio.sleep(0.05)
+
+    async def first_sync(self, patience: float) -> None:
+        """Wait for the tables of the members that run, for at most `patience` seconds."""
+        try:
+            async with asyncio.timeout(patience):
+                while self._running and not self.synced:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            log.info("serving before all tables are here", nodes=",".join(sorted(n.name for n in self.running_others)))
 
     async def stop(self) -> None:
         """Leave the others in order; the membership stays."""
@@ -247,6 +255,7 @@ class Cluster:
             await self._members_changed()
 
     async def _members_changed(self) -> None:
+        self._changed.set()
         members = self.membership.members
         log.info("members changed", members=",".join(member.name for member in members))
         if self.membership.state == REMOVED:
@@ -364,11 +373,13 @@ class Cluster:
             log.warning("clocks differ", node=card.name, seconds=round(skew, 1))
 
     def _up(self, peer: Peer) -> None:
+        self._changed.set()
         self._extra.pop(peer.node, None)
         self._notify(NodeUp(peer.name, peer.node))
         self._spawn(self._look_at_clock(peer), name="cluster clock")
 
     def _down(self, peer: Peer, reason: str) -> None:
+        self._changed.set()
         self.skews.pop(peer.node, None)
         self._notify(NodeDown(peer.name, peer.node, reason))
 
@@ -386,5 +397,5 @@ class Cluster:
             self._spawn(_wait(waiting), name="node up or down")
 
 
-async def _wait(waiting: Coroutine[Any, Any, None]) -> None:
+async def _wait(waiting: Awaitable[None]) -> None:
     await waiting

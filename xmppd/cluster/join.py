@@ -23,7 +23,7 @@ from xmppd.cluster.refusals import (
     Refusal,
 )
 from xmppd.cluster.refusals import REMOVED as REMOVED_CODE
-from xmppd.errors import NodeNameTaken, NodeRemoved, NodeUnreachable, StorageError
+from xmppd.errors import NodeNameTaken, NodeRemoved, NodeUnreachable
 
 Progress = Callable[[str], Awaitable[None]]
 

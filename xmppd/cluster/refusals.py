@@ -13,10 +13,9 @@ SELF: Final = 22
 NODE_LOCAL_DATABASE: Final = 23
 OTHER_DATABASE: Final = 24
 REMOVED: Final = 25
-ID_IN_USE: Final = 26
+NOT_CONVERGED: Final = 26
 NO_SUCH_NODE: Final = 27
 NAME_TAKEN: Final = 28
-NOT_CONVERGED: Final = 29
 
 
 class Refusal(CommandError):

@@ -261,4 +261,3 @@ def _hint(row: Any) -> str:
 
 async def _silent(text: str) -> None:
     pass
-
