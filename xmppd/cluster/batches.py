@@ -13,7 +13,7 @@ WINDOW_MIN, WINDOW_FIRST, WINDOW_MAX = 64 * 1024, 1024 * 1024, 4 * 1024 * 1024  
 MAX_IN_FLIGHT: Final = SACK_BITS  # batches: so that the bitmap of an acknowledgement can name each of them
 RESEND_BYTES: Final = 512 * 1024  # at once
 ACK_DELAY: Final = 0.02  # seconds a lonely acknowledgement waits for company
-_RTO_MIN, _RTO_MAX, _RTO_FIRST = 0.1, 2.0, 0.5  # seconds
+_RTO_MIN, _RTO_MAX, _RTO_FIRST = 0.1, 0.5, 0.5  # seconds
 _PIECE_HEAD: Final = 8  # bytes, at most, before the body of a piece
 
 
@@ -38,7 +38,7 @@ class Pace:
     def timeout(self) -> float:
         """Seconds until what is not acknowledged is sent again."""
         base = max(self.srtt + 4 * self._rttvar + ACK_DELAY, _RTO_MIN) if self.srtt else _RTO_FIRST
-        return min(base * (1 << self.backoff), max(_RTO_MAX, 2 * self.srtt))
+        return min(base * (1 << self.backoff), max(_RTO_MAX, 4 * self.srtt))
 
 
 class Batch:
@@ -112,13 +112,18 @@ class Sending:
             self._closed.append((self._parts, self._size, self._frames))
             self._parts, self._size, self._frames = [], 0, 0
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is a batch that may be sent now."""
+        if not self._parts and not self._closed:
+            return False
+        return self.flight_bytes < self._window and len(self.flight) < MAX_IN_FLIGHT
+
     def next_batch(self) -> tuple[list[bytes], int, int] | None:
         """(parts, size, frames) of the batch to send next, which counts as sent; None: nothing, or not now."""
-        if self.flight_bytes >= self._window or len(self.flight) >= MAX_IN_FLIGHT:
+        if not self.ready:
             return None
         if not self._closed:
-            if not self._parts:
-                return None
             self._close()
         self.number += 1
         return self._closed.popleft()
@@ -143,16 +148,17 @@ class Sending:
         self.acked = ack
         return True
 
-    def missing(self, ack: int, sack: int, before: float) -> list[int]:
-        """Of the batches before the last that came: those which did not, and were last sent before that time."""
+    def missing(self, ack: int, sack: int, now: float, rtt: float) -> list[int]:
+        """Of the batches before the last that came: those which did not, and should have been acknowledged by now."""
         last = ack + 1 + sack.bit_length()
+        first, again = now - 0.9 * rtt, now - 1.25 * rtt  # sent once; sent again already
         found = []
         for number, batch in self.flight.items():
             if number > last:
                 break
             if number >= ack + 2 and sack >> (number - ack - 2) & 1:
                 batch.arrived = True
-            elif not batch.arrived and batch.sent <= before:
+            elif not batch.arrived and batch.sent <= (first if batch.sent == batch.first_sent else again):
                 found.append(number)
         return found
 

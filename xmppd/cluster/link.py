@@ -52,8 +52,6 @@ PROBE_LONGEST: Final = 0.9  # seconds
 _MAX_BACKOFF: Final = 6
 _DOUBT: Final = 2  # time-outs in a row until another way is tried
 _STUCK: Final = 5  # peer_timeouts without progress although the peer is alive
-_PATIENCE: Final = 1.25  # round trips until what others have overtaken counts as lost
-_SHORTEST: Final = 0.002  # seconds: the same, at least
 _MAX_RTT: Final = 60.0  # seconds; above it is no measurement
 _MASK: Final = 0xFFFFFFFF
 
@@ -256,6 +254,10 @@ class Link:
             return min(self._beat_at, self._ack_at, self._rto_at, self._probe_at, silent_at)
         return self._blocked_until if self.state is State.BLOCKED else self._beat_at
 
+    def wants_flush(self, now: float) -> bool:
+        """Whether something could leave now."""
+        return self.state is State.UP and (self._ack_at <= now or self._out.ready)
+
     # Sending
 
     def send(self, kind: int, body: bytes) -> None:
@@ -300,24 +302,22 @@ class Link:
         )  # fmt: skip
 
     def _emit(self, packet: bytes, now: float) -> None:
-        via = None if now < self._direct_until else self._relay()
-        if via != self.via:
-            self._went(via)
-        self._hand(via or self.node, packet)
+        self._hand(self._way(now) or self.node, packet)
 
     def _hand(self, node: bytes, packet: bytes) -> None:
         self.counts.sent_packets += 1
         self.counts.sent_bytes += len(packet)
         self._local.emit(node, packet)
 
-    def _went(self, via: bytes | None) -> None:
-        self.via = via
-        if self.peer is not None:
+    def _way(self, now: float) -> bytes | None:
+        """The node to hand packets to instead of the other end itself."""
+        via = None
+        if now >= self._direct_until and (relays := self._local.relays(self.node)):
+            via = relays[self._relay_turn % len(relays)]
+        if via != self.via and self.state is State.UP and self.peer is not None:
+            self.via = via
             self.events.append(Way(self.peer, via))
-
-    def _relay(self) -> bytes | None:
-        relays = self._local.relays(self.node)
-        return relays[self._relay_turn % len(relays)] if relays else None
+        return via
 
     def _beat(self, now: float, flags: int = 0) -> None:
         """A heartbeat: always directly, and through a relay too where the direct way is not known to work."""
@@ -325,7 +325,7 @@ class Link:
         beat = Beat(VERSION, OLDEST, local.owner.worker, local.name, local.version, local.reaches())
         packet = self._header(BEAT, flags, self._out.number, now) + beat_body(beat)
         self._hand(self.node, packet)
-        if now >= self._direct_until and (via := self._relay()) is not None:
+        if (via := self._way(now)) is not None:
             self._hand(via, packet)
 
     # Time
@@ -487,12 +487,12 @@ class Link:
             if out.recover_at > -inf:
                 self._send_again(out.to_recover(), now)
         if header.sack:  # what is missing is lost, or was overtaken: wait for a round trip
-            missing = out.missing(header.ack, header.sack, now - max(_PATIENCE * self.rtt, _SHORTEST))
+            missing = out.missing(header.ack, header.sack, now, self.rtt or ACK_DELAY)
             if missing:
                 self._send_again(missing, now)
                 self._rto_at = now + self._pace.timeout()
         if header.flags & GAP:
-            out.recover_at = now - self.rtt / 2
+            out.recover_at = now - self.rtt
             self._send_again(out.to_recover(), now)
 
     def _take(self, number: int, data: bytes, now: float) -> list[tuple[int, bytes]]:

@@ -304,7 +304,7 @@ class LinkSet:
             self._happened(link)
         if frames:
             self._dispatch(link, frames)
-        if link.deadline() <= now and not link.dirty:
+        if not link.dirty and link.wants_flush(now):
             self._flush_soon(link)
         self._arm_for(link)
 
