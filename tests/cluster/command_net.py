@@ -1,15 +1,12 @@
-"""Nodes that share a database and answer commands together: real registries, sessions and modules over memory links.
-
-Rows of sessions reach the other nodes as soon as the loop turns: `Rows` stands for the replication of the tables, which
-has tests of its own.
-"""
+"""Nodes that share a database and answer commands together: the worlds of tests/modules, with the core's commands."""
 
 import asyncio
 from typing import Any
 
 from tests.cluster.memory_net import Net
+from tests.cluster.worlds import PlainReplica
 from tests.golden.memory import Loader
-from tests.modules.world import HOST, World
+from tests.modules.world import HOST, Place, World
 from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
 from xmppd.admin.commands import register_core
 from xmppd.admin.nodes import Nodes
@@ -21,8 +18,6 @@ from xmppd.admin.selftest import SelfTest, SelfTestCommands
 from xmppd.admin.talk import Speaker
 from xmppd.admin.watch import Watch, WatchCommands
 from xmppd.c2s.session import Session
-from xmppd.cluster.interfaces import Peer
-from xmppd.cluster.tables import SessionRow
 from xmppd.log import get_logger
 from xmppd.protocol.jid import JID
 from xmppd.storage import Storage
@@ -61,7 +56,8 @@ class Node(World):
 
     def __init__(self, storage: Storage, net: Net, name: str) -> None:
         self.links, self.calls = net.add(name)
-        super().__init__(storage, node=name, owner=net.owner(name))
+        super().__init__(storage, Place(name, net.owner(name), self.links, self.calls))
+        PlainReplica(self.table, self.links)
         self.name = name
         self.part = ServerPart(name)
         self.nodes = Nodes(name=name, member=self.owner.member, links=self.links, calls=self.calls, table=self.table)
@@ -79,7 +75,7 @@ class Node(World):
         self.registry.register("core", commands_of(ApiTokenCommands(ApiTokens(storage, dict))))
         self.registry.connect(self.nodes)
         self.watch = Watch(node=name, hooks=self.hooks)
-        self.watch.connect(self.links, self.calls)
+        self.watch.connect(self.links, self.calls, self.table)
         self.puppets = Puppets(hooks=self.hooks, table=self.table, bind=self._bind)
         self.puppets.connect(self.calls)
         self.selftest = SelfTest(
@@ -136,18 +132,10 @@ class Cluster:
         await self.net.all_up()
         return made
 
-    def share_rows(self) -> None:
-        """Every node learns the rows of the others as they are now."""
+    async def settle(self) -> None:
+        """Every node has heard what happened so far."""
         for node in self.nodes:
-            for other in self.nodes:
-                if other is not node:
-                    for row in [row for row in other.table.all() if row.session is not None]:
-                        foreign = SessionRow(row.jid, row.owner, row.bound_at, anonymous=row.anonymous)
-                        foreign.priority = row.priority
-                        node.table.insert(foreign)
-
-    def peer(self, node: Node) -> Peer:
-        return Peer(node.owner, node.name, "1.2.3", 1)
+            await node.calls.barrier()
 
     async def close(self) -> None:
         for node in self.nodes:

@@ -1,4 +1,4 @@
-"""Fixtures of the cluster tests."""
+"""Clusters in memory, over SQLite, over MariaDB for what stores, and engines with real servers behind them."""
 
 import asyncio
 import shutil
@@ -10,7 +10,10 @@ import pytest
 
 from tests.cluster.command_net import Cluster
 from tests.cluster.nats_nodes import Node
+from tests.modules.conftest import mariadb_for_modules, sqlite_file
 from xmppd.storage import Storage
+
+__all__ = ["mariadb_for_modules", "sqlite_file"]
 
 
 @pytest.fixture
@@ -25,24 +28,10 @@ async def make_node(tmp_path: Path) -> AsyncIterator[Callable[..., Node]]:
     await asyncio.gather(*(node.engine.stop() for node in nodes))
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with all tables and nothing in them, to be copied."""
-    folder = tmp_path_factory.mktemp("template")
-
-    async def make() -> None:
-        storage = Storage(f"sqlite:///{folder}/xmppd.db", data_dir=folder)
-        await storage.open()
-        await storage.close()
-
-    asyncio.run(make())
-    return folder / "xmppd.db"
-
-
 @pytest.fixture
-async def cluster(empty_database: Path, tmp_path: Path) -> AsyncIterator[Cluster]:
+async def cluster(sqlite_file: Path, tmp_path: Path) -> AsyncIterator[Cluster]:
     """Nodes that answer commands, none yet."""
-    shutil.copy(empty_database, tmp_path)
+    shutil.copy(sqlite_file, tmp_path)
     storage = Storage(f"sqlite:///{tmp_path}/xmppd.db", data_dir=tmp_path)
     await storage.open()
     cluster = Cluster(storage)

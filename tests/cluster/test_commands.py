@@ -16,7 +16,6 @@ from xmppd.admin.registry import SPREAD, Arg, Call, command
 from xmppd.admin.results import List, Rescode, Tuple, integer, string
 from xmppd.errors import CommandError
 from xmppd.log import get_level, set_level
-from xmppd.session_manager import SessionInfo
 
 ONE, TWO, THREE = "xmppd@node01", "xmppd@node02", "xmppd@node03"
 
@@ -70,7 +69,7 @@ async def test_only_the_nodes_that_hold_a_user_are_asked_about_it(cluster: Clust
     one, two, three = await cluster.add(ONE, TWO, THREE)
     await two.online("juliet", "phone")
     await one.online("juliet", "balcony")
-    cluster.share_rows()
+    await cluster.settle()
     deaf(three)
 
     for node in (one, two):
@@ -85,7 +84,7 @@ async def test_where_names_node_connection_and_time(cluster: Cluster) -> None:
     one, two = await cluster.add(ONE, TWO)
     await two.online("juliet", "phone")
     await one.online("juliet", "balcony")
-    cluster.share_rows()
+    await cluster.settle()
 
     both = [row.split("\t") for row in (await one.run("where", f"JULIET@{HOST}")).text().splitlines()]
     phone = (await one.run("where", f"juliet@{HOST}/phone")).text()
@@ -106,7 +105,7 @@ async def test_a_session_is_kicked_wherever_it_is(cluster: Cluster) -> None:
     one, two = await cluster.add(ONE, TWO)
     phone, balcony = await two.online("juliet", "phone"), await one.online("juliet", "balcony")
     orchard = await two.online("romeo", "orchard")
-    cluster.share_rows()
+    await cluster.settle()
 
     await one.run("kick_session", "juliet", HOST, "phone", "Go")
     assert phone.ended is not None
@@ -187,7 +186,7 @@ async def test_numbers_are_the_clusters_or_the_nodes(cluster: Cluster) -> None:
     await two.online("juliet", "phone")
     await one.online("romeo", "orchard")
     await one.online("juliet", "balcony")
-    cluster.share_rows()
+    await cluster.settle()
 
     async def number(*argv: str, local: bool = False) -> int:
         return int((await two.run(*argv, local=local)).text())
@@ -425,7 +424,7 @@ async def test_every_command_of_several_nodes_reaches_the_other_node(cluster: Cl
     assert len(spread) > 10
     for spec in spread:
         await two.online("juliet", "phone")
-        cluster.share_rows()
+        await cluster.settle()
         reached: list[str] = []
 
         async def spy(name: str, *args: Any, reached: list[str] = reached, **more: Any) -> Any:
@@ -437,9 +436,3 @@ async def test_every_command_of_several_nodes_reaches_the_other_node(cluster: Cl
         assert result.code == 0, (spec.name, result.notes)
         result.text(), result.json()
         assert reached == [spec.name]
-        for row in list(one.table.rows(f"juliet@{HOST}").values()):
-            one.table.remove(row)
-
-
-def test_the_columns_of_session_infos_are_what_merging_relies_on() -> None:
-    assert "resource" in SessionInfo.__slots__

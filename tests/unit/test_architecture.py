@@ -16,7 +16,7 @@ LAYERS = (
     {"events", "hooks", "config", "log", "metrics", "notify"},
     {"storage", "cluster", "identity"},
     {"spool", "delivery", "outbox", "login_limits", "auth", "access", "shaper"},
-    {"iq", "router", "local_router", "session_manager", "s2s_manager"},
+    {"iq", "router", "local_router", "session_manager", "s2s_manager", "forward", "nodes", "removals"},
     {"admin", "module_api", "module_loader"},
     {"c2s", "s2s", "http"},
     {"server", "clustering", "serving", "signals", "accountant", "reload", "check"},

@@ -19,10 +19,11 @@ from typing import Any, Final, NamedTuple
 from xmppd.admin.registry import Arg, Call, UsageError, command
 from xmppd.admin.results import List, Tuple, string
 from xmppd.cluster.interfaces import Calls, Links, Peer
+from xmppd.cluster.tables import Owner, SessionRow, SessionTable
 from xmppd.errors import CommandError, JidError
 from xmppd.events import SessionBound, SessionClosed
 from xmppd.hooks import Hooks
-from xmppd.protocol.jid import JID, parse
+from xmppd.protocol.jid import parse
 
 ALIVE: Final = 10.0  # seconds of silence until a sign of life
 WAITING: Final = 10_000  # events a slow watcher may be behind; then the oldest are lost, which it is told
@@ -90,20 +91,17 @@ class Watch:
         self._calls: Calls | None = None
         self._casting: list[Event] = []
         self._listening = False
+        self._names: dict[bytes, str] = {}  # of nodes that are up or were
 
-    def connect(self, links: Links, calls: Calls) -> None:
+    def connect(self, links: Links, calls: Calls, table: SessionTable) -> None:
         """Hand in the other nodes."""
         self._links, self._calls = links, calls
+        self._names.update({node: peer.name for node, peer in links.peers.items()})
         links.on_up(self._up)
         links.on_down(self._down)
         calls.on_cast(_WANT, self._want)
         calls.on_cast(_EVENT, self._others)
-
-    def vanished(self, node: str, jids: Iterator[JID]) -> None:
-        """The sessions of a node went with it; the caller does so for every node that is lost."""
-        if self._watchers:
-            for jid in jids:
-                self._show(self._event("session_closed", node, jid.full, "its node is gone"))
+        table.on_vanished.append(self._vanished)
 
     async def events(self, wanted: Filter) -> AsyncGenerator[Event | None, None]:
         """From now on, without end; None after ALIVE seconds in which nothing happened."""
@@ -182,11 +180,23 @@ class Watch:
         for fields in events:
             self._show(Event(*map(str, fields[:5])))
 
+    def _vanished(self, owner: Owner, rows: Iterator[SessionRow]) -> None:
+        """The sessions of a node went with it, perhaps very many: in pieces, so that nothing else has to wait."""
+        if not self._watchers:
+            return
+        node = self._names.get(owner.member, str(owner))
+        some = list(islice(rows, BATCH))
+        for row in some:
+            self._show(self._event("session_closed", node, row.jid.full, "its node is gone"))
+        if len(some) == BATCH:
+            asyncio.get_running_loop().call_soon(self._vanished, owner, rows)
+
     def _show(self, event: Event) -> None:
         for watcher in self._watchers:
             watcher.tell(event)
 
     def _up(self, peer: Peer) -> None:
+        self._names[peer.node] = peer.name
         if self._listening and self._calls is not None:
             self._calls.cast(_WANT, True, [peer.node])
         self._show(self._event("node_up", peer.name, "", f"xmppd {peer.version}"))
