@@ -1,7 +1,6 @@
-"""Clusters in memory, over SQLite, over MariaDB for what stores, and engines with real servers behind them."""
+"""Fixtures of the cluster tests."""
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,7 @@ import pytest
 
 from tests.cluster.command_net import Cluster
 from tests.cluster.nats_nodes import Node
-from tests.modules.conftest import mariadb_for_modules, sqlite_file
-from xmppd.storage import Storage
-
-__all__ = ["mariadb_for_modules", "sqlite_file"]
+from tests.databases import Databases, opened
 
 
 @pytest.fixture
@@ -29,14 +25,11 @@ async def make_node(tmp_path: Path) -> AsyncIterator[Callable[..., Node]]:
 
 
 @pytest.fixture
-async def cluster(sqlite_file: Path, tmp_path: Path) -> AsyncIterator[Cluster]:
-    """Nodes that answer commands, none yet."""
-    shutil.copy(sqlite_file, tmp_path)
-    storage = Storage(f"sqlite:///{tmp_path}/xmppd.db", data_dir=tmp_path)
-    await storage.open()
-    cluster = Cluster(storage)
-    try:
-        yield cluster
-    finally:
-        await cluster.close()
-        await storage.close()
+async def cluster(databases: Databases, tmp_path: Path) -> AsyncIterator[Cluster]:
+    """Nodes that share a database."""
+    async with opened(await databases.migrated("sqlite", tmp_path), tmp_path) as storage:
+        cluster = Cluster(storage)
+        try:
+            yield cluster
+        finally:
+            await cluster.close()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 from lxml.etree import _Element
 
@@ -39,6 +39,7 @@ from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 HOST = "capulet.example"
+OWNER = Owner(bytes(range(16)), 0, 7)
 _ids = itertools.count(1)
 
 
@@ -168,9 +169,17 @@ class Place:
 
 
 class World:
-    """`place`: one node of several; else it is alone."""
+    """`place`: one node of several; else it is alone, or what connects it is the caller's business."""
 
-    def __init__(self, storage: Storage, place: Place | None = None, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        place: Place | None = None,
+        *,
+        strict: bool = False,
+        node: str = "xmppd@test",
+        owner: Owner = OWNER,
+    ) -> None:
         self.storage = storage
         self.advanced = 0.0
         self.hooks = Hooks()
@@ -181,7 +190,7 @@ class World:
         self.accounts = Accounts(storage)
         self.accountant = PlainAccounts(self)
         self.spool = Spool(storage, clock=self.clock)
-        self.owner = place.owner if place else Owner(bytes(range(16)), 0, 7)
+        self.owner = place.owner if place else owner
         self.place = place
         self.node_handlers = NodeHandlers()
         self.table = SessionTable()
@@ -211,7 +220,7 @@ class World:
         routes.insert(Route(HOST, self.owner, LocalRouter(self.manager, dispatcher, gate).route))
         sweeper: Any = SimpleNamespace(add=self.with_records.append)
         self.parts = Parts(
-            place.name if place else "xmppd@test", self.router, self.manager, self.hooks, gate, self.spawn, sweeper
+            place.name if place else node, self.router, self.manager, self.hooks, gate, self.spawn, sweeper
         )
         self.loader = ModuleLoader(
             hooks=self.hooks,
@@ -329,6 +338,12 @@ class World:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
 
     async def close(self) -> None:
         await self.loader.stop()
