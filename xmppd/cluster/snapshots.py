@@ -121,5 +121,5 @@ class SnapshotSender:
         if len(parts) > 1:
             return self._links.send(snapshot.node, Kind.SNAPSHOT_ROWS, b"".join(parts))
         snapshot.rows = None
-        self._links.send(snapshot.node, Kind.SNAPSHOT_END, parts[0] + self._tallies())
+        self._links.send(snapshot.node, Kind.SNAPSHOT_END, parts[0] + varint(snapshot.sent) + self._tallies())
         return False

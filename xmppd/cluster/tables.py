@@ -98,7 +98,7 @@ class SessionTable(SharedTable):
         found = self._rows.get(bare)
         if found is not None:
             return found
-        return self._look_further(bare) if self._held else _NO_ROWS
+        return self._look_further(bare) if self._held or self._mixed else _NO_ROWS
 
     def nodes_of(self, bare: str) -> set[bytes]:
         """The other nodes that have rows of a bare JID."""
@@ -119,9 +119,8 @@ class SessionTable(SharedTable):
 
     def own_sessions(self) -> Iterator[SessionRow]:
         """Every row of this process, as it is when it is reached."""
-        for rows in (self._rows, self._mixed):
-            for bare in list(rows):
-                yield from list(self._own_rows_of(bare).values())
+        for bare in [*self._rows, *self._mixed]:  # at once: between two steps one may move from here to there
+            yield from list(self._own_rows_of(bare).values())
 
     def all(self) -> Iterator[SessionRow]:
         """Every row of every node; for operators' commands, never on a path a user waits for.
@@ -195,7 +194,7 @@ class SessionTable(SharedTable):
         return self._rows.get(bare) or self._mixed.get(bare, _NO_ROWS)
 
     def _write(self, row: SessionRow, old: bytes | None, new: bytes | None) -> None:
-        if self._held:
+        if self._held or self._mixed:
             self._forget(row.jid.bare)
         self._own_changed(row.jid.bare, row.jid.resource.encode(), old, new)
 
