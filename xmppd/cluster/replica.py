@@ -27,7 +27,7 @@ from typing import Any, Final, Protocol
 
 from xmppd.cluster.frames import FrameError, read_varint, varint
 from xmppd.cluster.interfaces import Kind, Links, Peer
-from xmppd.cluster.packed import read_row, row_bytes
+from xmppd.cluster.packed import read_row
 from xmppd.cluster.shared import Owner, Tally, tell
 from xmppd.cluster.snapshots import ReplicatedTable, SnapshotSender
 from xmppd.cluster.turns import Turns
@@ -205,12 +205,11 @@ class Replica:
 
     # -- our rows
 
-    def _announce(self, table: int, group: str, item: bytes, value: bytes | None) -> None:
+    def _announce(self, table: int, put: bool, row: bytes) -> None:
         self._version += 1
         if self._links.peers:
             self.deltas_sent += 1
-            head = varint(self._version) + bytes((value is not None, table))
-            self._links.send_all(Kind.DELTA, head + row_bytes(group, item, value or b""))
+            self._links.send_all(Kind.DELTA, varint(self._version) + bytes((put, table)) + row)
 
     def _tallies(self) -> bytes:
         parts = [varint(self._version), varint(len(self._tables))]
