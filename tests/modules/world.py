@@ -199,7 +199,8 @@ class World:
         self.version, self.hosts, self.started_at = "1.2.3", (HOST,), self.clock() - 100
         routes = RouteTable()
         self.router = Router(routes, self.hooks, self.spawn)
-        self.router.connect(S2SManager(self.router.bounce))
+        self.s2s = S2SManager(self.router.bounce)
+        self.router.connect(self.s2s)
         gate = Gate(self.hooks, self.spawn, self.router.bounce)
         dispatcher = IqDispatcher(self.iqs, send=self.router.route, bounce=self.router.bounce, gate=gate)
         self.manager = SessionManager(
