@@ -60,8 +60,6 @@ class Node(World):
         PlainReplica(self.table, self.links)
         self.name = name
         self.part = ServerPart(name)
-        self.nodes = Nodes(name=name, member=self.owner.member, links=self.links, calls=self.calls, table=self.table)
-        self.speaker = Speaker(self.registry, self.calls, self.spawn)
         self.modules = Loader()
         register_core(
             self.registry,
@@ -73,12 +71,14 @@ class Node(World):
             loader=self.modules,
         )
         self.registry.register("core", commands_of(ApiTokenCommands(ApiTokens(storage, dict))))
+        self.nodes = Nodes(name=name, member=self.owner.member, links=self.links, calls=self.calls, table=self.table)
         self.registry.connect(self.nodes)
-        self.watch = Watch(node=name, hooks=self.hooks)
-        self.watch.connect(self.links, self.calls, self.table)
+        self.speaker = Speaker(self.registry, self.calls, self.spawn)
+        watch = Watch(node=name, hooks=self.hooks)
+        watch.connect(self.links, self.calls, self.table)
         self.puppets = Puppets(hooks=self.hooks, table=self.table, bind=self._bind)
         self.puppets.connect(self.calls)
-        self.selftest = SelfTest(
+        selftest = SelfTest(
             node=name,
             server=self.part,
             accounts=self.accounts,
@@ -87,7 +87,7 @@ class Node(World):
             puppets=self.puppets,
             nodes=self.nodes,
         )
-        for source in (WatchCommands(self.watch), SelfTestCommands(self.selftest)):
+        for source in (WatchCommands(watch), SelfTestCommands(selftest)):
             self.registry.register("core", commands_of(source))
 
     def _bind(self, jid: JID, carrier: Puppet) -> Session:

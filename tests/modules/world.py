@@ -169,17 +169,9 @@ class Place:
 
 
 class World:
-    """`place`: one node of several; else it is alone, or what connects it is the caller's business."""
+    """`place`: one node of several; else it is alone."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        place: Place | None = None,
-        *,
-        strict: bool = False,
-        node: str = "xmppd@test",
-        owner: Owner = OWNER,
-    ) -> None:
+    def __init__(self, storage: Storage, place: Place | None = None, *, strict: bool = False) -> None:
         self.storage = storage
         self.advanced = 0.0
         self.hooks = Hooks()
@@ -190,7 +182,7 @@ class World:
         self.accounts = Accounts(storage)
         self.accountant = PlainAccounts(self)
         self.spool = Spool(storage, clock=self.clock)
-        self.owner = place.owner if place else owner
+        self.owner = place.owner if place else OWNER
         self.place = place
         self.node_handlers = NodeHandlers()
         self.table = SessionTable()
@@ -199,8 +191,7 @@ class World:
         self.version, self.hosts, self.started_at = "1.2.3", (HOST,), self.clock() - 100
         routes = RouteTable()
         self.router = Router(routes, self.hooks, self.spawn)
-        self.s2s = S2SManager(self.router.bounce)
-        self.router.connect(self.s2s)
+        self.router.connect(S2SManager(self.router.bounce))
         gate = Gate(self.hooks, self.spawn, self.router.bounce)
         dispatcher = IqDispatcher(self.iqs, send=self.router.route, bounce=self.router.bounce, gate=gate)
         self.manager = SessionManager(
@@ -221,7 +212,7 @@ class World:
         routes.insert(Route(HOST, self.owner, LocalRouter(self.manager, dispatcher, gate).route))
         sweeper: Any = SimpleNamespace(add=self.with_records.append)
         self.parts = Parts(
-            place.name if place else node, self.router, self.manager, self.hooks, gate, self.spawn, sweeper
+            place.name if place else "xmppd@test", self.router, self.manager, self.hooks, gate, self.spawn, sweeper
         )
         self.loader = ModuleLoader(
             hooks=self.hooks,

@@ -7,6 +7,7 @@ session, and read their configuration when they start.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,6 +25,8 @@ log = get_logger("admin")
 # docs/exit-codes.md
 UNANSWERED: Final = 29
 NOT_REACHABLE: Final = 3
+
+_PASSED_ON: Final = ("argv", "command", "args", "json", "secret", "local", "finite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +121,14 @@ class Nodes:
 
     async def _pass_on(self, node: str, asked: Frame, caller: Caller, send: Send) -> str | None:
         """The name of a secret that is needed first, else None."""
-        async for line in talk.listen(self._calls, self._node(node), asked, caller, rows=False):
-            said = talk.frame_of(line)
-            if said is not None and "need" in said:
-                return str(said["need"])
-            await send({"out": ""} if said is None else said)
-            if said is not None and "code" in said:
-                return None
+        async with aclosing(talk.listen(self._calls, self._node(node), asked, caller, rows=False)) as lines:
+            async for line in lines:
+                said = talk.frame_of(line)
+                if said is not None and "need" in said:
+                    return str(said["need"])
+                await send({"out": ""} if said is None else said)
+                if said is not None and "code" in said:
+                    return None
         raise NodeUnreachable("its answer was cut off")
 
     async def call(self, node: str, name: str, payload: Any, *, timeout: float) -> Any:

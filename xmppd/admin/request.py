@@ -2,7 +2,8 @@
 
     {"argv": ["register", "juliet", "localhost", "-"], "json": false, "secret": null, "local": false}
 
-Instead of `argv` there may be `command` and `args`, an object of JSON values by name. The frames that come back stand
+Instead of `argv` there may be `command` and `args`, an object of JSON values by name. With `finite` an answer without
+an end is refused. The frames that come back stand
 in socket.py.
 """
 
@@ -55,7 +56,8 @@ async def _run(registry: Registry, frame: Frame, caller: Caller, send: Send, ask
         await send({"progress": text})
 
     name, args = await _wanted(registry, frame, ask)
-    call = Call(caller, local=frame.get("local") is True, patient=True, progress=progress)
+    patient = frame.get("finite") is not True
+    call = Call(caller, local=frame.get("local") is True, patient=patient, progress=progress)
     result = await registry.call(name, args, caller=caller, call=call)
     if result.live:
         async with endless(), aclosing(result.value) as elements:

@@ -22,7 +22,7 @@ from xmppd.log import get_logger
 
 log = get_logger("admin")
 
-FAILED: Final = 27  # docs/exit-codes.md
+FAILED: Final = 1
 SETTLE: Final = 10.0  # seconds until every node has to see what another one sees
 AGAIN: Final = 0.2
 FORGOTTEN: Final = 600.0  # seconds after which accounts of an earlier test are nobody's
@@ -78,7 +78,7 @@ class _Run:
 
 
 class SelfTest:
-    """Tests from one node the cluster that this node sees. `nodes` is None where there is no cluster."""
+    """Tests from one node the cluster that this node sees."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class SelfTest:
         auth: Auth,
         hooks: Hooks,
         puppets: Puppets,
-        nodes: Nodes | None,
+        nodes: Nodes,
     ) -> None:
         self._node = node
         self._server = server
@@ -108,7 +108,7 @@ class SelfTest:
             host = next(iter(self._server.hosts), None)
             if host is None:
                 raise CommandError("no host is served")
-            run = _Run(host, self._nodes.names() if self._nodes is not None else [self._node])
+            run = _Run(host, self._nodes.names())
             await self._forget_earlier(host)
             try:
                 await call.progress(f"{len(run.users)} accounts and sessions on {len(run.nodes)} nodes")
@@ -191,7 +191,6 @@ class SelfTest:
             if node == self._node:
                 found = self._puppets.handlers[name](asked)
                 return await found if asyncio.iscoroutine(found) else found
-            assert self._nodes is not None
             return await self._nodes.call(node, name, asked, timeout=CALL)
         except NodeUnreachable as exc:
             raise Failure(f"no answer: {exc}") from exc

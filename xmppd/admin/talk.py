@@ -13,7 +13,7 @@ frames of the control socket.
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Final, Protocol
 
 from xmppd.admin import request, wire
@@ -186,7 +186,7 @@ class Speaker:
 
 async def listen(
     calls: Calls, node: bytes, asked: dict[str, Any], caller: Caller, *, rows: bool, timeout: float | None = None
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """The lines that `node` answers to a request, as they come. Raises NodeUnreachable, also when it takes longer than
     `timeout` seconds in all, and CallRefused."""
     loop = asyncio.get_running_loop()
