@@ -88,6 +88,7 @@ class Resource:
 
     jid: JID  # full
     priority: int | None  # None until it is available
+    node: bytes | None  # the UUID of the other node it is on; None: on this one
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +204,10 @@ class SessionManager:
 
     def resources(self, user: JID) -> list[Resource]:
         """What a user has bound, on whatever node."""
-        return [Resource(row.jid, row.priority) for row in self._table.rows(user.bare).values()]
+        return [
+            Resource(row.jid, row.priority, row.owner.member if row.session is None else None)
+            for row in self._table.rows(user.bare).values()
+        ]
 
     def nodes_of(self, user: JID) -> set[bytes]:
         """The other nodes on which a user has sessions."""

@@ -40,6 +40,7 @@ class Node:
         )
         self.replica.start()
         self.live: list[SessionRow] = []
+        self.ways: list[Route] = []
         self.table.on_conflict.append(self._lost)
 
     def bind(self, jid: str, at: int, *, anonymous: bool = False) -> SessionRow:
@@ -57,6 +58,7 @@ class Node:
     def serve(self, domain: str) -> Route:
         route = Route(domain, self.owner, lambda stanza: None)
         self.routes.insert(route)
+        self.ways.append(route)
         return route
 
     def _lost(self, row: SessionRow) -> None:

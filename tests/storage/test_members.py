@@ -172,7 +172,7 @@ async def test_two_members_never_have_one_name(members):
     other = await registered(members, "xmppd@node02")
     await members.join([first.node, other.node])
 
-    with pytest.raises(NodeNameTaken, match=r"another member at 127.0.0.1:4369 is called xmppd@node01"):
+    with pytest.raises(NodeNameTaken, match=r"another member at 127\.0\.0\.1:4369 is called xmppd@node01"):
         await members.join([twin.node, other.node])
     with pytest.raises(NodeNameTaken):
         await members.register(replace(other, name="xmppd@node01"), lease=LEASE)

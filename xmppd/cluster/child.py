@@ -6,6 +6,7 @@ session of its own, so that Ctrl-C and the like reach us alone, who then stop in
 """
 
 import asyncio
+import fcntl
 import json
 import os
 import shutil
@@ -104,23 +105,28 @@ class Child:
         """None while there is no child."""
         return None if self._process is None or self._exited.is_set() else self._process.pid
 
-    async def start(self) -> None:
-        """Returns when its ports are open. Raises `NatsServerError` with its own words."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.chmod(self._folder, 0o700)
+    async def start(self, *, patient: bool = False) -> None:
+        """Returns when its ports are open. Raises `NatsServerError` with its own words; if `patient` it is logged and
+        tried again and again."""
         await self._end_orphans()
-        await self._launch()
+        try:
+            await self._launch()
+        except NatsServerError as exc:
+            if not patient:
+                raise
+            log.error("nats server does not start", error=str(exc), again_in_s=0)
+            self._exited.set()
         self._supervisor = asyncio.create_task(self._supervise(), name="cluster nats-server")
 
     async def reload(self) -> None:
         """Put the present configuration in force. Raises `NatsServerError`; the former one stays in force then.
 
-        Without effect while there is no child: the next one starts with it.
+        While there is no child, or it is only starting, this returns at once: it will have the present configuration.
         """
         async with self._reloading:
-            self._write(starting=False)
             if self.pid is None or not self._listening.is_set():
-                return
+                return  # it reads the file for its start, and is told of all changes after that (_launch)
+            self._write(starting=False)
             self._reloaded = asyncio.get_running_loop().create_future()
             try:
                 self._signal(signal.SIGHUP)
@@ -150,10 +156,11 @@ class Child:
         pause, since = 0.0, time.monotonic()
         while True:
             await self._exited.wait()
-            code = self._process.returncode if self._process else None
+            code = self._process.returncode if self._process is not None else None
             if time.monotonic() - since > _STEADY:
                 pause = 0.0
-            log.warning("nats server died", code=code, said=self._said(), restart_in_s=pause)
+            if self._process is not None:
+                log.warning("nats server died", code=code, said=self._said(), restart_in_s=pause)
             await self._end()
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE, pause * 2 or 0.1)
@@ -161,7 +168,7 @@ class Child:
             self.restarts += 1
             try:
                 await self._launch()
-            except (NatsServerError, OSError) as exc:
+            except NatsServerError as exc:
                 log.error("nats server does not start", error=str(exc), again_in_s=pause)
                 await self._end()
                 self.client_port = 0  # perhaps somebody else has the one of before
@@ -272,7 +279,10 @@ class Child:
         return self._fatal or (self._last_words[-1] if self._last_words else "nothing")
 
     def _write(self, *, starting: bool) -> None:
-        private_file(self._file, self._configure(starting).encode())
+        try:
+            private_file(self._file, self._configure(starting).encode())
+        except OSError as exc:
+            raise NatsServerError(f"cannot write {self._file}: {exc.strerror}") from exc
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None and not self._exited.is_set():
@@ -289,6 +299,7 @@ class Child:
                         await self._exited.wait()
                 except TimeoutError:
                     pass
+        self._process = None
         if self._pipe is not None:
             self._pipe.close()
             self._pipe = None
@@ -345,8 +356,6 @@ def _alive(pid: int) -> bool:
 
 
 def _enlarge(pipe: int) -> None:
-    import fcntl
-
     try:
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE)
     except OSError:  # not allowed so much: the default does

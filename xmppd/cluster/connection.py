@@ -84,7 +84,7 @@ class Connection:
         return client if client is not None and client.is_connected else None
 
     async def start(self, timeout: float) -> None:
-        """Returns when it stands. NodeUnreachable when that takes too long; it is tried on then."""
+        """Returns when it stands. NodeUnreachable when that takes too long; it goes on trying all the same."""
         self._task = asyncio.create_task(self._keep(), name="cluster nats connection")
         try:
             async with asyncio.timeout(timeout):

@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 
 from xmppd.cluster import nats_config, pki, subjects
 from xmppd.cluster.addresses import Resolver, split
-from xmppd.cluster.child import Child, find_nats_server
+from xmppd.cluster.child import Child, NatsServerError, find_nats_server
 from xmppd.cluster.connection import Connection, Server
 from xmppd.cluster.nats_config import NatsConfig, Observer, ObserverPort
 from xmppd.cluster.nats_log import CookieRefused, DialFailed, RouteLost, Said
@@ -23,10 +23,12 @@ from xmppd.cluster.nats_url import parse_nats_url
 from xmppd.cluster.probe import Probe, probe
 from xmppd.cluster.routes import Routes
 from xmppd.cluster.status import EngineState, RouteState, read_state
+from xmppd.config.types import host_port
 from xmppd.errors import NodeUnreachable
 from xmppd.log import get_logger
 
 _START_TIMEOUT: Final = 10.0  # seconds
+_PATIENCE: Final = 1.0  # how long the start of a member is held up
 _STATE_TIMEOUT: Final = 2.0
 _LOOK: Final = 10.0  # seconds between two looks whether names have got other addresses
 _HELLOS: Final = 16  # at a time; who asks beyond that gets no answer and asks again
@@ -61,10 +63,19 @@ def _ignore(*_: object) -> None:
 class Engine:
     """One per node, from `start` to `stop`; may be started again after that.
 
-    `node` is our UUID (16 bytes), `name` our `node:` option, `folder` the data folder.
+    `node` is our UUID (16 bytes), `name` our `node:` option, `folder` the data folder; cookies: `set_cookies`.
     """
 
-    def __init__(self, options: Options, *, node: bytes, name: str, cookie: str, folder: Path) -> None:
+    def __init__(
+        self,
+        options: Options,
+        *,
+        node: bytes,
+        name: str,
+        cookie: str,
+        folder: Path,
+        also_trusted: Iterable[str] = (),
+    ) -> None:
         self.on_packet: Callable[[bytes], None] = _ignore
         self.on_gap: Callable[[], None] = _ignore
         self.on_suspect: Callable[[bytes], None] = _ignore
@@ -78,7 +89,7 @@ class Engine:
         self._options = options
         self._node = node
         self._name = name
-        self._cookies: tuple[str, ...] = (cookie,)
+        self._cookies: tuple[str, ...] = (cookie, *also_trusted)
         self._folder = folder / "nats"
         self._password = ""
         self._observers: tuple[Observer, ...] = ()
@@ -139,10 +150,12 @@ class Engine:
         """Where other nodes connect; 0 while that is not known."""
         return self._child.route_port if self._child is not None else 0
 
-    async def start(self, routes: Iterable[str] = ()) -> None:
+    async def start(self, routes: Iterable[str] = (), *, patient: bool = False) -> None:
         """Returns when packets can be sent. `routes` as in `set_routes`.
 
-        Raises `NatsServerError` (no program, port in use, ...), `NodeUnreachable` where `nats_url` does not answer.
+        Raises `NatsServerError` (no program, port in use, ...), `NodeUnreachable` where `nats_url` does not answer,
+        `ConfigError` where it is wrong. If `patient`, for a member that starts, a port in use or a NATS that is down is
+        logged and tried again and again; see `connected`.
         """
         if self.running:
             await self.set_routes(routes)
@@ -150,7 +163,9 @@ class Engine:
         self._password = secrets.token_urlsafe(32)
         try:
             if self._options.nats_url is None:
-                await self._start_child(routes)
+                await self._start_child(routes, patient)
+            else:
+                parse_nats_url(self._options.nats_url)
             self._connection = Connection(
                 self._node.hex(),
                 self._servers,
@@ -160,7 +175,12 @@ class Engine:
                 on_stuck=self._stuck,
             )
             await self._subscribe_all(self._connection)
-            await self._connection.start(_START_TIMEOUT)
+            try:
+                await self._connection.start(_PATIENCE if patient else _START_TIMEOUT)
+            except NodeUnreachable as exc:
+                if not patient:
+                    raise
+                log.warning("nats connection lost", error=str(exc))
         except BaseException:
             await self.stop()
             raise
@@ -204,7 +224,7 @@ class Engine:
         """Show a certificate of `current` from now on, and accept nodes of that cookie and of `also_trusted`.
 
         No route is dropped. To change the cookie of a cluster: on all nodes `(old, [new])`, then on all `(new, [old])`,
-        then on all `(new)`. Raises OSError, `NatsServerError`.
+        then on all `(new)`. Raises `NatsServerError`.
         """
         async with self._changing:
             self._cookies = (current, *(other for other in also_trusted if other != current))
@@ -293,19 +313,18 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------- inside
 
-    async def _start_child(self, routes: Iterable[str]) -> None:
+    async def _start_child(self, routes: Iterable[str], patient: bool) -> None:
         binary = find_nats_server(self._options.nats_server)
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._write_bundle()
         await self._routes.set(routes)
         self._child = Child(
             binary, self._folder, self._configure, on_said=self._said, on_ready=lambda _: self._child_ready()
         )
-        await self._child.start()
+        await self._child.start(patient=patient)
         self._spawn(self._keep_addresses(), "cluster addresses")
 
     def _configure(self, starting: bool) -> str:
-        host, port = split(self._options.listen)
+        host, port = host_port(self._options.listen)
         child, bundle = self._child, self._bundle
         assert bundle is not None
         return NatsConfig(
@@ -325,7 +344,12 @@ class Engine:
     def _write_bundle(self) -> None:
         host = split(self._name)[0] if self._name else ""
         current, *others = self._cookies
-        self._bundle = pki.Bundle.write(self._folder, self._node, current, others, [host])
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder.chmod(0o700)
+            self._bundle = pki.Bundle.write(self._folder, self._node, current, others, [host])
+        except OSError as exc:
+            raise NatsServerError(f"cannot write {exc.filename or self._folder}: {exc.strerror}") from exc
 
     def _servers(self) -> list[Server]:
         if self._options.nats_url is not None:

@@ -64,10 +64,10 @@ class NatsConfig:
         """The file's text. `starting` for the one a child begins with; the next one goes without it.
 
         Routes are dialled by address, but nats-server wants to know which name the other one's certificate must have:
-        it takes the first name it is ever told in a route. So there is one to ourselves in the beginning (nats-server
-        drops it at once), and then never again.
+        it takes the first name it is ever told in a route. So there is one in the beginning, which leads nowhere, and
+        then never again.
         """
-        routes = [f"nats-route://{MEMBER}:{self.route_port or 1}"] if starting else []
+        routes = [f"nats-route://{MEMBER}:1"] if starting else []
         routes += [f"nats-route://{address}" for address in self.routes]
         port = self.observer_port
         lines = [

@@ -19,18 +19,18 @@ from hashlib import blake2b
 from xmppd.cluster.frames import FrameError, read_varint, varint
 
 
-def _read_bytes(data: bytes, at: int) -> tuple[bytes, int]:
-    length, start = (data[at], at + 1) if at < len(data) and data[at] < 128 else read_varint(data, at)
-    end = start + length
-    if end > len(data):
-        raise FrameError("a row is cut off")
-    return data[start:end], end
-
-
 def row_bytes(group: str, item: bytes, value: bytes) -> bytes:
     """A row as it crosses the wire."""
     name = group.encode()
-    return b"".join((varint(len(name)), name, varint(len(item)), item, varint(len(value)), value))
+    if len(name) < 128:
+        return b"%c%b%b" % (len(name), name, _entry(item, value))
+    return varint(len(name)) + name + _entry(item, value)
+
+
+def _entry(item: bytes, value: bytes) -> bytes:
+    if len(item) < 128 and len(value) < 128:
+        return b"%c%b%c%b" % (len(item), item, len(value), value)
+    return b"".join((varint(len(item)), item, varint(len(value)), value))
 
 
 def read_row(data: bytes, at: int) -> tuple[str, bytes, bytes, int]:
@@ -44,18 +44,27 @@ def read_row(data: bytes, at: int) -> tuple[str, bytes, bytes, int]:
         raise FrameError("a group is no text") from exc
 
 
-def row_digest(group: str, item: bytes, value: bytes) -> int:
-    """64 bits. The digest of many rows is the XOR of theirs, so it is kept up as rows come and go."""
-    return int.from_bytes(blake2b(row_bytes(group, item, value), digest_size=8).digest(), "big")
+def _read_bytes(data: bytes, at: int) -> tuple[bytes, int]:
+    length, start = (data[at], at + 1) if at < len(data) and data[at] < 128 else read_varint(data, at)
+    end = start + length
+    if end > len(data):
+        raise FrameError("a row is cut off")
+    return data[start:end], end
 
 
-def items_in(packed: bytes) -> Iterator[tuple[bytes, bytes]]:
+def digest_of(row: bytes) -> int:
+    """64 bits of a row's bytes. The digest of many rows is the XOR of theirs, so it is kept up as rows come and go."""
+    return int.from_bytes(blake2b(row, digest_size=8).digest(), "big")
+
+
+def items_in(packed: bytes) -> list[tuple[bytes, bytes]]:
     """(item, value) of each row of one group."""
-    at = 0
+    at, found = 0, []
     while at < len(packed):
         item, at = _read_bytes(packed, at)
         value, at = _read_bytes(packed, at)
-        yield item, value
+        found.append((item, value))
+    return found
 
 
 class PackedRows:
@@ -71,7 +80,7 @@ class PackedRows:
 
     def put(self, group: str, item: bytes, value: bytes) -> bytes | None:
         """Add or replace a row; the value it had comes back."""
-        entry = b"".join((varint(len(item)), item, varint(len(value)), value))
+        entry = _entry(item, value)
         packed = self.groups.get(group)
         if packed is None:
             self.groups[group] = entry
@@ -82,8 +91,8 @@ class PackedRows:
         if old is None:
             self._count(group, 1)
         else:
-            self.digest ^= row_digest(group, item, old)
-        self.digest ^= row_digest(group, item, value)
+            self.digest ^= digest_of(row_bytes(group, item, old))
+        self.digest ^= digest_of(row_bytes(group, item, value))
         return old
 
     def delete(self, group: str, item: bytes) -> bytes | None:
@@ -99,7 +108,7 @@ class PackedRows:
         else:
             del self.groups[group]
         self._count(group, -1)
-        self.digest ^= row_digest(group, item, old)
+        self.digest ^= digest_of(row_bytes(group, item, old))
         return old
 
     def all(self) -> Iterator[tuple[str, bytes, bytes]]:

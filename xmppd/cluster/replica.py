@@ -8,8 +8,8 @@ Bodies of the frames (numbers are varints; row: packed.py; bytes behind what is 
 
     SNAPSHOT_BEGIN  snapshot number, version
     SNAPSHOT_ROWS   snapshot number, { table byte, row }       a delta since BEGIN is newer than what is here
-    SNAPSHOT_END    snapshot number, tallies                   rows that the snapshot did not name are gone
-    SNAPSHOT_SEEN   snapshot number, ROWS and END applied      the sender stays at most WINDOW frames ahead
+    SNAPSHOT_END    snapshot number, frames, tallies           rows that the snapshot did not name are gone
+    SNAPSHOT_SEEN   snapshot number, frames applied            of ROWS and END; the sender stays at most WINDOW ahead
     DELTA           version, 1 put or 0 deleted, table byte, row (without a value when deleted)
     DIGEST          tallies
     RESYNC          -                                          send me a snapshot again
@@ -27,7 +27,7 @@ from typing import Any, Final, Protocol
 
 from xmppd.cluster.frames import FrameError, read_varint, varint
 from xmppd.cluster.interfaces import Kind, Links, Peer
-from xmppd.cluster.packed import read_row, row_bytes
+from xmppd.cluster.packed import read_row
 from xmppd.cluster.shared import Owner, Tally, tell
 from xmppd.cluster.snapshots import ReplicatedTable, SnapshotSender
 from xmppd.cluster.turns import Turns
@@ -205,12 +205,11 @@ class Replica:
 
     # -- our rows
 
-    def _announce(self, table: int, group: str, item: bytes, value: bytes | None) -> None:
+    def _announce(self, table: int, put: bool, row: bytes) -> None:
         self._version += 1
         if self._links.peers:
             self.deltas_sent += 1
-            head = varint(self._version) + bytes((value is not None, table))
-            self._links.send_all(Kind.DELTA, head + row_bytes(group, item, value or b""))
+            self._links.send_all(Kind.DELTA, varint(self._version) + bytes((put, table)) + row)
 
     def _tallies(self) -> bytes:
         parts = [varint(self._version), varint(len(self._tables))]
@@ -311,19 +310,23 @@ class Replica:
             if number == incoming.number:
                 self._apply(incoming, kind, body, at)
                 incoming.progress = self._clock()
-                incoming.applied += 1
-                seen = varint(number) + varint(incoming.applied)
-                self._links.send(incoming.peer.node, Kind.SNAPSHOT_SEEN, seen)
+                self._say_seen(incoming)
         finally:
             # Applying may have told somebody who did something that began another snapshot.
             if incoming.queue and incoming.queue[0][1] is body:
                 incoming.queue.popleft()
         return bool(incoming.queue)
 
+    def _say_seen(self, incoming: _Incoming) -> None:
+        if incoming.number is not None:
+            seen = varint(incoming.number) + varint(incoming.applied)
+            self._links.send(incoming.peer.node, Kind.SNAPSHOT_SEEN, seen)
+
     def _apply(self, incoming: _Incoming, kind: Kind, body: bytes, at: int) -> None:
         if kind is Kind.SNAPSHOT_END:
             self._end(incoming, body, at)
             return
+        incoming.applied += 1
         owner, touched = incoming.peer.owner, incoming.touched
         while at < len(body):
             number = body[at]
@@ -333,6 +336,7 @@ class Replica:
                 table.put(owner, group, item, value)
 
     def _end(self, incoming: _Incoming, body: bytes, at: int) -> None:
+        incoming.applied, at = read_varint(body, at)
         for table in self._tables.values():
             table.end(incoming.peer.owner)
         incoming.loading, incoming.synced = False, not incoming.asked
@@ -353,6 +357,7 @@ class Replica:
             return
         if incoming.synced:
             self._compare(incoming, body, 0)
+            self._say_seen(incoming)  # once more, should that have been lost
         elif self._clock() - incoming.progress >= 2 * self._period:
             self._ask(incoming, "stalled")
 

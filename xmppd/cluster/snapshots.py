@@ -22,9 +22,10 @@ class ReplicatedTable(Protocol):
     number: int  # 1 to 255, its own for ever
     name: str
     announce: Announce | None
-    own: Tally
     conflicts: int
 
+    @property
+    def own(self) -> Tally: ...
     def own_rows(self) -> Iterator[tuple[str, bytes, bytes]]: ...
     def begin(self, owner: Owner) -> bool: ...
     def put(self, owner: Owner, group: str, item: bytes, value: bytes) -> bool: ...
@@ -121,5 +122,5 @@ class SnapshotSender:
         if len(parts) > 1:
             return self._links.send(snapshot.node, Kind.SNAPSHOT_ROWS, b"".join(parts))
         snapshot.rows = None
-        self._links.send(snapshot.node, Kind.SNAPSHOT_END, parts[0] + self._tallies())
+        self._links.send(snapshot.node, Kind.SNAPSHOT_END, parts[0] + varint(snapshot.sent) + self._tallies())
         return False
