@@ -184,8 +184,8 @@ def iq(
 
 def from_node(topic: str) -> Callable[[F], F]:
     """Mark a method as the one that hears what the same module says on another node (`self.nodes.cast`), or answers
-    what it asks (`self.nodes.call`). It takes the node's UUID and the payload, and returns the answer, which is JSON, or
-    an awaitable of it. A plain function hears casts in the order in which they were made."""
+    what it asks (`self.nodes.call`). It takes the node's UUID and the payload, and returns the answer, which is JSON,
+    or an awaitable of it. A plain function hears casts in the order in which they were made."""
 
     def mark(function: F) -> F:
         function.__dict__.setdefault("_xmppd_nodes", []).append(NodeMark(topic))

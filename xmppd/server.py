@@ -18,10 +18,8 @@ from typing import Any, Final
 from xmppd import clustering, log, signals
 from xmppd.access import Access, AccessRules
 from xmppd.accountant import Accountant
-from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
-from xmppd.admin.cluster_commands import ClusterCommands
-from xmppd.admin.commands import register_core
-from xmppd.admin.registry import Registry, commands_of
+from xmppd.admin.api_tokens import ApiTokens
+from xmppd.admin.registry import Registry
 from xmppd.admin.socket import ControlSocket
 from xmppd.auth import Auth
 from xmppd.c2s.connection import Flusher
@@ -29,10 +27,14 @@ from xmppd.c2s.session import Parts
 from xmppd.c2s.sweeper import RecordSweeper
 from xmppd.c2s.tls import Certificates
 from xmppd.check import own_certfiles, validator
+from xmppd.cluster.cookies import Cookies
 from xmppd.cluster.tables import Route, RouteTable, SessionTable
+from xmppd.commanding import Commanding
 from xmppd.config import Config
 from xmppd.delivery import Gate
+from xmppd.errors import NodeIdTaken, XmppdError
 from xmppd.events import ServerStarted
+from xmppd.forward import Forwarder
 from xmppd.hooks import Hooks
 from xmppd.identity import DataFolder
 from xmppd.iq import IqDispatcher, IqHandlers
@@ -42,9 +44,11 @@ from xmppd.login_limits import LoginLimits
 from xmppd.metrics import Counters, LoopLag
 from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
+from xmppd.nodes import NodeHandlers, Nodes
 from xmppd.notify import Notifier
 from xmppd.protocol import ns, stream
 from xmppd.reload import Plan, Reloader
+from xmppd.removals import Removals
 from xmppd.router import Router
 from xmppd.s2s_manager import S2SManager
 from xmppd.serving import Listeners
@@ -79,6 +83,7 @@ class Server:
         self._status = "starting"
         self._stopping = asyncio.Event()
         self._restart = False
+        self._failure: XmppdError | None = None  # why it had to stop
         self._tasks: set[asyncio.Task[None]] = set()  # each ends by itself, soon
         self._services: set[asyncio.Task[None]] = set()  # each goes on until it is cancelled
         self.access = Access(AccessRules(config))
@@ -122,6 +127,10 @@ class Server:
         """Seconds."""
         return time.monotonic() - self._started
 
+    @property
+    def api_tokens(self) -> ApiTokens:
+        return self.commanding.api_tokens
+
     def features(self) -> list[str]:
         return self.loader.features()
 
@@ -164,6 +173,8 @@ class Server:
             self._tell_systemd_that_we_stop()
             _log.info("stopping", node=self.node)
         _log.info("stopped", node=self.node)
+        if self._failure is not None:
+            raise self._failure
         return self._restart
 
     def stop(self) -> None:
@@ -301,6 +312,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _cluster(self) -> AsyncIterator[None]:
+        """Everything is there before the first link comes up: the modules, which hear each other, are started first."""
         self.cluster = clustering.build(
             self.config,
             self.folder,
@@ -309,13 +321,26 @@ class Server:
             hooks=self.hooks,
             spawn=self.spawn,
             removed=self.stop,
-            ousted=self.stop,
+            ousted=self._ousted,
         )
-        await self.cluster.start()
+        links, calls = self.cluster.links, self.cluster.calls
+        self.cookies = Cookies(self.cluster, self.folder, external=self.config.cluster.nats_url is not None)
+        self.forwarder = Forwarder(links, calls, self.sessions, bounce=self.router.bounce)
+        self.sessions.connect(self.forwarder)
+        self._node_handlers = NodeHandlers()
+        self._node_handlers.connect(calls, self.spawn)
+        Removals(calls, self.accounts, self.hooks, self.spawn)
         try:
             yield
         finally:
             await self.cluster.stop()
+
+    def _ousted(self) -> None:
+        self._failure = NodeIdTaken(
+            f"another process took the node id of {self.node} while this one could not reach the database: if its data "
+            "folder is a copy of ours, `xmppd --new-identity` makes it a node of its own"
+        )
+        self.stop()
 
     @contextlib.asynccontextmanager
     async def _modules(self) -> AsyncIterator[None]:
@@ -328,23 +353,16 @@ class Server:
             validate=lambda kind, options, path: validator(self.config)(kind, options, path),
             access=self.access,
             paths=self.config.module_paths,
+            nodes=self._node_handlers,
         )
-        register_core(
-            self.registry,
-            server=self,
-            accounts=self.accounts,
-            auth=self.accountant,
-            sessions=self.sessions,
-            router=self.router,
-            loader=self.loader,
-        )
-        self.api_tokens = ApiTokens(self.storage, lambda: self.config.api_tokens)
-        self.registry.register("core", commands_of(ApiTokenCommands(self.api_tokens)))
-        self.registry.register("core", commands_of(ClusterCommands(self.cluster, self._info)))
+        self.commanding = Commanding(self, self._info)
         try:
             await self.loader.start(self.config.modules)
+            await self.cluster.engine.set_cookies(self.folder.cookie, self.folder.also_trusted)
+            await self.cluster.start()
             yield
         finally:
+            self.commanding.close()
             await self.loader.stop()
 
     def _info(self) -> tuple[str, int, int, int]:
@@ -366,11 +384,14 @@ class Server:
             route=self.router.route,
             spawn=self.spawn_service,
             service=self.loader.service,
+            nodes=Nodes(name, self.cluster.links, self.cluster.calls, self.sessions.nodes_of),
         )
 
     @contextlib.asynccontextmanager
     async def _control(self) -> AsyncIterator[None]:
-        self.control = ControlSocket(self.config.data_dir / "xmppd.sock", self.registry, node=self.node)
+        self.control = ControlSocket(
+            self.config.data_dir / "xmppd.sock", self.registry, node=self.node, nodes=self.commanding.nodes
+        )
         await self.control.start()
         try:
             yield

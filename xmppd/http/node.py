@@ -31,11 +31,12 @@ class Node(Protocol):
     spool: Spool
     sessions: SessionManager
     registry: Registry
-    api_tokens: ApiTokens
     certificates: Certificates
     counters: Counters
     lag: LoopLag
 
+    @property
+    def api_tokens(self) -> ApiTokens: ...
     @property
     def status(self) -> str: ...
     def uptime(self) -> float: ...
