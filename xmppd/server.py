@@ -32,7 +32,7 @@ from xmppd.cluster.tables import Route, RouteTable, SessionTable
 from xmppd.commanding import Commanding
 from xmppd.config import Config
 from xmppd.delivery import Gate
-from xmppd.errors import NodeIdTaken, XmppdError
+from xmppd.errors import NodeIdTaken, StorageUnavailable, XmppdError
 from xmppd.events import ServerStarted
 from xmppd.forward import Forwarder
 from xmppd.hooks import Hooks
@@ -60,6 +60,7 @@ _log = get_logger("xmppd.server")
 _COLLECT_EVERY: Final = 5.0  # seconds
 _COLLECT_ABANDONED: Final = 500  # parsers, about 6 MiB
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
+_DATABASE_AGAIN: Final = 1.0  # seconds between two attempts to open one that was away at the start
 _SYNC: Final = 3.0  # seconds a start waits for the tables of the other nodes
 _GC_THRESHOLDS: Final = (50_000, 20, 50)
 
@@ -242,15 +243,17 @@ class Server:
             pool_timeout=database.pool.timeout,
             commit_interval=database.commit_interval,
         )
-        await self.storage.open()
         try:
             self.accounts = Accounts(self.storage)
             self.spool = Spool(self.storage)
-            self._place = await clustering.take_place(self.config, self.folder, self.storage, self.version)
+            self._place = clustering.Place(self.config, self.folder, self.storage, self.version)
+            away = await self._place.open()
             self.owner = self._place.owner
-            freed = await self.spool.free_stale(self.owner.member, self.owner.incarnation)
-            if freed:
-                _log.info("messages of an earlier run are free again", messages=freed)
+            if away is None:
+                await self._free_stale()
+            else:
+                _log.warning("serving without the database", database=self.storage.where, error=away)
+                self.spawn_service(self._await_database(), name="database at the start")
             yield
         finally:
             try:
@@ -259,6 +262,30 @@ class Server:
                     await self.storage.close()
             except TimeoutError:
                 _log.warning("writes given up", database=self.storage.where)
+
+    async def _free_stale(self) -> None:
+        freed = await self.spool.free_stale(self.owner.member, self.owner.incarnation)
+        if freed:
+            _log.info("messages of an earlier run are free again", messages=freed)
+
+    async def _await_database(self) -> None:
+        """It was away at the start: open it when it is back, and find out whether this node may serve from it."""
+        while True:
+            await asyncio.sleep(_DATABASE_AGAIN)
+            try:
+                await self._place.claim_late()
+                await self._free_stale()
+            except StorageUnavailable as exc:
+                _log.debug("database still away", error=exc)
+            except XmppdError as exc:
+                return self._fail(exc)
+            else:
+                return _log.info("database is back", database=self.storage.where)
+
+    def _fail(self, why: XmppdError) -> None:
+        """Stop, and end the process with what that error is worth."""
+        self._failure = why
+        self.stop()
 
     @contextlib.asynccontextmanager
     async def _routing_parts(self) -> AsyncIterator[None]:
@@ -320,7 +347,7 @@ class Server:
             tables=(self.routes, self.table),
             hooks=self.hooks,
             spawn=self.spawn,
-            removed=self.stop,
+            leave=self.stop,
             ousted=self._ousted,
         )
         links, calls = self.cluster.links, self.cluster.calls
@@ -336,11 +363,12 @@ class Server:
             await self.cluster.stop()
 
     def _ousted(self) -> None:
-        self._failure = NodeIdTaken(
-            f"another process took the node id of {self.node} while this one could not reach the database: if its data "
-            "folder is a copy of ours, `xmppd --new-identity` makes it a node of its own"
+        self._fail(
+            NodeIdTaken(
+                f"another process took the node id of {self.node} while this one could not reach the database: if its "
+                "data folder is a copy of ours, `xmppd --new-identity` makes it a node of its own"
+            )
         )
-        self.stop()
 
     @contextlib.asynccontextmanager
     async def _modules(self) -> AsyncIterator[None]:

@@ -332,9 +332,11 @@ class Cluster:
 
     async def _lost(self, state: str) -> None:
         """The row does not name this process: it has gone, or it names another one."""
-        if not state or not self.membership.revision:
+        if not state:
             await self._claim()
-        elif not self._done:
+        elif (
+            self.membership.revision and not self._done
+        ):  # without one: we have not claimed it yet, the database was away
             self._done = True
             log.error("another process serves with this node id", node=self.me.name)
             self._ousted()
