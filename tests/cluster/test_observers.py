@@ -49,7 +49,6 @@ class Served:
         self.config = self.parsed()
         self.observers = Observers(
             node=node.name,
-            member=node.owner.member,
             version="1.2.3",
             transport=wire.engine,
             registry=node.registry,

@@ -24,8 +24,7 @@ from xmppd.config import Config
 from xmppd.config.api import Who, covers
 from xmppd.config.schema import Observers as Settings
 from xmppd.config.types import host_port
-from xmppd.errors import CommandError, ConfigError, XmppdError
-from xmppd.events import ConfigReloaded
+from xmppd.errors import CommandError, ConfigError
 from xmppd.log import get_logger
 
 log = get_logger("admin")
@@ -87,7 +86,6 @@ class Observers:
         self,
         *,
         node: str,
-        member: bytes,
         version: str,
         transport: Transport,
         registry: Registry,
@@ -100,7 +98,6 @@ class Observers:
         spawn: Spawn,
     ) -> None:
         self._node = node
-        self._member = member
         self._version = version
         self._transport = transport
         self._registry = registry
@@ -142,13 +139,6 @@ class Observers:
         if any("events" in user.may for user in settings.users.values()):
             self._publishing = True
             self._watch.publish(self._happened, True)
-
-    async def reloaded(self, event: ConfigReloaded) -> None:
-        """The configuration has changed."""
-        try:
-            await self.apply(self._cluster)
-        except XmppdError as exc:
-            log.error("observers not changed", problem=exc)
 
     async def stop(self) -> None:
         """Answer no more."""

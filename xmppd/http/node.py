@@ -32,12 +32,14 @@ class Node(Protocol):
     spool: Spool
     sessions: SessionManager
     registry: Registry
-    nodes: Nodes
-    api_tokens: ApiTokens
     certificates: Certificates
     counters: Counters
     lag: LoopLag
 
+    @property
+    def nodes(self) -> Nodes: ...
+    @property
+    def api_tokens(self) -> ApiTokens: ...
     @property
     def status(self) -> str: ...
     def uptime(self) -> float: ...
