@@ -119,10 +119,14 @@ class Server:
             return None
         return ready if ready["pid"] == self.process.pid else None
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """End it in order; the exit code."""
+    def send_signal(self, number: int) -> None:
+        """If it runs."""
         if self.process is not None:
             self.process.send_signal(number)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End it in order; the exit code."""
+        self.send_signal(number)
         return self.wait()
 
     def wait(self) -> int:
