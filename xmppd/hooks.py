@@ -67,6 +67,14 @@ class Hooks:
         """Whether anybody listens."""
         return event in self._handlers
 
+    def wants_of(self, owner: str) -> bool:
+        """Whether this module listens to anything."""
+        return any(handler.owner == owner for handlers in self._handlers.values() for handler in handlers)
+
+    def listeners(self, event: type) -> list[str]:
+        """The modules that listen to an event, in the order in which they are asked."""
+        return [handler.owner for handler in self._handlers.get(event, ())]
+
     def count(self) -> int:
         """How many handlers are registered in all."""
         return sum(len(handlers) for handlers in self._handlers.values())

@@ -217,6 +217,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Send an announcement to every account of a host",
     )
     async def announce_send_all(self, host: str, subject: str, body: str) -> None:
@@ -227,6 +228,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Send an announcement to everybody who is connected to a host",
     )
     async def announce_send_online(self, host: str, subject: str, body: str) -> None:
@@ -237,6 +239,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Set the message of the day and send it to everybody who is connected",
     )
     async def announce_motd_set_online(self, host: str, subject: str, body: str) -> None:
@@ -247,6 +250,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Set the message of the day, which everybody is shown at the next login",
     )
     async def announce_motd_update(self, host: str, subject: str, body: str) -> None:
@@ -257,6 +261,7 @@ class Announce(Module[Config]):
         args=(Arg("host"),),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Delete the message of the day",
     )
     async def announce_motd_delete(self, host: str) -> None:
@@ -267,6 +272,7 @@ class Announce(Module[Config]):
         args=(Arg("host"),),
         result=string("motd"),
         tags=("announce",),
+        scope="shared",
         doc="Show the message of the day",
         reads=True,
     )

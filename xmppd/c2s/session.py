@@ -122,7 +122,8 @@ class Session:
 
     def bound(self) -> Awaitable[None] | None:
         """Tell the modules; what comes back must be awaited before the client is told."""
-        return self._parts.hooks.notify(SessionBound(self))
+        told, undisputed = self._parts.hooks.notify(SessionBound(self)), self._parts.manager.undisputed(self._row)
+        return told if undisputed is None else _both(told, undisputed)
 
     # -- from the client
 
@@ -391,6 +392,12 @@ class Session:
             show,
             text,
         )
+
+
+async def _both(told: Awaitable[None] | None, undisputed: Awaitable[None]) -> None:
+    if told is not None:
+        await told
+    await undisputed
 
 
 def _priority(presence: Stanza) -> int:

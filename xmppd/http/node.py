@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from xmppd.access import Access as Rules
 from xmppd.admin.api_tokens import ApiTokens
 from xmppd.admin.registry import Registry
+from xmppd.admin.socket import Elsewhere
 from xmppd.c2s.tls import Certificates
 from xmppd.config import Config, HttpListen
 from xmppd.http.access import Access
@@ -31,6 +32,7 @@ class Node(Protocol):
     spool: Spool
     sessions: SessionManager
     registry: Registry
+    nodes: Elsewhere
     api_tokens: ApiTokens
     certificates: Certificates
     counters: Counters
@@ -80,7 +82,8 @@ class HttpServers:
 
     def _handler(self, path: str, kind: str) -> Handler:
         if kind == "api":
-            return Api(self._node.registry, self._access, version=self._node.version, prefix=path.rstrip("/"))
+            node, prefix = self._node, path.rstrip("/")
+            return Api(node.registry, self._access, version=node.version, prefix=prefix, nodes=node.nodes)
         handlers: dict[str, Handler] = {"live": Live(), "ready": self._ready, "metrics": self._metrics}
         return handlers[kind]
 
