@@ -69,6 +69,10 @@ class Settings:
     max_frame: int = 16 * 1024 * 1024
     max_queue: int = 64 * 1024 * 1024  # not yet acknowledged; beyond, the link goes down
 
+    def __post_init__(self) -> None:
+        """A short `peer_timeout` needs quicker heartbeats, or a single one that is lost would end the link."""
+        object.__setattr__(self, "heartbeat", min(self.heartbeat, self.peer_timeout / 6))
+
 
 @dataclass(slots=True)
 class Local:
