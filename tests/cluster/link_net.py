@@ -13,7 +13,7 @@ from xmppd.cluster.links import LinkSet
 from xmppd.cluster.tables import Owner
 
 CLUSTER = b"c" * 16
-SETTINGS = Settings(heartbeat=0.1, peer_timeout=0.6)
+SETTINGS = Settings(heartbeat=0.1, peer_timeout=0.6, suspect=0.2)
 
 
 class MemoryTransport:
