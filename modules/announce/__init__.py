@@ -15,10 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Annotated, Final
+from typing import Final
 from xml.sax.saxutils import escape
-
-from pydantic import AfterValidator
 
 from xmppd.errors import CommandError, JidError, StanzaError, StorageError
 from xmppd.events import (
@@ -28,8 +26,20 @@ from xmppd.events import (
     SessionBecameAvailable,
     UserDeleted,
 )
-from xmppd.module_api import Arg, Context, Module, Outcome, Pending, Rescode, Session, command, hook, string
-from xmppd.protocol.jid import JID, make, parse
+from xmppd.module_api import (
+    AccessRules,
+    Arg,
+    Context,
+    Module,
+    Outcome,
+    Pending,
+    Rescode,
+    Session,
+    command,
+    hook,
+    string,
+)
+from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stanza import Stanza, build
 
 from .motd import Motd, Store, motd, motd_seen
@@ -39,16 +49,9 @@ _PIECE: Final = 500  # recipients between two turns of the loop, or accounts rea
 _REMEMBERED: Final = 10.0  # seconds until a message of the day that another node has set is seen here
 
 
-def _address(text: str) -> str:
-    try:
-        return parse(text).bare
-    except JidError:
-        raise ValueError("expected an address such as admin@example.net") from None
-
-
 @dataclass(frozen=True, slots=True)
 class Config:
-    admins: tuple[Annotated[str, AfterValidator(_address)], ...] = ()  # who may announce
+    access: str = "announce"  # access rule: who may announce
 
 
 class Announce(Module[Config]):
@@ -66,6 +69,11 @@ class Announce(Module[Config]):
     async def stop(self) -> None:
         self._store.close()
 
+    @classmethod
+    def check_options(cls, config: Config, access: AccessRules) -> Iterator[str]:
+        if not access.has_rule(config.access):
+            yield f"access: there is no access rule {config.access!r}"
+
     # -- what administrators send
 
     @hook(HostStanzaReceiving)
@@ -78,8 +86,9 @@ class Announce(Module[Config]):
         hosts, path = self._wanted(event.host, path.removeprefix("announce/"))
         if path not in _PATHS:
             return None
-        if sender.bare not in self.config.admins:
-            raise StanzaError("forbidden", "only administrators announce")
+        for host in hosts:  # each has rules of its own; nothing is done unless all of them agree
+            if not self.access.allowed(self.config.access, sender, host=host):
+                raise StanzaError("forbidden", f"you may not announce to the users of {host}")
         if path != "motd/delete" and stanza.body is None:
             raise StanzaError("bad-request", "an announcement has a body")
         for host in hosts:
@@ -208,6 +217,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Send an announcement to every account of a host",
     )
     async def announce_send_all(self, host: str, subject: str, body: str) -> None:
@@ -218,6 +228,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Send an announcement to everybody who is connected to a host",
     )
     async def announce_send_online(self, host: str, subject: str, body: str) -> None:
@@ -228,6 +239,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Set the message of the day and send it to everybody who is connected",
     )
     async def announce_motd_set_online(self, host: str, subject: str, body: str) -> None:
@@ -238,6 +250,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Set the message of the day, which everybody is shown at the next login",
     )
     async def announce_motd_update(self, host: str, subject: str, body: str) -> None:
@@ -248,6 +261,7 @@ class Announce(Module[Config]):
         args=(Arg("host"),),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Delete the message of the day",
     )
     async def announce_motd_delete(self, host: str) -> None:
@@ -258,6 +272,7 @@ class Announce(Module[Config]):
         args=(Arg("host"),),
         result=string("motd"),
         tags=("announce",),
+        scope="shared",
         doc="Show the message of the day",
         reads=True,
     )

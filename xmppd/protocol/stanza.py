@@ -56,6 +56,7 @@ class Stanza:
     __slots__ = ("_element", "_xml", "from_", "id", "kind", "malformed", "to", "type")
 
     kept: ClassVar[bool] = False  # it is a row of the spool, and stays one until it has arrived
+    hops: ClassVar[int] = 0  # links between nodes that it has crossed
     copy: ClassVar[bool] = False  # of what stays where it is: not sent again when it is lost with its connection
 
     def __init__(
