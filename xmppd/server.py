@@ -18,6 +18,7 @@ from typing import Any, Final
 from xmppd import clustering, log, signals
 from xmppd.access import Access, AccessRules
 from xmppd.accountant import Accountant
+from xmppd.admin import nodes as admin_nodes
 from xmppd.admin.api_tokens import ApiTokens
 from xmppd.admin.registry import Registry
 from xmppd.admin.socket import ControlSocket
@@ -127,6 +128,10 @@ class Server:
     def uptime(self) -> float:
         """Seconds."""
         return time.monotonic() - self._started
+
+    @property
+    def nodes(self) -> admin_nodes.Nodes:
+        return self.commanding.nodes
 
     @property
     def api_tokens(self) -> ApiTokens:
@@ -387,10 +392,11 @@ class Server:
         try:
             await self.loader.start(self.config.modules)
             await self.cluster.engine.set_cookies(self.folder.cookie, self.folder.also_trusted)
+            await self.commanding.start()
             await self.cluster.start()
             yield
         finally:
-            self.commanding.close()
+            await self.commanding.close()
             await self.loader.stop()
 
     def _info(self) -> tuple[str, int, int, int]:
