@@ -20,6 +20,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from tests.harness.ports import free_port
+
 USER = "xmppd"
 PASSWORD = "open, sesame: @/%"  # every character that a URL and a shell could get wrong
 START_SECONDS = 30.0
@@ -45,7 +47,7 @@ class MariaDB:
     def __init__(self, options: tuple[str, ...] = ()) -> None:
         _sweep()
         self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_fast_folder()))
-        self.port = _free_port()
+        self.port = free_port()
         self.options = options
         self._process: subprocess.Popen[bytes] | None = None
         self._schemas: dict[str, list[str]] = {}
@@ -268,12 +270,6 @@ def _fast_folder() -> str | None:
         if shutil.disk_usage("/dev/shm").free > 2 << 30:
             return "/dev/shm"
     return None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _thread_states(pid: int) -> list[str]:

@@ -336,6 +336,27 @@ class UnauthenticatedIq:
     reply: "Callable[[Stanza], None]"
 
 
+# -- the cluster
+
+
+@dataclass(frozen=True, slots=True)
+class NodeUp:
+    """Another member of the cluster is up, seen from here; its rows of the shared tables follow. On every node."""
+
+    name: str  # xmppd@node02: a label
+    node: bytes  # the node's UUID, 16 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDown:
+    """Another member is no longer up, seen from here: it stopped, died or was cut off; its rows have gone. Once for
+    each NodeUp. On every node."""
+
+    name: str
+    node: bytes
+    reason: str  # for people
+
+
 # -- the server
 
 

@@ -5,6 +5,7 @@
     node_id          the node's UUID, for the life of its data
     incarnation      how often it has been started: what an earlier run left behind can be told apart
     .xmppd.cookie    the cluster's secret
+    members.json     a copy of the cluster's members, for a start without the database
     ready.json       there while the node serves: how to reach it
 
 What identifies the node is on disk before it is used, and survives a process killed or a machine stopped at any moment.
@@ -12,9 +13,11 @@ What identifies the node is on disk before it is used, and survives a process ki
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
+import socket
 import stat
 import uuid
 from collections.abc import Iterator, Mapping
@@ -26,7 +29,8 @@ from typing import Any, Final, Self
 from xmppd.errors import DataFolderInUse, XmppdError
 
 COOKIE: Final = ".xmppd.cookie"
-_WRITTEN: Final = ("incarnation", "node_id", COOKIE, "pid", "ready.json")
+MEMBERS: Final = "members.json"
+_WRITTEN: Final = ("incarnation", "node_id", COOKIE, MEMBERS, "pid", "ready.json")
 MIN_COOKIE: Final = 20  # characters; ours has 64, people copy shorter ones
 MAX_COOKIE: Final = 1024
 MAX_INCARNATION: Final = 2**62  # fits a signed column; nobody starts that often
@@ -81,6 +85,32 @@ class DataFolder:
         """The node is about to stop serving. Without effect if it is not there."""
         _remove(self.path / "ready.json")
 
+    def advance(self, beyond: int) -> int:
+        """The incarnation of this run is larger than `beyond` from now on: the folder came from a backup, and the
+        cluster has seen later runs."""
+        if self.incarnation <= beyond:
+            _replace(self.path / "incarnation", f"{beyond + 1}\n")
+            self.incarnation = beyond + 1
+        return self.incarnation
+
+    def read_members(self) -> str | None:
+        """What `write_members` wrote last; None if there is nothing, or nothing that can be read."""
+        try:
+            return (self.path / MEMBERS).read_text()
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def write_members(self, text: str) -> None:
+        """Keep a copy of the cluster's members; whole at once."""
+        _replace(self.path / MEMBERS, text)
+
+    @property
+    def place(self) -> bytes:
+        """32 bytes that tell this folder on this running machine from a copy of it elsewhere."""
+        about = self.path.stat()
+        words = f"{_boot_id()} {socket.gethostname()} {about.st_dev} {about.st_ino}"
+        return hashlib.sha256(words.encode()).digest()
+
     def close(self) -> None:
         """Let the next one in. The file `lock` stays: removing it would let two processes lock two files."""
         if self._lock is None:
@@ -99,6 +129,33 @@ class DataFolder:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def new_identity(path: str | Path) -> tuple[str, str]:
+    """Make a copied data folder that of a new node: its old and its new node id come back.
+
+    The cookie stays, and so does what the node keeps for its clients. Raises as `DataFolder.open`.
+    """
+    folder = DataFolder.open(path)
+    try:
+        _remove(folder.path / MEMBERS)  # first: without it the old id is merely a node that asks its database
+        made = str(uuid.uuid4())
+        _replace(folder.path / "node_id", f"{made}\n")
+        return folder.node_id, made
+    finally:
+        folder.close()
+
+
+def machine() -> bytes:
+    """16 bytes that all processes of one running machine share: those may share an SQLite file."""
+    return hashlib.sha256(_boot_id().encode()).digest()[:16]
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def _prepare(folder: Path) -> list[str]:

@@ -33,7 +33,7 @@ from xmppd.session_manager import Resource
 from xmppd.spool import Holder, NoAccount, QuotaReached, SpoolRow
 from xmppd.storage import Storage
 from xmppd.storage.ids import new_id
-from xmppd.storage.sql import by_host, insert_new, upsert
+from xmppd.storage.sql import User, by_host, insert_new, read_per_user, upsert, write_per_user
 from xmppd.storage.tables import (
     FULL_BYTES,
     Stamp,
@@ -90,6 +90,7 @@ __all__ = [
     "Stamp",
     "Storage",
     "Tuple",
+    "User",
     "Utf8",
     "as_stanza_error",
     "between",
@@ -108,11 +109,13 @@ __all__ = [
     "long_text",
     "module_table",
     "new_id",
+    "read_per_user",
     "several",
     "sized",
     "string",
     "upsert",
     "user_column",
+    "write_per_user",
 ]
 
 C = TypeVar("C")
@@ -181,8 +184,8 @@ def iq(
 
 def from_node(topic: str) -> Callable[[F], F]:
     """Mark a method as the one that hears what the same module says on another node (`self.nodes.cast`), or answers
-    what it asks (`self.nodes.call`). It takes the node's UUID and the payload, and returns the answer (JSON), or an
-    awaitable of it. A plain function hears casts in the order in which they were made."""
+    what it asks (`self.nodes.call`). It takes the node's UUID and the payload, and returns the answer, which is JSON,
+    or an awaitable of it. A plain function hears casts in the order in which they were made."""
 
     def mark(function: F) -> F:
         function.__dict__.setdefault("_xmppd_nodes", []).append(NodeMark(topic))

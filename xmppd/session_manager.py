@@ -544,11 +544,13 @@ class SessionManager:
                 row.session.kick(reason, condition)
         return len(chosen)
 
-    def kick_here(self, jid: JID, reason: str, condition: str) -> None:
-        """End the session of a full JID, or all of a bare one, as far as they are on this node."""
-        for row in list(self._table.rows(jid.bare).values()):
-            if row.session is not None and jid.resource in ("", row.jid.resource):
-                row.session.kick(reason, condition)
+    def kick_here(self, jid: JID, reason: str, condition: str) -> int:
+        """End the session of a full JID, or all of a bare one, as far as they are on this node; how many there were."""
+        rows = list(self._table.rows(jid.bare).values())
+        chosen = [row.session for row in rows if row.session is not None and jid.resource in ("", row.jid.resource)]
+        for session in chosen:
+            session.kick(reason, condition)
+        return len(chosen)
 
     def _kick_elsewhere(self, rows: list[SessionRow], jid: JID, reason: str, condition: str) -> None:
         if self._remote is not None:

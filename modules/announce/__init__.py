@@ -15,10 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any, Final
+from typing import Any, Final
 from xml.sax.saxutils import escape
-
-from pydantic import AfterValidator
 
 from xmppd.errors import CommandError, JidError, StanzaError, StorageError
 from xmppd.events import (
@@ -29,6 +27,7 @@ from xmppd.events import (
     UserDeleted,
 )
 from xmppd.module_api import (
+    AccessRules,
     Arg,
     Context,
     Module,
@@ -41,7 +40,7 @@ from xmppd.module_api import (
     hook,
     string,
 )
-from xmppd.protocol.jid import JID, make, parse
+from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stanza import Stanza, build
 
 from .motd import Motd, Store, motd, motd_seen
@@ -51,16 +50,9 @@ _PIECE: Final = 500  # recipients between two turns of the loop, or accounts rea
 _REMEMBERED: Final = 10.0  # seconds until one that another node has set is seen here, if its word of it was lost
 
 
-def _address(text: str) -> str:
-    try:
-        return parse(text).bare
-    except JidError:
-        raise ValueError("expected an address such as admin@example.net") from None
-
-
 @dataclass(frozen=True, slots=True)
 class Config:
-    admins: tuple[Annotated[str, AfterValidator(_address)], ...] = ()  # who may announce
+    access: str = "announce"  # access rule: who may announce
 
 
 class Announce(Module[Config]):
@@ -78,6 +70,11 @@ class Announce(Module[Config]):
     async def stop(self) -> None:
         self._store.close()
 
+    @classmethod
+    def check_options(cls, config: Config, access: AccessRules) -> Iterator[str]:
+        if not access.has_rule(config.access):
+            yield f"access: there is no access rule {config.access!r}"
+
     # -- what administrators send
 
     @hook(HostStanzaReceiving)
@@ -90,8 +87,9 @@ class Announce(Module[Config]):
         hosts, path = self._wanted(event.host, path.removeprefix("announce/"))
         if path not in _PATHS:
             return None
-        if sender.bare not in self.config.admins:
-            raise StanzaError("forbidden", "only administrators announce")
+        for host in hosts:  # each has rules of its own; nothing is done unless all of them agree
+            if not self.access.allowed(self.config.access, sender, host=host):
+                raise StanzaError("forbidden", f"you may not announce to the users of {host}")
         if path != "motd/delete" and stanza.body is None:
             raise StanzaError("bad-request", "an announcement has a body")
         for host in hosts:
@@ -238,6 +236,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Send an announcement to every account of a host",
     )
     async def announce_send_all(self, host: str, subject: str, body: str) -> None:
@@ -248,6 +247,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Send an announcement to everybody who is connected to a host",
     )
     async def announce_send_online(self, host: str, subject: str, body: str) -> None:
@@ -258,6 +258,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Set the message of the day and send it to everybody who is connected",
     )
     async def announce_motd_set_online(self, host: str, subject: str, body: str) -> None:
@@ -268,6 +269,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Set the message of the day, which everybody is shown at the next login",
     )
     async def announce_motd_update(self, host: str, subject: str, body: str) -> None:
@@ -278,6 +280,7 @@ class Announce(Module[Config]):
         args=(Arg("host"),),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Delete the message of the day",
     )
     async def announce_motd_delete(self, host: str) -> None:
@@ -288,6 +291,7 @@ class Announce(Module[Config]):
         args=(Arg("host"),),
         result=string("motd"),
         tags=("announce",),
+        scope="shared",
         doc="Show the message of the day",
         reads=True,
     )

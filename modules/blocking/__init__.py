@@ -337,6 +337,7 @@ class Blocking(Module[Config]):
         args=(Arg("host"),),
         result=List("reports", Tuple("report", tuple(map(string, ("time", "user", "jid", "reason", "report"))))),
         tags=("blocking",),
+        scope="shared",
         doc="List what users of a host have reported as spam or abuse, newest first",
         reads=True,
     )

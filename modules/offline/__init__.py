@@ -379,6 +379,7 @@ class Offline(Module[Config]):
         args=(Arg("user"), Arg("host")),
         result=integer("value"),
         tags=("offline",),
+        scope="shared",
         doc="Get the number of unread offline messages",
         reads=True,
     )

@@ -345,6 +345,7 @@ class Roster(Module[Config]):
         args=tuple(map(Arg, ("localuser", "localhost", "user", "host", "nick", "group", "subs"))),
         result=Rescode(),
         tags=("roster",),
+        scope="shared",
         doc="Add a contact to a user's roster, or change it; several groups are separated by `;`",
     )
     async def add_rosteritem(
@@ -369,6 +370,7 @@ class Roster(Module[Config]):
         args=tuple(map(Arg, ("localuser", "localhost", "user", "host"))),
         result=Rescode(),
         tags=("roster",),
+        scope="shared",
         doc="Take a contact out of a user's roster; the contact is not told",
     )
     async def delete_rosteritem(self, localuser: str, localhost: str, user: str, host: str) -> None:
@@ -383,6 +385,7 @@ class Roster(Module[Config]):
         args=(Arg("user"), Arg("host")),
         result=List("contacts", Tuple("contact", tuple(map(string, ("jid", "nick", "subscription", "ask", "group"))))),
         tags=("roster",),
+        scope="shared",
         doc="List a user's contacts, one line per group",
         reads=True,
     )

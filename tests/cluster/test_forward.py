@@ -1,7 +1,5 @@
 """Stanzas between nodes: each arrives, once, in order, and its sender's node hears what became of it."""
 
-import shutil
-
 import pytest
 
 from tests.cluster.worlds import cluster
@@ -13,10 +11,10 @@ JULIET, ROMEO = f"juliet@{HOST}", f"romeo@{HOST}"
 
 
 @pytest.fixture
-async def three(sqlite_file, tmp_path):
+async def three(databases, tmp_path):
     """Three nodes with two accounts and no modules."""
-    shutil.copy(sqlite_file, tmp_path)
-    async with cluster(3, f"sqlite:///{tmp_path}/xmppd.db", tmp_path) as nodes:
+    url = await databases.migrated("sqlite", tmp_path)
+    async with cluster(3, url, tmp_path) as nodes:
         await nodes[0].account("juliet", "romeo")
         yield nodes
 

@@ -23,7 +23,6 @@ class Friends(World):
         self.sent_away: list[Stanza] = []
         self.routing = SimpleNamespace(profile="compat", iq_needs_presence=False, presence_coalesce=60.0)
         self.router.connect(self)
-        self.storage_url = ""
 
     def route(self, stanza: Stanza) -> Outcome:
         """As the s2s manager."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 from lxml.etree import _Element
 
@@ -39,6 +39,7 @@ from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 HOST = "capulet.example"
+OWNER = Owner(bytes(range(16)), 0, 7)
 _ids = itertools.count(1)
 
 
@@ -181,7 +182,7 @@ class World:
         self.accounts = Accounts(storage)
         self.accountant = PlainAccounts(self)
         self.spool = Spool(storage, clock=self.clock)
-        self.owner = place.owner if place else Owner(bytes(range(16)), 0, 7)
+        self.owner = place.owner if place else OWNER
         self.place = place
         self.node_handlers = NodeHandlers()
         self.table = SessionTable()
@@ -190,8 +191,7 @@ class World:
         self.version, self.hosts, self.started_at = "1.2.3", (HOST,), self.clock() - 100
         routes = RouteTable()
         self.router = Router(routes, self.hooks, self.spawn)
-        self.s2s = S2SManager(self.router.bounce)
-        self.router.connect(self.s2s)
+        self.router.connect(S2SManager(self.router.bounce))
         gate = Gate(self.hooks, self.spawn, self.router.bounce)
         dispatcher = IqDispatcher(self.iqs, send=self.router.route, bounce=self.router.bounce, gate=gate)
         self.manager = SessionManager(
@@ -330,6 +330,12 @@ class World:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
 
     async def close(self) -> None:
         await self.loader.stop()

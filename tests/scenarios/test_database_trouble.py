@@ -42,19 +42,6 @@ def node(tmp_path: Path) -> Iterator[Node]:
     node.end(9)
 
 
-@pytest.fixture(scope="module")
-def mariadb_server() -> Iterator[mariadb.MariaDB]:
-    if (why := mariadb.missing()) is not None:
-        if mariadb.required():
-            pytest.fail(f"{why}, and XMPPD_REQUIRE_MARIADB=1 asks for it")
-        pytest.skip(why)
-    server = mariadb.MariaDB()
-    try:
-        yield server
-    finally:
-        server.destroy()
-
-
 class Play:
     """Who says what to whom during a trouble, and who got what."""
 
@@ -358,7 +345,8 @@ async def as_it_is(seconds: float) -> AsyncIterator[None]:
 
 
 @pytest.mark.mariadb
-async def test_a_slow_database_makes_logins_slow_and_nothing_else(node, mariadb_server):
+@pytest.mark.parametrize("seconds", [pytest.param(4, id="4s"), pytest.param(LONG, id="30s", marks=pytest.mark.long)])
+async def test_a_slow_database_makes_logins_slow_and_nothing_else(node, mariadb_server, seconds):
     url = mariadb_server.new_database()
     node.write(database={"url": url})
     node.start()  # makes the tables, which is a matter of its own
@@ -369,7 +357,7 @@ async def test_a_slow_database_makes_logins_slow_and_nothing_else(node, mariadb_
         await asyncio.to_thread(node.start)
         play = Play(node)
         await play.prepare(register=False)
-        await play.go_on(as_it_is(4))
+        await play.go_on(as_it_is(seconds))
 
         assert set(play.logins) == {"success"}
         assert play.slowest > 0.12
@@ -441,13 +429,14 @@ async def full(folder: Path, seconds: float) -> AsyncIterator[None]:
     yield
 
 
-async def test_a_full_disk_refuses_writes_politely(node, small_disk):
+@pytest.mark.parametrize("seconds", HOW_LONG)
+async def test_a_full_disk_refuses_writes_politely(node, small_disk, seconds):
     """The log is on it, too, as it often is."""
     node.data_dir = small_disk / "var"
     node.write(data_dir=str(node.data_dir), log_file=str(small_disk / "xmppd.log"))
 
     async with playing(node) as play:
-        await play.go_on(full(small_disk, SHORT))
+        await play.go_on(full(small_disk, seconds))
         await play.settle()
 
         log = (small_disk / "xmppd.log").read_text()

@@ -7,6 +7,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -626,7 +627,9 @@ def tls_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mariadb.Mar
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("tls")
     folder.chmod(0o755)
-    for parent in (folder.parent, folder.parent.parent):
+    for parent in folder.parents:
+        if parent == Path(tempfile.gettempdir()):
+            break
         parent.chmod(parent.stat().st_mode | 0o011)
     cert, key = mariadb.make_certificate(folder)
     server = mariadb.MariaDB((f"--ssl-cert={cert}", f"--ssl-key={key}"))

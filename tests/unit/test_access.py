@@ -76,6 +76,16 @@ def test_all_and_none_are_always_there():
     assert not found.allowed("none", parse("x@a.example"))
 
 
+def test_loopback_is_an_acl_that_may_be_defined_anew():
+    found = rules(access_rules={"x": {"allow": "loopback"}})
+    assert [found.allowed("x", None, ip) for ip in ("127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1")] == [True] * 4
+    assert not any(found.allowed("x", parse("x@a.example"), ip) for ip in ("", "10.0.0.1", "::2"))
+
+    found = rules(acl={"loopback": {"ip": "10.0.0.1"}})
+    assert found.in_acl("loopback", None, "10.0.0.1")
+    assert not found.in_acl("loopback", None, "127.0.0.1")
+
+
 def test_the_first_rule_that_counts_decides_and_without_one_nobody_is_let_in():
     found = rules(
         acl={"staff": {"user": ["nurse", "peter"]}, "away": {"ip": "192.0.2.0/24"}},

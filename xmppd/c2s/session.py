@@ -192,9 +192,13 @@ class Session:
         to = stanza.to
         if kind in ("available", "unavailable"):
             if to is None or to.full == self.user.full:
-                if kind == "available":
-                    _priority(stanza)  # refused before anybody is told
-                return self._parts.gate.ask(PresenceSending(self, stanza), stanza, self._own_presence)
+                # A wrong one is refused before anybody is told.
+                priority = _priority(stanza) if kind == "available" else None
+                return self._parts.gate.ask(
+                    PresenceSending(self, stanza),
+                    stanza,
+                    lambda event: self._own_presence(event.presence, priority if event.presence is stanza else None),
+                )
             return self._parts.gate.ask(
                 DirectedPresenceSending(self, stanza),
                 stanza,
@@ -216,14 +220,15 @@ class Session:
             raise StanzaError("bad-request", f"{kind[:20]!r} is no presence type")
         return self._parts.router.route(stanza)
 
-    def _own_presence(self, event: PresenceSending) -> Outcome:
+    def _own_presence(self, presence: Stanza, priority: int | None) -> Outcome:
+        """`priority`: None where it has to be read once more, because a module has changed the presence."""
         if self.closed:
             return SAFE
-        presence = event.presence
         if presence.type == "unavailable":
             self._become_unavailable(presence)
             return SAFE
-        old, new, hooks = self.priority, _priority(presence), self._parts.hooks
+        old, hooks = self.priority, self._parts.hooks
+        new = _priority(presence) if priority is None else priority
         previous, self.priority, self.presence = self.presence, new, presence
         presence.forget_element()
         self._parts.manager.set_priority(self._row, new)

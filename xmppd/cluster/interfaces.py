@@ -25,6 +25,7 @@ class Kind(IntEnum):
     DELTA = 4
     DIGEST = 5
     RESYNC = 6
+    SNAPSHOT_SEEN = 7  # so much of your snapshot is in my tables
     STANZA = 16  # one stanza for sessions of the receiving node
     OUTCOMES = 17  # what became of such stanzas
     PRESENCE = 18  # one presence for many users

@@ -3,7 +3,7 @@
 A row is (group, item, value): a group is what is looked up (a bare JID, a domain), items tell its rows apart (a
 resource).
 
-    row    = length group  length item  length value        lengths are varints: 7 bits a byte, the lowest first
+    row    = length group  length item  length value        lengths are varints (frames.py)
     packed = { length item  length value }                  all rows of one group, in memory
 
 Group and item are UTF-8. Fields are only ever added to the end of a value: who does not know them skips them, and keeps
@@ -15,71 +15,56 @@ to bytes costs a quarter, and the collector never looks into it.
 
 from collections.abc import Iterator
 from hashlib import blake2b
-from typing import Final
 
-_MORE: Final = 0x80
-_LONGEST: Final = 10  # bytes of a varint: 64 bits
-
-
-def varint(number: int) -> bytes:
-    """A number that is not negative, 7 bits a byte, the lowest first."""
-    if number < _MORE:
-        return bytes((number,))
-    out = bytearray()
-    while number >= _MORE:
-        out.append(number & 0x7F | _MORE)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
-
-
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at `at`, and where it ends. ValueError when it does not end."""
-    number = 0
-    for count in range(_LONGEST):
-        if at + count >= len(data):
-            break
-        byte = data[at + count]
-        number |= (byte & 0x7F) << (7 * count)
-        if byte < _MORE:
-            return number, at + count + 1
-    raise ValueError(f"no number at {at}")
-
-
-def _read_bytes(data: bytes, at: int) -> tuple[bytes, int]:
-    length, start = (data[at], at + 1) if at < len(data) and data[at] < _MORE else read_varint(data, at)
-    end = start + length
-    if end > len(data):
-        raise ValueError(f"cut short at {at}")
-    return data[start:end], end
+from xmppd.cluster.frames import FrameError, read_varint, varint
 
 
 def row_bytes(group: str, item: bytes, value: bytes) -> bytes:
     """A row as it crosses the wire."""
     name = group.encode()
-    return b"".join((varint(len(name)), name, varint(len(item)), item, varint(len(value)), value))
+    if len(name) < 128:
+        return b"%c%b%b" % (len(name), name, _entry(item, value))
+    return varint(len(name)) + name + _entry(item, value)
+
+
+def _entry(item: bytes, value: bytes) -> bytes:
+    if len(item) < 128 and len(value) < 128:
+        return b"%c%b%c%b" % (len(item), item, len(value), value)
+    return b"".join((varint(len(item)), item, varint(len(value)), value))
 
 
 def read_row(data: bytes, at: int) -> tuple[str, bytes, bytes, int]:
-    """(group, item, value, where it ends) of the row that begins at `at`. ValueError when it is none."""
+    """(group, item, value, where it ends) of the row that begins at `at`. FrameError when it is none."""
     name, at = _read_bytes(data, at)
     item, at = _read_bytes(data, at)
     value, at = _read_bytes(data, at)
-    return name.decode(), item, value, at
+    try:
+        return name.decode(), item, value, at
+    except UnicodeDecodeError as exc:
+        raise FrameError("a group is no text") from exc
 
 
-def row_digest(group: str, item: bytes, value: bytes) -> int:
-    """64 bits. The digest of many rows is the XOR of theirs, so it is kept up as rows come and go."""
-    return int.from_bytes(blake2b(row_bytes(group, item, value), digest_size=8).digest(), "big")
+def _read_bytes(data: bytes, at: int) -> tuple[bytes, int]:
+    length, start = (data[at], at + 1) if at < len(data) and data[at] < 128 else read_varint(data, at)
+    end = start + length
+    if end > len(data):
+        raise FrameError("a row is cut off")
+    return data[start:end], end
 
 
-def items_in(packed: bytes) -> Iterator[tuple[bytes, bytes]]:
+def digest_of(row: bytes) -> int:
+    """64 bits of a row's bytes. The digest of many rows is the XOR of theirs, so it is kept up as rows come and go."""
+    return int.from_bytes(blake2b(row, digest_size=8).digest(), "big")
+
+
+def items_in(packed: bytes) -> list[tuple[bytes, bytes]]:
     """(item, value) of each row of one group."""
-    at = 0
+    at, found = 0, []
     while at < len(packed):
         item, at = _read_bytes(packed, at)
         value, at = _read_bytes(packed, at)
-        yield item, value
+        found.append((item, value))
+    return found
 
 
 class PackedRows:
@@ -95,7 +80,7 @@ class PackedRows:
 
     def put(self, group: str, item: bytes, value: bytes) -> bytes | None:
         """Add or replace a row; the value it had comes back."""
-        entry = b"".join((varint(len(item)), item, varint(len(value)), value))
+        entry = _entry(item, value)
         packed = self.groups.get(group)
         if packed is None:
             self.groups[group] = entry
@@ -106,8 +91,8 @@ class PackedRows:
         if old is None:
             self._count(group, 1)
         else:
-            self.digest ^= row_digest(group, item, old)
-        self.digest ^= row_digest(group, item, value)
+            self.digest ^= digest_of(row_bytes(group, item, old))
+        self.digest ^= digest_of(row_bytes(group, item, value))
         return old
 
     def delete(self, group: str, item: bytes) -> bytes | None:
@@ -123,7 +108,7 @@ class PackedRows:
         else:
             del self.groups[group]
         self._count(group, -1)
-        self.digest ^= row_digest(group, item, old)
+        self.digest ^= digest_of(row_bytes(group, item, old))
         return old
 
     def all(self) -> Iterator[tuple[str, bytes, bytes]]:

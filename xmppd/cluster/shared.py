@@ -7,9 +7,9 @@ calls `begin`, `put`, `delete`, `end`, `drop` there. Nothing else writes rows of
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, ParamSpec
+from typing import ParamSpec
 
-from xmppd.cluster.packed import PackedRows, items_in, row_digest
+from xmppd.cluster.packed import PackedRows, digest_of, items_in, row_bytes
 from xmppd.log import get_logger
 
 P = ParamSpec("P")
@@ -39,8 +39,8 @@ class Tally:
     digest: int = 0
 
 
-# (table number, group, item, value or None when the row has gone)
-Announce = Callable[[int, str, bytes, bytes | None], None]
+# (table number, whether it is there, the row's bytes: without a value when it has gone)
+Announce = Callable[[int, bool, bytes], None]
 
 
 class Held:
@@ -93,14 +93,21 @@ class Held:
 class SharedTable:
     """The part of a table that a Replica sees. A table has a number of its own, for ever, and a name for operators."""
 
-    number: ClassVar[int]
-    name: ClassVar[str]
+    number: int
+    name: str
 
     def __init__(self) -> None:
         self.announce: Announce | None = None  # set by the replica
-        self.own = Tally()  # of the rows of this process
         self.conflicts = 0  # rows of ours that lost to a newer one elsewhere
+        self._own_count = 0
+        self._own_digest = 0
         self._held: dict[bytes, Held] = {}  # by member
+        self._groups: tuple[dict[str, bytes], ...] = ()  # those of every layer of all of them
+
+    @property
+    def own(self) -> Tally:
+        """The rows of this process."""
+        return Tally(self._own_count, self._own_digest)
 
     # -- for the replica
 
@@ -122,6 +129,7 @@ class SharedTable:
             self._held[owner.member] = Held(owner)
         else:
             held.layers.insert(0, PackedRows())
+        self._layers_changed()
         return True
 
     def put(self, owner: Owner, group: str, item: bytes, value: bytes) -> bool:
@@ -150,6 +158,7 @@ class SharedTable:
         if held is None:
             return 0
         held.layers, stale = held.layers[:1], [layer for layer in held.layers[1:] if layer.count]
+        self._layers_changed()
         if stale:
             self._vanished(owner, stale)
         return sum(layer.count for layer in stale)
@@ -160,6 +169,7 @@ class SharedTable:
         if held is None:
             return 0
         del self._held[owner.member]
+        self._layers_changed()
         rows = held.count(None)
         if rows:
             self._vanished(owner, held.layers)
@@ -176,16 +186,27 @@ class SharedTable:
         held = self._held.get(owner.member)
         return held if held is not None and (held.owner is owner or held.owner == owner) else None
 
+    def _layers_changed(self) -> None:
+        self._groups = tuple(layer.groups for held in self._held.values() for layer in held.layers)
+
+    def _is_elsewhere(self, group: str) -> bool:
+        """Whether another node has rows of a group."""
+        for groups in self._groups:  # noqa: SIM110 - a generator would cost more than the look-ups
+            if group in groups:
+                return True
+        return False
+
     def _own_changed(self, group: str, item: bytes, old: bytes | None, new: bytes | None) -> None:
         """A row of our own came (no `old`), changed, or went (no `new`)."""
-        rows, digest = self.own.rows, self.own.digest
+        row = row_bytes(group, item, b"" if new is None else new)
         if old is not None:
-            rows, digest = rows - 1, digest ^ row_digest(group, item, old)
+            self._own_count -= 1
+            self._own_digest ^= digest_of(row_bytes(group, item, old))
         if new is not None:
-            rows, digest = rows + 1, digest ^ row_digest(group, item, new)
-        self.own = Tally(rows, digest)
+            self._own_count += 1
+            self._own_digest ^= digest_of(row)
         if self.announce is not None:
-            self.announce(self.number, group, item, new)
+            self.announce(self.number, new is not None, row)
 
     def _changed(self, held: Held, group: str, item: bytes, old: bytes | None, new: bytes | None) -> None:
         """A row of another node came, changed or went."""

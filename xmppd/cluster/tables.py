@@ -95,10 +95,7 @@ class SessionTable(SharedTable):
         """The rows of one bare JID by resource, of all nodes; empty when nobody is there. Not to be changed.
 
         While two nodes have the same full JID, only the newer row counts."""
-        found = self._rows.get(bare)
-        if found is not None:
-            return found
-        return self._look_further(bare) if self._held else _NO_ROWS
+        return self._rows.get(bare) or (self._look_further(bare) if self._groups or self._mixed else _NO_ROWS)
 
     def nodes_of(self, bare: str) -> set[bytes]:
         """The other nodes that have rows of a bare JID."""
@@ -110,7 +107,7 @@ class SessionTable(SharedTable):
 
     def count(self, host: str | None = None) -> int:
         """How many sessions there are on all nodes, of one host or of all."""
-        own = self.own.rows if host is None else self._per_host.get(host, 0)
+        own = self._own_count if host is None else self._per_host.get(host, 0)
         return own + sum(held.count(host) for held in self._held.values())
 
     def count_of(self, owner: Owner) -> int:
@@ -119,9 +116,8 @@ class SessionTable(SharedTable):
 
     def own_sessions(self) -> Iterator[SessionRow]:
         """Every row of this process, as it is when it is reached."""
-        for rows in (self._rows, self._mixed):
-            for bare in list(rows):
-                yield from list(self._own_rows_of(bare).values())
+        for bare in [*self._rows, *self._mixed]:  # at once: between two steps one may move from here to there
+            yield from list(self._own_rows_of(bare).values())
 
     def all(self) -> Iterator[SessionRow]:
         """Every row of every node; for operators' commands, never on a path a user waits for.
@@ -152,7 +148,7 @@ class SessionTable(SharedTable):
         own = self._own_rows_of(bare)
         if own is _NO_ROWS:
             own = {}
-            (self._mixed if self.nodes_of(bare) else self._rows)[bare] = own
+            (self._mixed if self._is_elsewhere(bare) else self._rows)[bare] = own
         before = own.get(resource)
         own[resource] = row
         if before is None:
@@ -195,7 +191,7 @@ class SessionTable(SharedTable):
         return self._rows.get(bare) or self._mixed.get(bare, _NO_ROWS)
 
     def _write(self, row: SessionRow, old: bytes | None, new: bytes | None) -> None:
-        if self._held:
+        if self._young or self._old:
             self._forget(row.jid.bare)
         self._own_changed(row.jid.bare, row.jid.resource.encode(), old, new)
 
@@ -204,17 +200,20 @@ class SessionTable(SharedTable):
     def _look_further(self, bare: str) -> Mapping[str, SessionRow]:
         """The rows of a bare JID that others may have rows of."""
         found = self._young.get(bare)
-        if found is None:
-            found = self._old.pop(bare, None) or self._unpack(bare)
-            if not found or bare in self._rows:
-                return found
-            if len(self._young) >= _DECODED:
-                self._old, self._young = self._young, {}
-            self._young[bare] = found
+        if found is not None:
+            return found
+        if not self._is_elsewhere(bare):
+            if bare not in self._mixed:
+                return _NO_ROWS
+            self._rows[bare] = own = self._mixed.pop(bare)  # the others have gone: our own rows stand alone again
+            return own
+        found = self._old.pop(bare, None) or self._unpack(bare)
+        if len(self._young) >= _DECODED:
+            self._old, self._young = self._young, {}
+        self._young[bare] = found
         return found
 
     def _unpack(self, bare: str) -> dict[str, SessionRow]:
-        own = self._mixed.get(bare, _NO_ROWS)
         found: dict[str, SessionRow] = {}
         for held in self._held.values():
             for item, value in held.items(bare):
@@ -222,12 +221,7 @@ class SessionTable(SharedTable):
                 other = found.get(row.jid.resource)
                 if other is None or _later(row, other):
                     found[row.jid.resource] = row
-        if own is _NO_ROWS:
-            return found
-        if not found:  # they have gone since: our own rows stand alone again
-            self._rows[bare] = self._mixed.pop(bare)
-            return own
-        for resource, row in own.items():
+        for resource, row in self._mixed.get(bare, _NO_ROWS).items():
             other = found.get(resource)
             if other is None or _later(row, other):
                 found[resource] = row

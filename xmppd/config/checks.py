@@ -5,7 +5,7 @@ from typing import Final
 
 from .per_host import HostConfig, Rules, host_config
 from .problems import key, suggest
-from .rules import INFINITY
+from .rules import BUILT_IN_ACLS, INFINITY
 from .schema import SCRAM_MECHANISMS, AppendHostOptions, C2SListen, Schema
 from .types import format_size
 
@@ -94,7 +94,7 @@ def _scopes(config: Schema) -> Iterator[tuple[str, Schema | AppendHostOptions, S
 
 def _acl_names(config: Schema) -> Iterator[Problem]:
     for prefix, own, scope in _scopes(config):
-        known = ["all", "none", *scope.acl]
+        known = [*BUILT_IN_ACLS, *scope.acl]
         for group in ("access_rules", "shaper_rules"):
             rules: Rules = dict(getattr(own, group))
             for name, entries in rules.items():
@@ -105,7 +105,7 @@ def _acl_names(config: Schema) -> Iterator[Problem]:
 
 
 def _api_permissions(config: Schema) -> Iterator[Problem]:
-    known = ["all", "none", "loopback", *config.acl]
+    known = [*BUILT_IN_ACLS, *config.acl]
     for name, permission in config.api_permissions.items():
         for acl in dict.fromkeys(acl for who in permission.who for acl in who.acl):
             if acl not in known:

@@ -389,7 +389,11 @@ class Schema(Options):
 # Names that are there even if the file does not define them; a file that defines one replaces that one.
 DEFAULT_NAMES: Final[dict[str, dict[str, Any]]] = {
     "acl": {"admin": {}, "blocked": {}},
-    "access_rules": {"c2s": [{"deny": "blocked"}, {"allow": "all"}], "max_user_sessions": [{"10": "all"}]},
+    "access_rules": {
+        "announce": [{"allow": "admin"}],
+        "c2s": [{"deny": "blocked"}, {"allow": "all"}],
+        "max_user_sessions": [{"10": "all"}],
+    },
     "shaper": {"normal": {"rate": "64KiB", "burst": "256KiB"}},
     "shaper_rules": {
         "c2s_shaper": [{"none": "admin"}, {"normal": "all"}],

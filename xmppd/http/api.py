@@ -9,8 +9,11 @@ from typing import Any, Final
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from xmppd.admin.nodes import NOT_REACHABLE, UNANSWERED
 from xmppd.admin.registry import USAGE, Call, Caller, Command, InternalError, Registry
+from xmppd.admin.request import Frame
 from xmppd.admin.results import Result
+from xmppd.admin.socket import Elsewhere
 from xmppd.errors import CommandError, StorageUnavailable
 from xmppd.http.access import Access, Client, unauthorized
 from xmppd.http.answers import Answer, Refused, only_reads
@@ -21,10 +24,12 @@ _log = get_logger("xmppd.http")
 
 MAX_BODY: Final = 1 << 20
 READ: Final = 10.0  # seconds for the body to arrive
+MAX_PASSED_ON: Final = 64 << 20  # characters of another node's answer, which is collected here
 DESCRIPTION: Final = "openapi.json"
 
 # By exit code (docs/exit-codes.md); all other refusals are 400.
-_STATUS: Final = {3: 503, 13: 404, 14: 409, 15: 503}
+_STATUS: Final = {3: 503, 13: 404, 14: 409, 15: 503, UNANSWERED: 503}
+_ERROR: Final = b'{"status": "error", '
 # ejabberd's commands begin a refusal with these words.
 _WORDS: Final = {"conflict": 409, "not_found": 404, "unknown virtual host": 404, "cannot_register: unknown": 404}
 
@@ -35,8 +40,11 @@ class Api:
     name = "api"
     exact = False
 
-    def __init__(self, registry: Registry, access: Access, *, version: str, prefix: str) -> None:
+    def __init__(
+        self, registry: Registry, access: Access, *, version: str, prefix: str, nodes: Elsewhere | None = None
+    ) -> None:
         self._registry = registry
+        self._nodes = nodes
         self._access = access
         self._version = version
         self._prefix = prefix
@@ -54,8 +62,11 @@ class Api:
             raise self._refuse(client, command)
         if request.method != "POST":
             raise Refused(405, "commands are called with POST", Allow="POST")
-        local = _local(request)
-        return await self._call(command, await _arguments(request), client, local=local)
+        local, node = _asked(request)
+        arguments, caller = await _arguments(request), Caller("http", str(client))
+        if node is not None and (self._nodes is None or node != self._nodes.names()[0]):
+            return await self._elsewhere(node, command, arguments, caller, local=local)
+        return await self._call(command, arguments, caller, local=local)
 
     def _refuse(self, client: Client, command: Command | None) -> Refused:
         if client.token is None and not self._access.may_anything(client):
@@ -73,13 +84,44 @@ class Api:
         document = describe(allowed, version=self._version, prefix=self._prefix)
         return Answer(200, json.dumps(document, ensure_ascii=False).encode() + b"\n")
 
-    async def _call(self, command: Command, arguments: dict[str, Any], client: Client, *, local: bool) -> Answer:
-        caller = Caller("http", str(client))
+    async def _call(self, command: Command, arguments: dict[str, Any], caller: Caller, *, local: bool) -> Answer:
         try:
             result = await self._registry.call(command.name, arguments, caller=caller, call=Call(caller, local=local))
         except CommandError as exc:
             raise _refusal(exc) from exc
+        if result.notes:  # a part of an answer must not look like the whole
+            raise _refusal(CommandError("; ".join(result.notes), result.code))
         return Answer(200, _pieces(result))
+
+    async def _elsewhere(
+        self, node: str, command: Command, arguments: dict[str, Any], caller: Caller, *, local: bool
+    ) -> Answer:
+        """What another node answers; the caller's rights here have been looked at."""
+        if self._nodes is None or node not in self._nodes.names():
+            raise Refused(404, f"no node called '{node:.80}' is up", code=NOT_REACHABLE)
+        parts: list[bytes] = []
+        notes, size = "", 0
+
+        async def send(frame: Frame) -> None:
+            nonlocal notes, size
+            size += len(frame.get("out", ""))
+            if size > MAX_PASSED_ON:
+                raise Refused(503, f"the answer is longer than {MAX_PASSED_ON} characters; ask {node} itself")
+            parts.append(frame.get("out", "").encode("utf-8", "replace"))
+            notes += frame.get("err", "")
+
+        async def ask(name: str) -> str | None:
+            return None
+
+        asked: Frame = {"command": command.name, "args": arguments, "json": True, "local": local, "finite": True}
+        await self._nodes.relay(node, asked, caller, send, ask)
+        if notes:
+            raise _refusal(CommandError(notes.strip().replace("\n", "; "), UNANSWERED))
+        answer = b"".join(parts)
+        if answer.startswith(_ERROR):
+            told = json.loads(answer)
+            raise _refusal(CommandError(told["message"], told["code"]))
+        return Answer(200, answer)
 
 
 def _pieces(result: Result) -> Iterator[bytes]:
@@ -100,15 +142,18 @@ def _refusal(exc: CommandError) -> Refused:
     return Refused(status, exc.text, code=exc.code)
 
 
-def _local(request: web.BaseRequest) -> bool:
+def _asked(request: web.BaseRequest) -> tuple[bool, str | None]:
+    """The query parameters: this node's part alone, and which node is to answer."""
     query = request.rel_url.query
     for name in query:
-        if name != "local":
-            raise Refused(400, "the only query parameter is local; arguments go into the body", code=USAGE)
-    values = query.getall("local", ["false"])
+        if name not in ("local", "node"):
+            raise Refused(400, "the query parameters are local and node; arguments go into the body", code=USAGE)
+    values, nodes = query.getall("local", ["false"]), query.getall("node", [])
     if len(values) != 1 or values[0] not in ("true", "false"):
         raise Refused(400, "local is true or false", code=USAGE)
-    return values[0] == "true"
+    if len(nodes) > 1:
+        raise Refused(400, "node is one node's name", code=USAGE)
+    return values[0] == "true", nodes[0] if nodes else None
 
 
 async def _arguments(request: web.BaseRequest) -> dict[str, Any]:

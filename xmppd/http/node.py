@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from xmppd.access import Access as Rules
 from xmppd.admin.api_tokens import ApiTokens
 from xmppd.admin.registry import Registry
+from xmppd.admin.socket import Elsewhere
 from xmppd.c2s.tls import Certificates
 from xmppd.config import Config, HttpListen
 from xmppd.http.access import Access
@@ -24,11 +26,13 @@ class Node(Protocol):
     """The server, as far as HTTP shows it."""
 
     config: Config
+    access: Rules
     version: str
     storage: Storage
     spool: Spool
     sessions: SessionManager
     registry: Registry
+    nodes: Elsewhere
     api_tokens: ApiTokens
     certificates: Certificates
     counters: Counters
@@ -49,7 +53,7 @@ class HttpServers:
         self._requests: dict[tuple[str, int], int] = {}
         self._listeners: list[HttpListener] = []
         self._ready = Ready(lambda: node.status, node.storage.ping, self._listening)
-        self._access = Access(lambda: node.config, node.api_tokens)
+        self._access = Access(lambda: node.config, node.access, node.api_tokens)
         self._metrics = MetricsPage(
             Sources(
                 node=node.config.node,
@@ -78,7 +82,8 @@ class HttpServers:
 
     def _handler(self, path: str, kind: str) -> Handler:
         if kind == "api":
-            return Api(self._node.registry, self._access, version=self._node.version, prefix=path.rstrip("/"))
+            node, prefix = self._node, path.rstrip("/")
+            return Api(node.registry, self._access, version=node.version, prefix=prefix, nodes=node.nodes)
         handlers: dict[str, Handler] = {"live": Live(), "ready": self._ready, "metrics": self._metrics}
         return handlers[kind]
 
