@@ -50,7 +50,7 @@ from xmppd.metrics import Counters, LoopLag
 from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
 from xmppd.notify import Notifier
-from xmppd.protocol import ns, stream
+from xmppd.protocol import ns
 from xmppd.protocol.jid import make
 from xmppd.protocol.stream import Limits
 from xmppd.router import Router
@@ -60,8 +60,6 @@ from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 _log = get_logger("xmppd.server")
-_COLLECT_EVERY: Final = 5.0  # seconds
-_COLLECT_ABANDONED: Final = 500  # parsers, about 6 MiB
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
 _HTTP_GRACE: Final = 2.0  # seconds for requests that run at stop
 _GC_THRESHOLDS: Final = (50_000, 20, 50)
@@ -488,24 +486,11 @@ class Server:
         self._status = "started"
         ready = {"node": self.node, "pid": os.getpid(), "hosts": list(self.hosts), "listen": self._addresses}
         self.folder.write_ready(ready)
-        self.spawn_service(self._collect(), name="collect abandoned parsers")
         waiting = self.hooks.notify(ServerStarted())
         if waiting is not None:
             self.spawn(_await(waiting), name="server started")
         self._notifier.ready(self._condition()[1])
         _log.info("serving", node=self.node, hosts=",".join(self.hosts), database=self.storage.where)
-
-    async def _collect(self) -> None:
-        """Streams that were cut in the middle of a stanza leave cycles with much memory and few objects, which would
-        not make the collector run."""
-        collected = stream.abandoned
-        while True:
-            await asyncio.sleep(_COLLECT_EVERY)
-            if stream.abandoned - collected >= _COLLECT_ABANDONED:
-                collected = stream.abandoned
-                began = time.perf_counter()
-                gc.collect()
-                _log.debug("abandoned parsers collected", ms=int((time.perf_counter() - began) * 1000))
 
     # -- what systemd sees
 
@@ -597,7 +582,7 @@ def _settings(listen: C2SListen) -> Settings:
             size=listen.pre_auth_max_stanza_size,
             depth=listen.max_depth,
             elements=listen.pre_auth_max_elements,
-            names=listen.max_novel_names,
+            names=min(listen.max_novel_names, listen.pre_auth_max_elements),
             total=listen.pre_auth_max_elements,
         ),
         after=Limits(
