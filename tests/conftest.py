@@ -3,6 +3,7 @@ one to break."""
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -43,11 +44,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., S
 
     yield get
     for server in servers.values():
+        server.send_signal(signal.SIGTERM)  # all of them at once
+    for server in servers.values():
         _end(server)
 
 
 def _end(server: Server) -> None:
-    server.kill() if server.process is None or server.process.poll() is not None else server.stop()
+    server.send_signal(signal.SIGTERM)
+    server.wait()
 
 
 async def _scene(request: pytest.FixtureRequest, node: Server) -> AsyncIterator[Scene]:

@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from tests.cluster.memory_net import Net
-from tests.cluster.worlds import PlainReplica
+from tests.cluster.worlds import replicate
 from tests.golden.memory import Loader
 from tests.modules.world import HOST, Place, World
 from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
@@ -57,7 +57,7 @@ class Node(World):
     def __init__(self, storage: Storage, net: Net, name: str) -> None:
         self.links, self.calls = net.add(name)
         super().__init__(storage, Place(name, net.owner(name), self.links, self.calls))
-        PlainReplica(self.table, self.links)
+        self.replica = replicate(self.table, self.links, net.owner(name))
         self.name = name
         self.part = ServerPart(name)
         self.modules = Loader()
@@ -95,6 +95,7 @@ class Node(World):
 
     async def close(self) -> None:
         self.puppets.close()
+        self.replica.stop()
         await super().close()
 
     async def run(self, *argv: str, local: bool = False, **more: Any) -> Result:

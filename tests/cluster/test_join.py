@@ -65,8 +65,10 @@ async def test_joining_needs_no_command_on_the_other_node_and_cuts_off_no_client
     assert members(cluster[0]) == members(cluster[1]) == ["xmppd@node01", "xmppd@node02"]
     romeo.send_message("juliet@localhost", "With love's light wings")
     assert (await juliet.next_message()).body == "With love's light wings"
-    await first.end()
-    await second.end()
+    for scene in (first, second):
+        await scene.leave()
+    for scene in (first, second):
+        await scene.end()
 
 
 async def test_the_command_returns_when_the_tables_agree(real_cluster):
@@ -413,3 +415,26 @@ def test_the_copy_of_the_members_is_read_back_as_it_was_written(tmp_path):
     assert Copy.parse(copy.text()) == copy
     with pytest.raises(ValueError, match="checksum"):
         Copy.parse(copy.text().replace("member", "single", 1))
+
+
+@pytest.mark.mariadb
+async def test_members_start_and_find_each_other_without_the_database(real_cluster, databases, tmp_path):
+    url = databases.empty("mariadb", tmp_path)
+    cluster = real_cluster(2, database=url)
+    server = databases._server()
+    for node in cluster:
+        node.stop()
+    server.stop()
+
+    cluster.start()
+
+    assert "serving without the database" in cluster[0].log
+    until(lambda: members(cluster[0]) == members(cluster[1]) == ["xmppd@node01", "xmppd@node02"], "no link")
+    server.start()
+    until(lambda: all("database is back" in node.log for node in cluster), "the database is not found again")
+    scene = Scene(cluster[0])
+    await scene.login("romeo")
+    await scene.end()
+    cluster.converged()
+    cluster.end()
+    databases.drop(url)

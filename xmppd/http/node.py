@@ -84,8 +84,7 @@ class HttpServers:
 
     def _handler(self, path: str, kind: str) -> Handler:
         if kind == "api":
-            node, prefix = self._node, path.rstrip("/")
-            return Api(node.registry, self._access, version=node.version, prefix=prefix, nodes=node.nodes)
+            return Api(self._node.registry, self._access, version=self._node.version, prefix=path.rstrip("/"))
         handlers: dict[str, Handler] = {"live": Live(), "ready": self._ready, "metrics": self._metrics}
         return handlers[kind]
 
