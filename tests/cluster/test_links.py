@@ -5,7 +5,7 @@ import pytest
 from tests.cluster.sim import Sim, Weather
 from xmppd.cluster.frames import VERSION
 from xmppd.cluster.interfaces import Kind
-from xmppd.cluster.link import Settings
+from xmppd.cluster.link_types import Settings
 
 
 def two(**options):
