@@ -378,8 +378,12 @@ class Engine:
         self._suspect(node)
 
     def _suspect(self, node: bytes | None) -> None:
-        if node is not None and node != self._node:
+        if node is None or node == self._node:
+            return
+        try:
             self.on_suspect(node)
+        except Exception as exc:
+            log.error("suspicion failed", exc=exc)
 
     def _said(self, said: Said) -> None:
         match said:
@@ -444,7 +448,10 @@ class Engine:
 
     def _gap(self) -> None:
         self.gaps += 1
-        self.on_gap()
+        try:
+            self.on_gap()
+        except Exception as exc:
+            log.error("gap not handled", exc=exc)
 
     def _spawn(self, work: Any, name: str) -> None:
         task = asyncio.create_task(work, name=name)

@@ -60,7 +60,6 @@ MECHANISMS: Final = (
 
 # Validated, but nothing acts on them yet. `listen[]` stands for each listener; a name covers what is below it.
 NO_EFFECT_YET: Final = (
-    "cluster",
     "database.read",
     "listen[].trusted_proxies",
     "listen[].use_proxy_protocol",
