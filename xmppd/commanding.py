@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from xmppd.access import Access
 from xmppd.accountant import Accountant
 from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
 from xmppd.admin.cluster_commands import ClusterCommands, CookieCommands
 from xmppd.admin.commands import register_core
 from xmppd.admin.nodes import Nodes
+from xmppd.admin.observers import Observers
 from xmppd.admin.puppets import Puppet, Puppets
 from xmppd.admin.registry import Registry, commands_of
 from xmppd.admin.selftest import SelfTest, SelfTestCommands
@@ -16,7 +18,7 @@ from xmppd.admin.watch import Watch, WatchCommands
 from xmppd.c2s.session import Parts, Session
 from xmppd.cluster.cluster import Cluster
 from xmppd.cluster.cookies import Cookies
-from xmppd.cluster.tables import SessionTable
+from xmppd.cluster.tables import RouteTable, SessionTable
 from xmppd.config import Config
 from xmppd.hooks import Hooks
 from xmppd.log import get_logger
@@ -41,6 +43,8 @@ class Node(Protocol):
     accountant: Accountant
     sessions: SessionManager
     table: SessionTable
+    routes: RouteTable
+    access: Access
     router: Router
     hooks: Hooks
     parts: Parts
@@ -77,6 +81,20 @@ class Commanding:
         )
         watch = Watch(node=node.node, hooks=node.hooks)
         watch.connect(links, calls, node.table)
+        self._cluster = cluster
+        self._observers = Observers(
+            node=node.node,
+            version=node.version,
+            transport=cluster.engine,
+            registry=node.registry,
+            nodes=self.nodes,
+            watch=watch,
+            table=node.table,
+            routes=node.routes,
+            config=lambda: node.config,
+            rules=node.access,
+            spawn=node.spawn,
+        )
         self._puppets = Puppets(hooks=node.hooks, table=node.table, bind=_bind(node))
         self._puppets.connect(calls)
         selftest = SelfTest(
@@ -99,9 +117,15 @@ class Commanding:
         node.registry.connect(self.nodes)
         self._speaker = Speaker(node.registry, calls, node.spawn)
 
-    def close(self) -> None:
+    async def start(self) -> None:
+        """Before the cluster starts. Raises ConfigError where an observer's secret cannot be read."""
+        self._cluster.observed = self._observers.wanted
+        await self._observers.apply(self._cluster.membership.copy.cluster)
+
+    async def close(self) -> None:
         """The node stops."""
         self._puppets.close()
+        await self._observers.stop()
 
 
 def _bind(node: Node) -> Callable[[JID, Puppet], Session]:

@@ -18,6 +18,7 @@ from typing import Any, Final
 from xmppd import clustering, log, signals
 from xmppd.access import Access, AccessRules
 from xmppd.accountant import Accountant
+from xmppd.admin import nodes as admin_nodes
 from xmppd.admin.api_tokens import ApiTokens
 from xmppd.admin.registry import Registry
 from xmppd.admin.socket import ControlSocket
@@ -46,7 +47,7 @@ from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
 from xmppd.nodes import NodeHandlers, Nodes
 from xmppd.notify import Notifier
-from xmppd.protocol import ns, stream
+from xmppd.protocol import ns
 from xmppd.reload import Plan, Reloader
 from xmppd.removals import Removals
 from xmppd.router import Router
@@ -57,8 +58,6 @@ from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 _log = get_logger("xmppd.server")
-_COLLECT_EVERY: Final = 5.0  # seconds
-_COLLECT_ABANDONED: Final = 500  # parsers, about 6 MiB
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
 _DATABASE_AGAIN: Final = 1.0  # seconds between two attempts to open one that was away at the start
 _SYNC: Final = 3.0  # seconds a start waits for the tables of the other nodes
@@ -127,6 +126,10 @@ class Server:
     def uptime(self) -> float:
         """Seconds."""
         return time.monotonic() - self._started
+
+    @property
+    def nodes(self) -> admin_nodes.Nodes:
+        return self.commanding.nodes
 
     @property
     def api_tokens(self) -> ApiTokens:
@@ -387,10 +390,11 @@ class Server:
         try:
             await self.loader.start(self.config.modules)
             await self.cluster.engine.set_cookies(self.folder.cookie, self.folder.also_trusted)
+            await self.commanding.start()
             await self.cluster.start()
             yield
         finally:
-            self.commanding.close()
+            await self.commanding.close()
             await self.loader.stop()
 
     def _info(self) -> tuple[str, int, int, int]:
@@ -460,24 +464,11 @@ class Server:
         self._status = "started"
         ready = {"node": self.node, "pid": os.getpid(), "hosts": list(self.hosts), "listen": self._listeners.addresses}
         self.folder.write_ready(ready)
-        self.spawn_service(self._collect(), name="collect abandoned parsers")
         waiting = self.hooks.notify(ServerStarted())
         if waiting is not None:
             self.spawn(_await(waiting), name="server started")
         self._notifier.ready(self._condition()[1])
         _log.info("serving", node=self.node, hosts=",".join(self.hosts), database=self.storage.where)
-
-    async def _collect(self) -> None:
-        """Streams that were cut in the middle of a stanza leave cycles with much memory and few objects, which would
-        not make the collector run."""
-        collected = stream.abandoned
-        while True:
-            await asyncio.sleep(_COLLECT_EVERY)
-            if stream.abandoned - collected >= _COLLECT_ABANDONED:
-                collected = stream.abandoned
-                began = time.perf_counter()
-                gc.collect()
-                _log.debug("abandoned parsers collected", ms=int((time.perf_counter() - began) * 1000))
 
     # -- what systemd sees
 

@@ -91,6 +91,7 @@ class Cluster:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._running = False  # the engine and the links
+        self.observed = False  # observers are served: the engine runs, alone or not
         self._awake_until = 0.0
         self._retry_at = 0.0
         self._turning = asyncio.Lock()
@@ -203,7 +204,7 @@ class Cluster:
         """Run the engine or let it rest, as the state of things asks; what goes wrong is logged and tried again."""
         async with self._turning:
             now = self._loop.time()
-            wanted = self.joined or now < self._awake_until
+            wanted = self.joined or self.observed or now < self._awake_until
             if wanted and not self._running and now >= self._retry_at:
                 try:
                     await self._start_engine()

@@ -69,6 +69,7 @@ class Connection:
         self._on_stuck = on_stuck
         self._client: Client | None = None
         self._handlers: dict[str, Handler] = {}
+        self._queues: dict[str, str] = {}
         self._present: dict[str, Subscription] = {}  # of the present client
         self._subscribing = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -104,12 +105,14 @@ class Connection:
             task.cancel()  # more than once: the library swallows it in some places
             await asyncio.wait([task], timeout=0.5)
 
-    async def handle(self, subject: str, handler: Handler | None) -> None:
-        """Who gets what comes to a subject, on this connection and all later ones. None: nobody any more."""
+    async def handle(self, subject: str, handler: Handler | None, *, queue: str = "") -> None:
+        """Who gets what comes to a subject, on this connection and all later ones. None: nobody any more. Of all that
+        share a `queue`, one gets each message."""
         if handler is None:
             self._handlers.pop(subject, None)
         else:
             self._handlers[subject] = handler
+            self._queues[subject] = queue
         client = self.client
         if client is None:
             return
@@ -220,6 +223,7 @@ class Connection:
                         continue
                     present[subject] = await client.subscribe(
                         subject,
+                        queue=self._queues.get(subject, ""),
                         cb=handler,
                         pending_msgs_limit=_PENDING_MESSAGES,
                         pending_bytes_limit=_PENDING_BYTES,

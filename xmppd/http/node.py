@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from xmppd.access import Access as Rules
 from xmppd.admin.api_tokens import ApiTokens
+from xmppd.admin.nodes import Nodes
 from xmppd.admin.registry import Registry
 from xmppd.c2s.tls import Certificates
 from xmppd.config import Config, HttpListen
@@ -35,6 +36,8 @@ class Node(Protocol):
     counters: Counters
     lag: LoopLag
 
+    @property
+    def nodes(self) -> Nodes: ...
     @property
     def api_tokens(self) -> ApiTokens: ...
     @property
