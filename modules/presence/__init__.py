@@ -356,7 +356,7 @@ class Presence(Module[Config]):
         await self._hide(event.user, event.addresses)
 
     async def _hide(self, user: JID, addresses: Sequence[JID]) -> None:
-        blocked = await self._blocks.get(user)
+        blocked = await self._blocks.newest(user)
         watching = touched(addresses, await self._roster_of(user), _sees_user)
         for session in self._present(user):
             gone = build("presence", {"from": session.jid.full, "type": "unavailable"})
@@ -374,7 +374,7 @@ class Presence(Module[Config]):
         await self._show(event.user, event.addresses)
 
     async def _show(self, user: JID, addresses: Sequence[JID]) -> None:
-        blocked = await self._blocks.get(user)
+        blocked = await self._blocks.newest(user)
         contacts = await self._roster_of(user)
         watching = touched(addresses, contacts, _sees_user)
         for session in self._present(user):

@@ -1,13 +1,13 @@
 """The delivery vectors with the sender and each of the recipient's resources on whatever node, in every assignment."""
 
 import itertools
-import shutil
 
 import pytest
 
-from tests.cluster.worlds import cluster
+from tests.cluster import worlds
 from tests.harness import vectors
 from tests.modules.world import HOST, condition, message
+from xmppd.s2s_manager import S2SManager
 
 PAYLOADS = {"any": "urn:example:any", "urn:unknown": "urn:example:unknown"}
 SENDER = f"romeo@{HOST}"
@@ -93,9 +93,9 @@ class House:
 
 
 @pytest.fixture
-async def house(sqlite_file, tmp_path, nodes, profile):
-    shutil.copy(sqlite_file, tmp_path)
-    async with cluster(nodes, f"sqlite:///{tmp_path}/xmppd.db", tmp_path, strict=profile == "rfc6121") as made:
+async def house(databases, tmp_path, nodes, profile):
+    url = await databases.migrated("sqlite", tmp_path)
+    async with worlds.cluster(nodes, url, tmp_path, strict=profile == "rfc6121") as made:
         await made.load(roster={}, presence={}, offline={}, vcard={}, version={})
         await made[0].account("juliet", "romeo")
         yield House(made, profile)
@@ -146,7 +146,7 @@ async def test_domain_vectors(house, nodes):
     async def attempt(vector, user, sender, recipients):
         type = "" if vector["type"] == "available" else f" type='{vector['type']}'"
         for world in house.nodes.worlds:
-            world.router.connect(world.s2s)  # nobody knows unknown.invalid
+            world.router.connect(S2SManager(world.router.bounce))  # nobody knows unknown.invalid
         outcome = await sender.send(f"<{vector['stanza']} id='v1' to='{house.address(vector['to'], user)}'{type}/>")
         return await house.happened(sender, recipients, outcome)
 
