@@ -3,6 +3,7 @@ one to break."""
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from tests import alone, mariadb
 from tests.databases import Databases
 from tests.harness import ports
+from tests.harness.cluster import RealCluster
 from tests.harness.scene import Scene
 from tests.harness.server import Server, options
 
@@ -42,11 +44,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., S
 
     yield get
     for server in servers.values():
+        server.send_signal(signal.SIGTERM)  # all of them at once
+    for server in servers.values():
         _end(server)
 
 
 def _end(server: Server) -> None:
-    server.kill() if server.process is None or server.process.poll() is not None else server.stop()
+    server.send_signal(signal.SIGTERM)
+    server.wait()
 
 
 async def _scene(request: pytest.FixtureRequest, node: Server) -> AsyncIterator[Scene]:
@@ -121,6 +126,33 @@ async def fresh(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterator[
             else:
                 scene.node.kill()
         scene.node.judge()
+
+
+@pytest.fixture
+def real_cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., RealCluster]]:
+    """`real_cluster(n, **options)`: n nodes as processes that share a database (tests/harness/cluster.py). Unless told
+    otherwise they are started, joined and in step."""
+    made: list[RealCluster] = []
+
+    def make(count: int, *, start: bool = True, join: bool = True, **changes: Any) -> RealCluster:
+        folder = tmp_path / f"cluster{len(made)}"
+        folder.mkdir()
+        cluster = RealCluster(folder, count, **changes)
+        made.append(cluster)
+        request.node.stash.setdefault(_SERVERS, []).extend(cluster.nodes)
+        if start:
+            cluster.start()
+            if join:
+                cluster.join()
+                cluster.converged()
+        return cluster
+
+    yield make
+    for cluster in made:
+        cluster.end()
+    for cluster in made:
+        for node in cluster:
+            node.judge()
 
 
 @pytest.fixture

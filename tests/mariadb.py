@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from tests.harness.ports import free_port
+from tests.harness.watcher import Watcher
 
 USER = "xmppd"
 PASSWORD = "open, sesame: @/%"  # every character that a URL and a shell could get wrong
@@ -124,8 +125,12 @@ class MariaDB:
                 stderr=log,
                 start_new_session=True,
             )
-        self._watcher = _end_with_us(self._process.pid)
-        self._wait_until_it_answers()
+        self._watcher = Watcher(self._process.pid)
+        try:
+            self._wait_until_it_answers()
+        except BaseException:
+            self._end(kill=True)
+            raise
 
     def stop(self) -> None:
         """An orderly shutdown."""
@@ -155,8 +160,7 @@ class MariaDB:
         process, self._process = self._process, None
         if process is None:
             return
-        self._watcher.kill()  # first: afterwards the number may be another process's
-        self._watcher.communicate()
+        self._watcher.dismiss()
         if kill:
             process.kill()
         else:
@@ -239,21 +243,6 @@ def _user() -> str:
         return pwd.getpwnam("mysql").pw_name
     except KeyError:
         return "root"
-
-
-def _end_with_us(pid: int) -> "subprocess.Popen[bytes]":
-    """A watcher that kills it when we are gone, as when pytest is killed by a time-out.
-
-    A parent-death signal would not do: it is lost when mariadbd changes its user, and follows the thread, not the
-    process, that started it.
-    """
-    return subprocess.Popen(
-        ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(pid)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
 
 
 def _sweep() -> None:

@@ -71,7 +71,7 @@ class Users(Protocol):
 
     def reroute(self, records: list[Record]) -> None: ...
 
-    def kick_here(self, jid: JID, reason: str, condition: str) -> None:
+    def kick_here(self, jid: JID, reason: str, condition: str) -> int:
         """End the session of a full JID, or all of a bare one, as far as they are on this node."""
         ...
 

@@ -24,10 +24,11 @@ from xmppd.admin.results import List, Rescode, Tuple, integer, string
 from xmppd.cluster.tables import Owner
 from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, several, sized
 from xmppd.delivery import SAFE, Outcome, Pending, as_stanza_error
+from xmppd.errors import CommandError, JidError
 from xmppd.events import Handled, Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.nodes import Nodes
-from xmppd.protocol.jid import JID
+from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stanza import Stanza
 from xmppd.session_manager import Resource
 from xmppd.spool import Holder, NoAccount, QuotaReached, SpoolRow
@@ -356,6 +357,16 @@ class Module(Generic[C]):
     def switch(self, event: type, on: bool) -> None:
         """Let the module's `switched` handlers of an event listen, or not."""
         self._context.switch(event, on)
+
+    def own_host(self, name: str) -> str:
+        """One of our hosts, as an operator has written it; CommandError when it is none."""
+        try:
+            host = make("", name).full
+        except JidError as exc:
+            raise CommandError(str(exc)) from exc
+        if host not in self.server.hosts:
+            raise CommandError(f"unknown host: {name}")
+        return host
 
     async def tell(self, event: object) -> None:
         """Tell whoever watches an event that this module has made happen."""

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any, Final
 from xml.sax.saxutils import escape
 
-from xmppd.errors import CommandError, JidError, StanzaError, StorageError
+from xmppd.errors import StanzaError, StorageError
 from xmppd.events import (
     HANDLED,
     Handled,
@@ -284,7 +284,7 @@ class Announce(Module[Config]):
         doc="Delete the message of the day",
     )
     async def announce_motd_delete(self, host: str) -> None:
-        await self._delete(self._host(host))
+        await self._delete(self.own_host(host))
 
     @command(
         "announce_motd_get",
@@ -296,22 +296,13 @@ class Announce(Module[Config]):
         reads=True,
     )
     async def announce_motd_get(self, host: str) -> str:
-        found = await self._store.get(self._host(host))
+        found = await self._store.get(self.own_host(host))
         return "" if found is None else Stanza.from_bytes(found.stanza).body or ""
 
     async def _command(self, host: str, path: str, subject: str, body: str) -> None:
         title = f"<subject>{escape(subject)}</subject>" if subject else ""
         text = build("message", {"type": "normal"}, f"{title}<body>{escape(body)}</body>".encode())
-        await self._announce(self._host(host), path, text)
-
-    def _host(self, host: str) -> str:
-        try:
-            domain = make("", host).full
-        except JidError as exc:
-            raise CommandError(str(exc)) from exc
-        if domain not in self.server.hosts:
-            raise CommandError(f"unknown host: {host}")
-        return domain
+        await self._announce(self.own_host(host), path, text)
 
 
 def _from_host(stanza: Stanza, host: str, *, keep: bool) -> Stanza:

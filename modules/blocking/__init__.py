@@ -16,7 +16,7 @@ from xml.sax.saxutils import quoteattr
 from lxml.etree import _Element
 from pydantic import AfterValidator
 
-from xmppd.errors import CommandError, JidError, StanzaError, StorageError
+from xmppd.errors import JidError, StanzaError, StorageError
 from xmppd.events import (
     HANDLED,
     AddressesBlocked,
@@ -52,7 +52,7 @@ from xmppd.module_api import (
     string,
 )
 from xmppd.protocol import ns
-from xmppd.protocol.jid import JID, make, parse
+from xmppd.protocol.jid import JID, parse
 from xmppd.protocol.stanza import Stanza, build
 
 from .lists import Lists
@@ -342,12 +342,7 @@ class Blocking(Module[Config]):
         reads=True,
     )
     async def spam_reports(self, host: str) -> list[tuple[str, ...]]:
-        try:
-            domain = make("", host).full
-        except JidError as exc:
-            raise CommandError(str(exc)) from exc
-        if domain not in self.server.hosts:
-            raise CommandError(f"unknown host: {host}")
+        domain = self.own_host(host)
         return [
             (_stamp(when), user, jid, reason, report.decode())
             for when, user, jid, reason, report in await self._store.reports(domain, _SHOWN)

@@ -74,8 +74,8 @@ class Node(World):
         self.nodes = Nodes(name=name, member=self.owner.member, links=self.links, calls=self.calls, table=self.table)
         self.registry.connect(self.nodes)
         self.speaker = Speaker(self.registry, self.calls, self.spawn)
-        watch = Watch(node=name, hooks=self.hooks)
-        watch.connect(self.links, self.calls, self.table)
+        self.watch = Watch(node=name, hooks=self.hooks)
+        self.watch.connect(self.links, self.calls, self.table)
         self.puppets = Puppets(hooks=self.hooks, table=self.table, bind=self._bind)
         self.puppets.connect(self.calls)
         selftest = SelfTest(
@@ -87,7 +87,7 @@ class Node(World):
             puppets=self.puppets,
             nodes=self.nodes,
         )
-        for source in (WatchCommands(watch), SelfTestCommands(selftest)):
+        for source in (WatchCommands(self.watch), SelfTestCommands(selftest)):
             self.registry.register("core", commands_of(source))
 
     def _bind(self, jid: JID, carrier: Puppet) -> Session:

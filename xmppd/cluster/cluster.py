@@ -33,6 +33,7 @@ SINGLE_BEATS: Final = 5  # so many beats between its renewals
 AWAKE: Final = 60.0  # seconds for which a node that is wanted keeps its port open
 DATABASE_TIMEOUT: Final = 3.0  # seconds for a look at the database, so that one that hangs is noticed
 ENGINE_PAUSE: Final = 5.0  # seconds between attempts to start an engine that does not start
+FLUSH: Final = 1.0  # seconds for the others to acknowledge our last words
 HELLO: Final = 3.0  # seconds for an answer
 _MEMBERS: Final = "cluster.members"  # cast: the members have changed
 _CARD: Final = "cluster.card"  # call: who are you?
@@ -90,6 +91,7 @@ class Cluster:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._running = False  # the engine and the links
+        self.observed = False  # observers are served: the engine runs, alone or not
         self._awake_until = 0.0
         self._retry_at = 0.0
         self._turning = asyncio.Lock()
@@ -129,6 +131,7 @@ class Cluster:
         for task in (self._beating, self._refreshing):
             if task is not None:
                 task.cancel()
+        await self._flush()
         self.links.stop()
         self.replica.stop()
         async with self._turning:
@@ -138,6 +141,12 @@ class Cluster:
                 await self.store.release(self.me.node, self.me.instance)
         except (StorageError, TimeoutError):
             log.debug("lease not released")
+
+    async def _flush(self) -> None:
+        """What the ending sessions have said goes out first."""
+        deadline = self._loop.time() + FLUSH
+        while self.links.queued and self._loop.time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
     @property
     def joined(self) -> bool:
@@ -195,7 +204,7 @@ class Cluster:
         """Run the engine or let it rest, as the state of things asks; what goes wrong is logged and tried again."""
         async with self._turning:
             now = self._loop.time()
-            wanted = self.joined or now < self._awake_until
+            wanted = self.joined or self.observed or now < self._awake_until
             if wanted and not self._running and now >= self._retry_at:
                 try:
                     await self._start_engine()
@@ -324,9 +333,11 @@ class Cluster:
 
     async def _lost(self, state: str) -> None:
         """The row does not name this process: it has gone, or it names another one."""
-        if not state or not self.membership.revision:
+        if not state:
             await self._claim()
-        elif not self._done:
+        elif (
+            self.membership.revision and not self._done
+        ):  # without one: we have not claimed it yet, the database was away
             self._done = True
             log.error("another process serves with this node id", node=self.me.name)
             self._ousted()

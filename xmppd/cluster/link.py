@@ -47,8 +47,8 @@ from xmppd.cluster.tables import Owner
 DIRECT_BEATS: Final = 3
 ACK_EVERY: Final = 8  # batches
 GREET_EVERY: Final = 0.02  # seconds between two answers to somebody who does not know our session
-PROBES: Final = 3
-PROBE_LONGEST: Final = 0.9  # seconds
+PROBES: Final = 5
+_PROBE_LONGEST: Final = 0.9  # seconds, where the way is long
 _MAX_BACKOFF: Final = 6
 _DOUBT: Final = 2  # time-outs in a row until another way is tried
 _STUCK: Final = 5  # peer_timeouts without progress although the peer is alive
@@ -64,10 +64,15 @@ class Settings:
 
     heartbeat: float = 1.0
     peer_timeout: float = 6.0
-    suspect: float = 0.3  # a suspected node that does not answer for so long is down; longer where the way is long
+    suspect: float = 0.8  # a suspected node that does not answer for so long is down: a nats-server that starts again,
+    # which looks the same at first, takes up to half of it
     max_packet: int = 256 * 1024
     max_frame: int = 16 * 1024 * 1024
     max_queue: int = 64 * 1024 * 1024  # not yet acknowledged; beyond, the link goes down
+
+    def __post_init__(self) -> None:
+        """A short `peer_timeout` needs quicker heartbeats, or a single one that is lost would end the link."""
+        object.__setattr__(self, "heartbeat", min(self.heartbeat, self.peer_timeout / 6))
 
 
 @dataclass(slots=True)
@@ -370,7 +375,7 @@ class Link:
         self._probes_left -= 1
         if not self._probes_left:
             return self._go_down("its process has gone", "gone", now)
-        whole = min(max(self._local.settings.suspect, 3 * self.rtt), PROBE_LONGEST)
+        whole = max(self._local.settings.suspect, min(3 * self.rtt, _PROBE_LONGEST))
         self._probe_at = self._probing_since + whole * (PROBES + 1 - self._probes_left) / PROBES
         self._beat(now, PROBE)
 
