@@ -303,10 +303,16 @@ class SessionManager:
     def arrived(self, stanza: Stanza, resources: Sequence[str]) -> Outcome:
         """Deliver what another node has sent to some resources of a user; where they have gone meanwhile it is routed
         from here. Raises StanzaError."""
-        assert stanza.to is not None
+        to = stanza.to
+        assert to is not None
+        if len(resources) == 1 and stanza.kind != "presence":  # by far the most
+            row = self._table.rows(to.bare).get(resources[0])
+            if row is not None and row.session is not None:
+                outcome: Outcome = row.session.deliver(stanza)
+                return outcome
         if stanza.kind == "presence" and stanza.type == "error":
-            self._hooks.notify(PresenceBounced(stanza.to, stanza))
-        rows = self._named(stanza.to, resources)
+            self._hooks.notify(PresenceBounced(to, stanza))
+        rows = self._named(to, resources)
         return self._deliver_all(rows, stanza) if rows else self.route(stanza)
 
     def arrived_copy(self, stanza: Stanza, resources: Sequence[str]) -> Outcome | None:
