@@ -26,11 +26,12 @@ from xmppd.admin.commands import register_core
 from xmppd.admin.registry import Registry, commands_of
 from xmppd.admin.socket import ControlSocket
 from xmppd.auth import Auth
-from xmppd.c2s.connection import Flusher, Settings
+from xmppd.c2s.connection import Settings
 from xmppd.c2s.listener import ClientListener
 from xmppd.c2s.negotiation import Rules
 from xmppd.c2s.session import Parts
 from xmppd.c2s.sweeper import RecordSweeper
+from xmppd.c2s.ticks import Ticks
 from xmppd.c2s.tls import Certificates
 from xmppd.check import own_certfiles, validator
 from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
@@ -315,7 +316,7 @@ class Server:
             self.iqs.add("core", target, "set", ns.SESSION, "session", lambda request: None, anonymous=True)
         self.auth = Auth(self.accounts, self.config, limits=LoginLimits(lambda: self.config.login_limits))
         self.accountant = Accountant(self.auth, self.accounts, self.sessions, self.hooks)
-        self.flusher = Flusher(loop)
+        self.ticks = Ticks(loop)
         self.sweeper = RecordSweeper(loop)
         self.parts = Parts(
             self.config.node,
@@ -445,7 +446,7 @@ class Server:
             auth=self.auth,
             tls=self.certificates,
             parts=lambda: self.parts,
-            flusher=self.flusher,
+            ticks=self.ticks,
             spawn=self.spawn,
         )
         address = await listener.open()
