@@ -4,21 +4,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from xml.sax.saxutils import escape
 
-from sqlalchemy import BigInteger, Column, delete, select
+from sqlalchemy import BigInteger, Column
 
 from xmppd.errors import StanzaError, StorageError
 from xmppd.events import SessionBecameUnavailable, SessionClosed, UserDeleted
 from xmppd.module_api import (
     IqRequest,
     Module,
-    by_host,
+    User,
     hook,
     host_column,
     iq,
     long_text,
     module_table,
-    upsert,
+    read_per_user,
     user_column,
+    write_per_user,
 )
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID
@@ -39,8 +40,6 @@ last_activity = module_table(
     Column("seconds", BigInteger, nullable=False),  # since 1970
     Column("status", long_text(), nullable=False),
 )
-
-User = tuple[str, str]  # server_host, username
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +116,7 @@ class Last(Module[object]):
             future.add_done_callback(self._stored)
 
     def _is_online(self, user: JID) -> bool:
-        here = self.sessions.sessions(user)
-        return self.sessions.is_available(user) or any(session.priority is not None for session in here)
+        return any(resource.priority is not None for resource in self.sessions.resources(user))
 
     def _submit(self, seen: Seen) -> "asyncio.Future[None]":
         return self.storage.batcher.submit(KIND, seen)
@@ -138,28 +136,17 @@ def _answer(seconds: float, status: str = "") -> bytes:
 
 
 async def _write(connection: "AsyncConnection", items: list[Seen]) -> list[None]:
-    latest = {seen.user: seen for seen in items}
-    rows = [
-        {"server_host": host, "username": name, "seconds": seen.seconds, "status": seen.status}
-        for (host, name), seen in latest.items()
-        if seen.seconds is not None
-    ]
-    if rows:
-        await connection.execute(upsert(last_activity, connection.dialect), rows)
-    for host, names in by_host([user for user, seen in latest.items() if seen.seconds is None]).items():
-        await connection.execute(
-            delete(last_activity).where(last_activity.c.server_host == host, last_activity.c.username.in_(names))
-        )
+    await write_per_user(
+        connection,
+        last_activity,
+        [
+            (seen.user, None if seen.seconds is None else {"seconds": seen.seconds, "status": seen.status})
+            for seen in items
+        ],
+    )
     return [None] * len(items)
 
 
 async def _fetch(connection: "AsyncConnection", users: list[User]) -> dict[User, tuple[int, str]]:
-    found = {}
-    columns = last_activity.c
-    for host, names in by_host(users).items():
-        query = select(columns.username, columns.seconds, columns.status).where(
-            columns.server_host == host, columns.username.in_(names)
-        )
-        for row in await connection.execute(query):
-            found[host, row.username] = (row.seconds, row.status)
-    return found
+    rows = await read_per_user(connection, last_activity, users)
+    return {user: (row.seconds, row.status) for user, row in rows.items()}

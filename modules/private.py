@@ -13,6 +13,7 @@ from xmppd.module_api import (
     IqRequest,
     Module,
     Size,
+    User,
     between,
     by_host,
     fixed_bytes,
@@ -47,8 +48,6 @@ private_xml = module_table(
     Column("element", long_text(), nullable=False),
     Column("xml", long_bytes(), nullable=False),
 )
-
-User = tuple[str, str]  # server_host, username
 
 
 @dataclass(frozen=True, slots=True)

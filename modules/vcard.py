@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Final
 
-from sqlalchemy import Column, delete, select
+from sqlalchemy import Column
 
 from xmppd.errors import StanzaError
 from xmppd.events import UserDeleted
@@ -12,15 +12,16 @@ from xmppd.module_api import (
     Module,
     Size,
     Stamp,
-    by_host,
+    User,
     hook,
     host_column,
     iq,
     long_bytes,
     module_table,
+    read_per_user,
     sized,
-    upsert,
     user_column,
+    write_per_user,
 )
 from xmppd.protocol import ns
 from xmppd.protocol.stanza import serialize
@@ -38,8 +39,6 @@ vcard = module_table(
     Column("xml", long_bytes(), nullable=False),
     Column("updated_at", Stamp, nullable=False),
 )
-
-User = tuple[str, str]  # server_host, username
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +97,16 @@ class VCard(Module[Config]):
 
 
 async def _write(connection: "AsyncConnection", changes: list[Change]) -> list[None]:
-    latest = {change.user: change for change in changes}
-    rows = [
-        {"server_host": host, "username": name, "xml": change.xml, "updated_at": change.at}
-        for (host, name), change in latest.items()
-        if change.xml is not None
-    ]
-    if rows:
-        await connection.execute(upsert(vcard, connection.dialect), rows)
-    for host, names in by_host([user for user, change in latest.items() if change.xml is None]).items():
-        await connection.execute(delete(vcard).where(vcard.c.server_host == host, vcard.c.username.in_(names)))
+    await write_per_user(
+        connection,
+        vcard,
+        [
+            (change.user, None if change.xml is None else {"xml": change.xml, "updated_at": change.at})
+            for change in changes
+        ],
+    )
     return [None] * len(changes)
 
 
 async def _fetch(connection: "AsyncConnection", users: list[User]) -> dict[User, bytes]:
-    found = {}
-    for host, names in by_host(users).items():
-        query = select(vcard.c.username, vcard.c.xml).where(vcard.c.server_host == host, vcard.c.username.in_(names))
-        found.update({(host, row.username): row.xml for row in await connection.execute(query)})
-    return found
+    return {user: row.xml for user, row in (await read_per_user(connection, vcard, users)).items()}

@@ -1,33 +1,57 @@
-"""Servers for scenarios. A real process serves many tests, whose accounts go with them; `fresh` makes one to break."""
+"""Servers for scenarios, and databases. A real process serves many tests, whose accounts go with them; `fresh` makes
+one to break."""
 
-import socket
+import os
+import shutil
+import signal
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import alone, mariadb
+from tests.databases import Databases
+from tests.harness import ports
+from tests.harness.cluster import RealCluster
 from tests.harness.scene import Scene
 from tests.harness.server import Server, options
 
 _SERVERS = pytest.StashKey[list[Server]]()
+_LOCKS = pytest.StashKey[Path]()
+_SHARED_AT_ONCE = 8  # each takes 100 MB
+
+# Hundreds of processes are started from here: compiling everything anew for each would be half of their work.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Servers that several tests use, by the options they were made with."""
+    """Servers that several tests use, by the options they were made with; a few, those used last."""
     servers: dict[str, Server] = {}
 
     def get(**changes: Any) -> Server:
         key = repr(sorted(changes.items()))
-        if key not in servers:
+        server = servers.pop(key, None)
+        if server is None:
+            if len(servers) >= _SHARED_AT_ONCE:
+                _end(servers.pop(next(iter(servers))))
             server = Server(tmp_path_factory.mktemp("server"), options(**changes))
-            servers[key] = server
             server.start()
-        return servers[key]
+        servers[key] = server
+        return server
 
     yield get
     for server in servers.values():
-        server.kill() if server.process is None or server.process.poll() is not None else server.stop()
+        server.send_signal(signal.SIGTERM)  # all of them at once
+    for server in servers.values():
+        _end(server)
+
+
+def _end(server: Server) -> None:
+    server.send_signal(signal.SIGTERM)
+    server.wait()
 
 
 async def _scene(request: pytest.FixtureRequest, node: Server) -> AsyncIterator[Scene]:
@@ -105,11 +129,76 @@ async def fresh(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterator[
 
 
 @pytest.fixture
+def real_cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., RealCluster]]:
+    """`real_cluster(n, **options)`: n nodes as processes that share a database (tests/harness/cluster.py). Unless told
+    otherwise they are started, joined and in step."""
+    made: list[RealCluster] = []
+
+    def make(count: int, *, start: bool = True, join: bool = True, **changes: Any) -> RealCluster:
+        folder = tmp_path / f"cluster{len(made)}"
+        folder.mkdir()
+        cluster = RealCluster(folder, count, **changes)
+        made.append(cluster)
+        request.node.stash.setdefault(_SERVERS, []).extend(cluster.nodes)
+        if start:
+            cluster.start()
+            if join:
+                cluster.join()
+                cluster.converged()
+        return cluster
+
+    yield make
+    for cluster in made:
+        cluster.end()
+    for cluster in made:
+        for node in cluster:
+            node.judge()
+
+
+@pytest.fixture
 def free_port() -> int:
     """For a server that must come back where it was."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return ports.free_port()
+
+
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[mariadb.MariaDB]:
+    """One for all tests of this process. Who stops it starts it again."""
+    why = mariadb.missing()
+    if why is not None:
+        if mariadb.required():
+            pytest.fail(f"{why}, and XMPPD_REQUIRE_MARIADB=1 asks for it")
+        pytest.skip(why)
+    server = mariadb.MariaDB()
+    try:
+        yield server
+    finally:
+        server.destroy()
+
+
+@pytest.fixture(scope="session")
+def databases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Databases:
+    return Databases(tmp_path_factory.mktemp("template"), lambda: request.getfixturevalue("mariadb_server"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The first of the processes that run tests makes the folder of their locks; the others inherit its name."""
+    if alone.FOLDER not in os.environ:
+        os.environ[alone.FOLDER] = tempfile.mkdtemp(prefix="xmppd-test-locks-")
+        config.stash[_LOCKS] = Path(os.environ[alone.FOLDER])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    folder = config.stash.get(_LOCKS, None)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        del os.environ[alone.FOLDER]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    with alone.turn(Path(os.environ[alone.FOLDER]), alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

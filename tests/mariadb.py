@@ -20,6 +20,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from tests.harness.ports import free_port
+from tests.harness.watcher import Watcher
+
 USER = "xmppd"
 PASSWORD = "open, sesame: @/%"  # every character that a URL and a shell could get wrong
 START_SECONDS = 30.0
@@ -45,7 +48,7 @@ class MariaDB:
     def __init__(self, options: tuple[str, ...] = ()) -> None:
         _sweep()
         self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_fast_folder()))
-        self.port = _free_port()
+        self.port = free_port()
         self.options = options
         self._process: subprocess.Popen[bytes] | None = None
         self._schemas: dict[str, list[str]] = {}
@@ -122,8 +125,12 @@ class MariaDB:
                 stderr=log,
                 start_new_session=True,
             )
-        self._watcher = _end_with_us(self._process.pid)
-        self._wait_until_it_answers()
+        self._watcher = Watcher(self._process.pid)
+        try:
+            self._wait_until_it_answers()
+        except BaseException:
+            self._end(kill=True)
+            raise
 
     def stop(self) -> None:
         """An orderly shutdown."""
@@ -153,8 +160,7 @@ class MariaDB:
         process, self._process = self._process, None
         if process is None:
             return
-        self._watcher.kill()  # first: afterwards the number may be another process's
-        self._watcher.communicate()
+        self._watcher.dismiss()
         if kill:
             process.kill()
         else:
@@ -239,21 +245,6 @@ def _user() -> str:
         return "root"
 
 
-def _end_with_us(pid: int) -> "subprocess.Popen[bytes]":
-    """A watcher that kills it when we are gone, as when pytest is killed by a time-out.
-
-    A parent-death signal would not do: it is lost when mariadbd changes its user, and follows the thread, not the
-    process, that started it.
-    """
-    return subprocess.Popen(
-        ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(pid)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
 def _sweep() -> None:
     """Removes the folders of test runs that were killed."""
     for folder in Path(_fast_folder() or tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
@@ -268,12 +259,6 @@ def _fast_folder() -> str | None:
         if shutil.disk_usage("/dev/shm").free > 2 << 30:
             return "/dev/shm"
     return None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _thread_states(pid: int) -> list[str]:

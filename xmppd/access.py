@@ -2,14 +2,15 @@
 
 An acl matches when any of its conditions does; a rule counts when all its acls match; of a list of rules the first that
 counts decides. When none does: an access rule denies, a shaper rule does not limit, a number is the default of who
-asks. `all` and `none` are acls, access rules and shapers of their own. The words are ejabberd's.
+asks. `all` and `none` are acls, access rules and shapers of their own, and `loopback` is an acl unless the
+configuration makes another of that name. The words are ejabberd's.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final, Protocol
 
 from xmppd.protocol.jid import JID
@@ -17,6 +18,7 @@ from xmppd.shaper import ShaperLimits
 
 MAX_USER_SESSIONS: Final = "max_user_sessions"
 DEFAULT_USER_SESSIONS: Final = 10  # where no rule counts, as in ejabberd
+LOOPBACK: Final = "loopback"
 
 Value = str | int
 Networks = Sequence[IPv4Network | IPv6Network]
@@ -131,6 +133,11 @@ class Acl:
         return bool(resource) and (resource in self.resources or _any(self.resource_patterns, resource))
 
 
+_LOOPBACK: Final = Acl(
+    frozenset(), frozenset(), (), frozenset(), (), frozenset(), (), (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+)
+
+
 class AccessRules:
     """The rules of one configuration, by host. Never changes."""
 
@@ -226,7 +233,7 @@ class _Tables:
     __slots__ = ("access", "acls", "shapers")
 
     def __init__(self, scope: Scope) -> None:
-        self.acls = {name: Acl.of(options) for name, options in scope.acl.items()}
+        self.acls = {LOOPBACK: _LOOPBACK} | {name: Acl.of(options) for name, options in scope.acl.items()}
         self.access = scope.access_rules
         self.shapers = scope.shaper_rules
 

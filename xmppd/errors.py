@@ -93,3 +93,45 @@ class CommandError(XmppdError):
         super().__init__(text)
         self.text = text
         self.code = code
+
+
+class NodeIdTaken(XmppdError):
+    """Another process serves as this very node: the data folder was copied."""
+
+
+class NodeIdInUse(NodeIdTaken):
+    """It did so when this one started. `last_seen` by the database's clock."""
+
+    def __init__(self, name: str, address: str, last_seen: float, lease_left: float) -> None:
+        where = f"{name} at {address}" if address else name
+        super().__init__(
+            f"two nodes claim one node id: {where} serves with it, {max(lease_left, 0):.0f} s of its lease are left. "
+            "This data folder is a copy: make it a node of its own with `xmppd --new-identity`"
+        )
+        self.last_seen = last_seen
+        self.lease_left = lease_left  # seconds until that process counts as gone
+
+
+class NodeRemoved(XmppdError):
+    """A node that was removed from its cluster for good."""
+
+
+class WrongDatabase(XmppdError):
+    """The database belongs to another cluster than the node."""
+
+
+class NodeNameTaken(XmppdError):
+    """Two members of a cluster would have one name."""
+
+
+class NodeUnreachable(XmppdError):
+    """Another node of the cluster did not answer: it is down, cut off, or too slow."""
+
+
+class CallRefused(XmppdError):
+    """Another node of the cluster answered a call with a refusal: its text and exit code."""
+
+    def __init__(self, text: str, code: int = 1) -> None:
+        super().__init__(text)
+        self.text = text
+        self.code = code

@@ -132,7 +132,8 @@ class HostStanzaReceiving:
 
 @dataclass(slots=True)
 class MessageUndeliverable:
-    """A chat or normal message for an existing account that no available session takes; on the sender's node.
+    """A chat or normal message for an existing account that no available session takes, on whatever node; on the
+    sender's node, or on the one where its session was until a moment ago.
     Unhandled: the sender gets `service-unavailable`. A handler that takes it settles or follows with `outcome`."""
 
     user: JID
@@ -197,7 +198,8 @@ class ProbeReceiving:
 
 @dataclass(frozen=True, slots=True)
 class PresenceBounced:
-    """A presence of type error has come for an address of one of our hosts, and is about to be delivered."""
+    """A presence of type error has come for an address of one of our hosts, and is about to be delivered; on the node
+    where it came in, and on those of the sessions that get it."""
 
     to: JID
     error: Stanza
@@ -232,8 +234,18 @@ class SessionBecameUnavailable:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionAppeared:
+    """A session on another node is available now, or its priority is no longer negative; on every node but its own,
+    when the table here shows it. A whole node's sessions come one after the other: return soon."""
+
+    user: JID
+    node: bytes  # the UUID of the node it is on
+
+
+@dataclass(frozen=True, slots=True)
 class SessionClosed:
-    """A session has ended and its row is gone; on its node. `last` says that it was the user's last one."""
+    """A session has ended and its row is gone; on its node. `last` says that it was the user's last one in the
+    cluster."""
 
     session: Session
     last: bool
@@ -285,7 +297,16 @@ class UserRegistered:
 
 @dataclass(frozen=True, slots=True)
 class UserDeleted:
-    """An account was removed and its sessions were ended; modules remove what they keep about it."""
+    """An account was removed and its sessions were ended; on the node where that was done, once in the cluster. Modules
+    remove what they keep about it."""
+
+    user: JID
+
+
+@dataclass(frozen=True, slots=True)
+class UserForgotten:
+    """An account was removed on another node: modules drop what they remember about it on this one. What is kept in the
+    database is the business of UserDeleted."""
 
     user: JID
 
@@ -313,6 +334,27 @@ class UnauthenticatedIq:
     encrypted: bool
     stanza: Stanza
     reply: "Callable[[Stanza], None]"
+
+
+# -- the cluster
+
+
+@dataclass(frozen=True, slots=True)
+class NodeUp:
+    """Another member of the cluster is up, seen from here; its rows of the shared tables follow. On every node."""
+
+    name: str  # xmppd@node02: a label
+    node: bytes  # the node's UUID, 16 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDown:
+    """Another member is no longer up, seen from here: it stopped, died or was cut off; its rows have gone. Once for
+    each NodeUp. On every node."""
+
+    name: str
+    node: bytes
+    reason: str  # for people
 
 
 # -- the server

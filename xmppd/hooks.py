@@ -6,10 +6,11 @@ dict look-up: `if hooks.wants(MessageRouting): ...`.
 """
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from inspect import iscoroutinefunction
+from types import CoroutineType
 from typing import Any, TypeVar, cast
 
 from xmppd.errors import ConfigError, StanzaError, StorageError
@@ -66,6 +67,14 @@ class Hooks:
         """Whether anybody listens."""
         return event in self._handlers
 
+    def wants_of(self, owner: str) -> bool:
+        """Whether this module listens to anything."""
+        return any(handler.owner == owner for handlers in self._handlers.values() for handler in handlers)
+
+    def listeners(self, event: type) -> list[str]:
+        """The modules that listen to an event, in the order in which they are asked."""
+        return [handler.owner for handler in self._handlers.get(event, ())]
+
     def count(self) -> int:
         """How many handlers are registered in all."""
         return sum(len(handlers) for handlers in self._handlers.values())
@@ -78,60 +87,67 @@ class Hooks:
         """Tell the watchers. Those that are plain functions have run when this returns; if there are coroutines among
         them, the awaitable that comes back runs the rest in order, and the caller must await it."""
         handlers = self._handlers.get(type(event))
-        if handlers is None:
-            return None
-        for index, handler in enumerate(handlers):
-            if handler.is_async:
-                return self._notify_rest(event, handlers[index:])
-            try:
-                handler.call(event)
-            except Exception as exc:
-                _log_crash(handler, event, exc)
-        return None
-
-    async def _notify_rest(self, event: object, handlers: list[Handler]) -> None:
-        for handler in handlers:
-            try:
-                result = handler.call(event)
-                if handler.is_async:
-                    await result
-            except Exception as exc:
-                _log_crash(handler, event, exc)
+        return None if handlers is None else _tell(event, iter(handlers))
 
     def decide(self, event: E) -> E | Handled | Awaitable[E | Handled]:
         """Ask the deciders: the event as they leave it, HANDLED when one of them took it over, or an awaitable of
         either when a coroutine is among them. Raises StanzaError when a handler refuses or crashes."""
         handlers = self._handlers.get(type(event))
-        if handlers is None:
-            return event
-        for index, handler in enumerate(handlers):
-            if handler.is_async:
-                return self._decide_rest(event, handlers[index:])
-            try:
-                result = handler.call(event)
-            except Exception as exc:
-                _refuse(handler, event, exc)
-                continue
-            if isinstance(result, Handled):
-                return result
-            if result is not None:
-                event = cast(E, result)
-        return event
+        return event if handlers is None else _ask(event, iter(handlers))
 
-    async def _decide_rest(self, event: E, handlers: list[Handler]) -> E | Handled:
-        for handler in handlers:
-            try:
-                result = handler.call(event)
-                if handler.is_async:
-                    result = await result
-            except Exception as exc:
-                _refuse(handler, event, exc)
-                continue
+
+def _tell(event: object, handlers: Iterator[Handler]) -> Awaitable[None] | None:
+    """Up to the first coroutine; the awaitable is that one and all behind it."""
+    for handler in handlers:
+        try:
+            result = handler.call(event)
+        except Exception as exc:
+            _log_crash(handler, event, exc)
+            continue
+        if handler.is_async:
+            return _tell_on(event, handler, result, handlers)
+    return None
+
+
+async def _tell_on(event: object, handler: Handler, told: Awaitable[None], behind: Iterator[Handler]) -> None:
+    try:
+        await told
+    except Exception as exc:
+        _log_crash(handler, event, exc)
+    rest = _tell(event, behind)
+    if rest is not None:
+        await rest
+
+
+def _ask(event: E, handlers: Iterator[Handler]) -> E | Handled | Awaitable[E | Handled]:
+    """The same for deciders."""
+    for handler in handlers:
+        try:
+            result = handler.call(event)
+        except Exception as exc:
+            _refuse(handler, event, exc)
+            continue
+        if handler.is_async:
+            return _ask_on(event, handler, result, handlers)
+        if result is not None:
             if isinstance(result, Handled):
                 return result
-            if result is not None:
-                event = cast(E, result)
-        return event
+            event = result
+    return event
+
+
+async def _ask_on(
+    event: E, handler: Handler, answer: Awaitable[E | Handled | None], behind: Iterator[Handler]
+) -> E | Handled:
+    try:
+        result = await answer
+    except Exception as exc:
+        _refuse(handler, event, exc)
+        result = None
+    if isinstance(result, Handled):
+        return result
+    rest = _ask(event if result is None else result, behind)
+    return await rest if isinstance(rest, CoroutineType) else cast("E | Handled", rest)
 
 
 def _sorted(event: type, handlers: list[Handler]) -> list[Handler]:

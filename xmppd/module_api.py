@@ -14,7 +14,7 @@ unregisters.
 """
 
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -24,14 +24,17 @@ from xmppd.admin.results import List, Rescode, Tuple, integer, string
 from xmppd.cluster.tables import Owner
 from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, several, sized
 from xmppd.delivery import SAFE, Outcome, Pending, as_stanza_error
+from xmppd.errors import CommandError, JidError
 from xmppd.events import Handled, Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
-from xmppd.protocol.jid import JID
+from xmppd.nodes import Nodes
+from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stanza import Stanza
+from xmppd.session_manager import Resource
 from xmppd.spool import Holder, NoAccount, QuotaReached, SpoolRow
 from xmppd.storage import Storage
 from xmppd.storage.ids import new_id
-from xmppd.storage.sql import by_host, insert_new, upsert
+from xmppd.storage.sql import User, by_host, insert_new, read_per_user, upsert, write_per_user
 from xmppd.storage.tables import (
     FULL_BYTES,
     Stamp,
@@ -70,6 +73,7 @@ __all__ = [
     "Module",
     "NoAccount",
     "NoReply",
+    "Nodes",
     "OptionalRate",
     "Outcome",
     "Owner",
@@ -77,6 +81,7 @@ __all__ = [
     "QuotaReached",
     "Rate",
     "Rescode",
+    "Resource",
     "RosterService",
     "Routing",
     "ServerInfo",
@@ -86,12 +91,14 @@ __all__ = [
     "Stamp",
     "Storage",
     "Tuple",
+    "User",
     "Utf8",
     "as_stanza_error",
     "between",
     "by_host",
     "command",
     "fixed_bytes",
+    "from_node",
     "hook",
     "host_column",
     "insert_new",
@@ -103,11 +110,13 @@ __all__ = [
     "long_text",
     "module_table",
     "new_id",
+    "read_per_user",
     "several",
     "sized",
     "string",
     "upsert",
     "user_column",
+    "write_per_user",
 ]
 
 C = TypeVar("C")
@@ -130,6 +139,11 @@ class IqMark:
     name: str
     targets: tuple[Literal["account", "host"], ...]
     anonymous: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NodeMark:
+    topic: str
 
 
 def hook(event: type, *, after: Sequence[str] = (), optional: bool = False, switched: bool = False) -> Callable[[F], F]:
@@ -169,6 +183,18 @@ def iq(
     return mark
 
 
+def from_node(topic: str) -> Callable[[F], F]:
+    """Mark a method as the one that hears what the same module says on another node (`self.nodes.cast`), or answers
+    what it asks (`self.nodes.call`). It takes the node's UUID and the payload, and returns the answer, which is JSON,
+    or an awaitable of it. A plain function hears casts in the order in which they were made."""
+
+    def mark(function: F) -> F:
+        function.__dict__.setdefault("_xmppd_nodes", []).append(NodeMark(topic))
+        return function
+
+    return mark
+
+
 # -- what a module gets
 
 
@@ -179,18 +205,24 @@ class Sessions(Protocol):
         """The live sessions of a bare JID on this node."""
         ...
 
+    def resources(self, user: JID) -> Sequence[Resource]:
+        """What a bare JID has bound, on whatever node."""
+        ...
+
     def local(self) -> Iterable[Session]:
         """Every live session of this node, of which there may be many: for background work, in pieces."""
         ...
 
-    def is_available(self, user: JID) -> bool: ...
+    def is_available(self, user: JID) -> bool:
+        """Whether a session takes messages (priority not negative), on whatever node."""
+        ...
 
     def is_anonymous(self, user: JID) -> bool:
         """Whether the account ends with its session (SASL ANONYMOUS): write nothing about it."""
         ...
 
     def multicast(self, stanza: Stanza, users: Iterable[JID]) -> None:
-        """One presence without `to` for every available resource of many users of our hosts."""
+        """One presence without `to` for every available resource of many users of our hosts, on whatever node."""
         ...
 
     def count(self, host: str | None = None) -> int: ...
@@ -269,6 +301,7 @@ class Context:
     route: Callable[[Stanza], Outcome]
     spawn: Callable[..., object]
     service: Callable[[type], Any]
+    nodes: Nodes = field(default_factory=lambda: Nodes(""))  # alone
     # The loader puts in its own:
     switch: Callable[[type, bool], None] = lambda event, on: None
     notify: Callable[[object], Awaitable[None] | None] = lambda event: None
@@ -292,6 +325,7 @@ class Module(Generic[C]):
         self.storage = context.storage
         self.spool = context.spool
         self.sessions = context.sessions
+        self.nodes = context.nodes
         self.accounts = context.accounts
         self.access = context.access
         self.server = context.server
@@ -323,6 +357,16 @@ class Module(Generic[C]):
     def switch(self, event: type, on: bool) -> None:
         """Let the module's `switched` handlers of an event listen, or not."""
         self._context.switch(event, on)
+
+    def own_host(self, name: str) -> str:
+        """One of our hosts, as an operator has written it; CommandError when it is none."""
+        try:
+            host = make("", name).full
+        except JidError as exc:
+            raise CommandError(str(exc)) from exc
+        if host not in self.server.hosts:
+            raise CommandError(f"unknown host: {name}")
+        return host
 
     async def tell(self, event: object) -> None:
         """Tell whoever watches an event that this module has made happen."""

@@ -31,7 +31,8 @@ from xmppd.errors import CommandError, ConfigError, XmppdError
 from xmppd.hooks import Hooks
 from xmppd.iq import IqHandlers
 from xmppd.log import get_logger
-from xmppd.module_api import Context, HookMark, IqMark, Module
+from xmppd.module_api import Context, HookMark, IqMark, Module, NodeMark
+from xmppd.nodes import NodeHandlers
 
 _log = get_logger("xmppd.modules")
 _BUNDLED: Final = "modules"
@@ -101,7 +102,9 @@ class ModuleLoader:
         validate: Validate,
         access: Access,
         paths: Sequence[Path] = (),
+        nodes: NodeHandlers | None = None,
     ) -> None:
+        self._nodes = nodes or NodeHandlers()
         self._hooks = hooks
         self._iqs = iqs
         self._registry = registry
@@ -421,6 +424,10 @@ class ModuleLoader:
                 assert isinstance(mark, IqMark)
                 for target in mark.targets:
                     self._iqs.add(name, target, mark.type, mark.namespace, mark.name, call, anonymous=mark.anonymous)
+        for call, marks in _marked(instance, "_xmppd_nodes"):
+            for mark in marks:
+                assert isinstance(mark, NodeMark)
+                self._nodes.add(name, mark.topic, call)
         self._registry.register(name, commands_of(instance))
 
     def _add_hook(self, loaded: Loaded, call: Callable[..., Any], mark: HookMark) -> None:
@@ -440,6 +447,7 @@ class ModuleLoader:
     def _unregister(self, loaded: Loaded) -> None:
         self._hooks.remove(loaded.name)
         self._iqs.remove(loaded.name)
+        self._nodes.remove(loaded.name)
         self._registry.unregister(loaded.name)
 
     # -- finding

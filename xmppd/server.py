@@ -8,40 +8,35 @@ modules in reverse → storage → data folder.
 
 import asyncio
 import contextlib
-import functools
 import gc
 import os
-import signal
-import sys
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
-from xmppd import log, reload
+from xmppd import clustering, log, signals
 from xmppd.access import Access, AccessRules
-from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
-from xmppd.admin.commands import register_core
-from xmppd.admin.registry import Registry, commands_of
+from xmppd.accountant import Accountant
+from xmppd.admin import nodes as admin_nodes
+from xmppd.admin.api_tokens import ApiTokens
+from xmppd.admin.registry import Registry
 from xmppd.admin.socket import ControlSocket
 from xmppd.auth import Auth
-from xmppd.c2s.connection import Settings
-from xmppd.c2s.listener import ClientListener
-from xmppd.c2s.negotiation import Rules
 from xmppd.c2s.session import Parts
 from xmppd.c2s.sweeper import RecordSweeper
 from xmppd.c2s.ticks import Ticks
 from xmppd.c2s.tls import Certificates
 from xmppd.check import own_certfiles, validator
-from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
+from xmppd.cluster.cookies import Cookies
+from xmppd.cluster.tables import Route, RouteTable, SessionTable
+from xmppd.commanding import Commanding
 from xmppd.config import Config
-from xmppd.config.schema import C2SListen, HttpListen
 from xmppd.delivery import Gate
-from xmppd.errors import CommandError, ConfigError, XmppdError
-from xmppd.events import ConfigReloaded, ServerStarted, UserDeleted, UserRegistered
+from xmppd.errors import NodeIdTaken, StorageUnavailable, XmppdError
+from xmppd.events import ServerStarted
+from xmppd.forward import Forwarder
 from xmppd.hooks import Hooks
-from xmppd.http.node import HttpServers
 from xmppd.identity import DataFolder
 from xmppd.iq import IqDispatcher, IqHandlers
 from xmppd.local_router import LocalRouter
@@ -50,19 +45,22 @@ from xmppd.login_limits import LoginLimits
 from xmppd.metrics import Counters, LoopLag
 from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
+from xmppd.nodes import NodeHandlers, Nodes
 from xmppd.notify import Notifier
 from xmppd.protocol import ns
-from xmppd.protocol.jid import make
-from xmppd.protocol.stream import Limits
+from xmppd.reload import Plan, Reloader
+from xmppd.removals import Removals
 from xmppd.router import Router
 from xmppd.s2s_manager import S2SManager
+from xmppd.serving import Listeners
 from xmppd.session_manager import SessionManager
 from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 _log = get_logger("xmppd.server")
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
-_HTTP_GRACE: Final = 2.0  # seconds for requests that run at stop
+_DATABASE_AGAIN: Final = 1.0  # seconds between two attempts to open one that was away at the start
+_SYNC: Final = 3.0  # seconds a start waits for the tables of the other nodes
 _GC_THRESHOLDS: Final = (50_000, 20, 50)
 
 
@@ -72,53 +70,6 @@ def software_version() -> str:
         return version("xmppd")
     except PackageNotFoundError:
         return "0.1.0"
-
-
-class Accountant:
-    """Accounts with their passwords and their sessions: what admin commands and modules work on."""
-
-    def __init__(self, auth: Auth, accounts: Accounts, sessions: SessionManager, hooks: Hooks) -> None:
-        self._auth = auth
-        self._accounts = accounts
-        self._sessions = sessions
-        self._hooks = hooks
-
-    async def exists(self, host: str, username: str) -> bool:
-        """Also an anonymous account, for as long as its session lives."""
-        return self._sessions.is_anonymous(make(username, host)) or await self._accounts.exists(host, username)
-
-    async def names(self, host: str, *, limit: int, after: str | None) -> list[str]:
-        return await self._accounts.names(host, limit=limit, after=after)
-
-    async def register(self, host: str, user: str, password: str) -> bool:
-        """Make an account; False when there is one."""
-        if not await self._auth.register(host, user, password):
-            return False
-        await self._tell(UserRegistered(make(user, host)))
-        return True
-
-    async def set_password(self, host: str, user: str, password: str) -> bool:
-        return await self._auth.set_password(host, user, password)
-
-    async def check_password(self, host: str, user: str, password: str) -> bool:
-        return await self._auth.check_password(host, user, password)
-
-    async def remove(self, host: str, user: str, *, removed: Callable[[], None] | None = None) -> bool:
-        """Remove an account, end its sessions, let the modules forget it; False when there was none. `removed` is
-        called before the sessions end."""
-        jid = make(user, host)
-        if not await self._auth.remove(host, user):
-            return False
-        if removed is not None:
-            removed()
-        self._sessions.kick(jid.local, jid.domain, None, "User removed", condition="conflict")
-        await self._tell(UserDeleted(jid))
-        return True
-
-    async def _tell(self, event: object) -> None:
-        waiting = self._hooks.notify(event)
-        if waiting is not None:
-            await waiting
 
 
 class Server:
@@ -132,14 +83,16 @@ class Server:
         self._status = "starting"
         self._stopping = asyncio.Event()
         self._restart = False
-        self._interrupted = False  # told to stop while starting
+        self._failure: XmppdError | None = None  # why it had to stop
         self._tasks: set[asyncio.Task[None]] = set()  # each ends by itself, soon
         self._services: set[asyncio.Task[None]] = set()  # each goes on until it is cancelled
-        self._listeners: list[ClientListener] = []
-        self._reloading = asyncio.Lock()
-        self._applying = asyncio.Lock()
         self.access = Access(AccessRules(config))
         self._notifier = Notifier.from_environment()
+        self._reloader = Reloader(
+            self,
+            begins=lambda: self._notifier.reloading("reloading"),
+            ends=lambda: self._notifier.ready(self._condition()[1]),
+        )
 
     # -- what operators and modules ask
 
@@ -174,6 +127,14 @@ class Server:
         """Seconds."""
         return time.monotonic() - self._started
 
+    @property
+    def nodes(self) -> admin_nodes.Nodes:
+        return self.commanding.nodes
+
+    @property
+    def api_tokens(self) -> ApiTokens:
+        return self.commanding.api_tokens
+
     def features(self) -> list[str]:
         return self.loader.features()
 
@@ -190,10 +151,25 @@ class Server:
         self._notifier.beat(asyncio.get_running_loop(), self._condition)
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._notifier.rest)
-            stack.enter_context(self._signals())
-            for part in (self._data_folder, self._storage, self._routing_parts, self._modules, self._control):
+            stack.enter_context(
+                signals.handled(
+                    starting=lambda: self._status in ("starting", "syncing"),
+                    stop=self.stop,
+                    reload=lambda: self.spawn(self._reloader.after_signal(), name="reload"),
+                )
+            )
+            for part in (
+                self._data_folder,
+                self._storage,
+                self._routing_parts,
+                self._cluster,
+                self._modules,
+                self._control,
+            ):
                 await stack.enter_async_context(part())
             await stack.enter_async_context(self._http())
+            self._status = "syncing"
+            await self.cluster.first_sync(_SYNC)
             await stack.enter_async_context(self._clients())
             self._ready()
             await self._stopping.wait()
@@ -201,6 +177,8 @@ class Server:
             self._tell_systemd_that_we_stop()
             _log.info("stopping", node=self.node)
         _log.info("stopped", node=self.node)
+        if self._failure is not None:
+            raise self._failure
         return self._restart
 
     def stop(self) -> None:
@@ -268,14 +246,17 @@ class Server:
             pool_timeout=database.pool.timeout,
             commit_interval=database.commit_interval,
         )
-        await self.storage.open()
         try:
             self.accounts = Accounts(self.storage)
             self.spool = Spool(self.storage)
-            self.owner = Owner(uuid.UUID(self.folder.node_id).bytes, 0, self.folder.incarnation)
-            freed = await self.spool.free_stale(self.owner.member, self.owner.incarnation)
-            if freed:
-                _log.info("messages of an earlier run are free again", messages=freed)
+            self._place = clustering.Place(self.config, self.folder, self.storage, self.version)
+            away = await self._place.open()
+            self.owner = self._place.owner
+            if away is None:
+                await self._free_stale()
+            else:
+                _log.warning("serving without the database", database=self.storage.where, error=away)
+                self.spawn_service(self._await_database(), name="database at the start")
             yield
         finally:
             try:
@@ -284,6 +265,30 @@ class Server:
                     await self.storage.close()
             except TimeoutError:
                 _log.warning("writes given up", database=self.storage.where)
+
+    async def _free_stale(self) -> None:
+        freed = await self.spool.free_stale(self.owner.member, self.owner.incarnation)
+        if freed:
+            _log.info("messages of an earlier run are free again", messages=freed)
+
+    async def _await_database(self) -> None:
+        """It was away at the start: open it when it is back, and find out whether this node may serve from it."""
+        while True:
+            await asyncio.sleep(_DATABASE_AGAIN)
+            try:
+                await self._place.claim_late()
+                await self._free_stale()
+            except StorageUnavailable as exc:
+                _log.debug("database still away", error=exc)
+            except XmppdError as exc:
+                return self._fail(exc)
+            else:
+                return _log.info("database is back", database=self.storage.where)
+
+    def _fail(self, why: XmppdError) -> None:
+        """Stop, and end the process with what that error is worth."""
+        self._failure = why
+        self.stop()
 
     @contextlib.asynccontextmanager
     async def _routing_parts(self) -> AsyncIterator[None]:
@@ -336,6 +341,39 @@ class Server:
             self.auth.close()
 
     @contextlib.asynccontextmanager
+    async def _cluster(self) -> AsyncIterator[None]:
+        """Everything is there before the first link comes up: the modules, which hear each other, are started first."""
+        self.cluster = clustering.build(
+            self.config,
+            self.folder,
+            self._place,
+            tables=(self.routes, self.table),
+            hooks=self.hooks,
+            spawn=self.spawn,
+            leave=self.stop,
+            ousted=self._ousted,
+        )
+        links, calls = self.cluster.links, self.cluster.calls
+        self.cookies = Cookies(self.cluster, self.folder, external=self.config.cluster.nats_url is not None)
+        self.forwarder = Forwarder(links, calls, self.sessions, bounce=self.router.bounce)
+        self.sessions.connect(self.forwarder)
+        self._node_handlers = NodeHandlers()
+        self._node_handlers.connect(calls, self.spawn)
+        Removals(calls, self.accounts, self.hooks, self.spawn)
+        try:
+            yield
+        finally:
+            await self.cluster.stop()
+
+    def _ousted(self) -> None:
+        self._fail(
+            NodeIdTaken(
+                f"another process took the node id of {self.node} while this one could not reach the database: if its "
+                "data folder is a copy of ours, `xmppd --new-identity` makes it a node of its own"
+            )
+        )
+
+    @contextlib.asynccontextmanager
     async def _modules(self) -> AsyncIterator[None]:
         self.registry = Registry()
         self.loader = ModuleLoader(
@@ -346,23 +384,22 @@ class Server:
             validate=lambda kind, options, path: validator(self.config)(kind, options, path),
             access=self.access,
             paths=self.config.module_paths,
+            nodes=self._node_handlers,
         )
-        register_core(
-            self.registry,
-            server=self,
-            accounts=self.accounts,
-            auth=self.accountant,
-            sessions=self.sessions,
-            router=self.router,
-            loader=self.loader,
-        )
-        self.api_tokens = ApiTokens(self.storage, lambda: self.config.api_tokens)
-        self.registry.register("core", commands_of(ApiTokenCommands(self.api_tokens)))
+        self.commanding = Commanding(self, self._info)
         try:
             await self.loader.start(self.config.modules)
+            await self.cluster.engine.set_cookies(self.folder.cookie, self.folder.also_trusted)
+            await self.commanding.start()
+            await self.cluster.start()
             yield
         finally:
+            await self.commanding.close()
             await self.loader.stop()
+
+    def _info(self) -> tuple[str, int, int, int]:
+        """Status, sessions, tasks, seconds: what `list_cluster_detailed` shows of a node."""
+        return self._status, self.table.own.rows, len(asyncio.all_tasks()), int(self.uptime())
 
     def _context(self, name: str) -> Context:
         return Context(
@@ -379,11 +416,14 @@ class Server:
             route=self.router.route,
             spawn=self.spawn_service,
             service=self.loader.service,
+            nodes=Nodes(name, self.cluster.links, self.cluster.calls, self.sessions.nodes_of),
         )
 
     @contextlib.asynccontextmanager
     async def _control(self) -> AsyncIterator[None]:
-        self.control = ControlSocket(self.config.data_dir / "xmppd.sock", self.registry, node=self.node)
+        self.control = ControlSocket(
+            self.config.data_dir / "xmppd.sock", self.registry, node=self.node, nodes=self.commanding.nodes
+        )
         await self.control.start()
         try:
             yield
@@ -392,100 +432,37 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _http(self) -> AsyncIterator[None]:
-        # Before the clients' listeners and after their end: a balancer that asks whether we are ready gets its answer.
-        self._addresses: list[dict[str, Any]] = []
-        http = HttpServers(self)
+        self._listeners = Listeners(self)
         try:
-            for listen in self.config.listen:
-                if isinstance(listen, HttpListen):
-                    self._addresses.append(await http.open(listen))
+            await self._listeners.open_http()
             yield
         finally:
-            await http.close(_HTTP_GRACE)
+            await self._listeners.close_http()
 
     def listening(self) -> bool:
         """Whether every listener of clients is open."""
-        return all(listener.listening for listener in self._listeners)
+        return self._listeners.listening()
 
     def connections(self) -> dict[str, int]:
         """How many client connections each kind of listener has."""
-        found: dict[str, int] = {}
-        for listener in self._listeners:
-            found[listener.settings.name] = found.get(listener.settings.name, 0) + listener.connections
-        return found
+        return self._listeners.connections()
 
     @contextlib.asynccontextmanager
     async def _clients(self) -> AsyncIterator[None]:
         try:
-            for listen in self.config.listen:
-                if isinstance(listen, C2SListen):
-                    await self._listen(listen)
+            await self._listeners.open_clients()
             yield
         finally:
             self.folder.remove_ready()
-            for listener in self._listeners:
-                listener.stop_listening()
-            await asyncio.gather(*(listener.close(self.config.shutdown_grace) for listener in self._listeners))
+            await self._listeners.close_clients(self.config.shutdown_grace)
             await self._finish_tasks()
-
-    async def _listen(self, listen: C2SListen) -> None:
-        listener = ClientListener(
-            listen.ip,
-            listen.port,
-            direct_tls=listen.tls,
-            settings=_settings(listen),
-            rules=Rules(
-                self.config.hosts,
-                listen.starttls,
-                listen.starttls_required,
-                lambda host: self.config.for_host(host).resource_conflict,
-                self.access.max_sessions,
-                functools.partial(self.access.allowed, listen.access),
-                functools.partial(self.access.shaper, listen.shaper),
-            ),
-            auth=self.auth,
-            tls=self.certificates,
-            parts=lambda: self.parts,
-            ticks=self.ticks,
-            spawn=self.spawn,
-        )
-        address = await listener.open()
-        self._listeners.append(listener)
-        self._addresses.append({"module": "c2s", "ip": address.ip, "port": address.port, "tls": address.tls})
-
-    @contextlib.contextmanager
-    def _signals(self) -> Any:
-        """From the first moment to the last, so that a signal never finds the default handler, which kills."""
-        loop = asyncio.get_running_loop()
-        main = asyncio.current_task()
-        assert main is not None
-
-        def stop() -> None:
-            if self._status == "starting":
-                self._interrupted = True
-                main.cancel()
-            self.stop()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
-        loop.add_signal_handler(signal.SIGHUP, self._hang_up, sys.stdin is not None and sys.stdin.isatty())
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self._interrupted:
-                raise
-            main.uncancel()
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                loop.remove_signal_handler(number)
-                signal.signal(number, signal.SIG_IGN)  # nothing is left but to exit
 
     def _ready(self) -> None:
         gc.collect()
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
         self._status = "started"
-        ready = {"node": self.node, "pid": os.getpid(), "hosts": list(self.hosts), "listen": self._addresses}
+        ready = {"node": self.node, "pid": os.getpid(), "hosts": list(self.hosts), "listen": self._listeners.addresses}
         self.folder.write_ready(ready)
         waiting = self.hooks.notify(ServerStarted())
         if waiting is not None:
@@ -498,7 +475,7 @@ class Server:
     def _condition(self) -> tuple[bool, str]:
         """For `Notifier.beat`: whether the node is still on its way up, and what `systemctl status` shows."""
         if self._status != "started":
-            return self._status == "starting", self._status
+            return self._status in ("starting", "syncing"), self._status
         return False, f"serving {', '.join(self.hosts)}: {self.sessions.count()} sessions"
 
     def _tell_systemd_that_we_stop(self) -> None:
@@ -510,101 +487,20 @@ class Server:
 
     # -- reload
 
-    def _hang_up(self, had_terminal: bool) -> None:
-        """SIGHUP: the terminal we were started in has gone, or somebody wants the log and configuration read anew."""
-        if had_terminal and not _terminal_lives():
-            self.stop()
-        else:
-            self.spawn(self._reload(), name="reload")
-
-    async def _reload(self) -> None:
-        async with self._reloading:
-            self._notifier.reloading("reloading")
-            try:
-                log.reopen()
-                await self.reload_config()
-            except (XmppdError, OSError) as exc:
-                _log.error("not reloaded", problem=exc)
-            finally:
-                self._notifier.ready(self._condition()[1])
-
     async def reload_config(self) -> list[str]:
         """Read the file again; all or nothing. What was applied, and what needs a restart, comes back; ConfigError:
         nothing was applied."""
-        if self.config.path is None:
-            raise CommandError("there is no configuration file: the node runs with the built-in defaults")
-        # To its end, even if whoever asked for it has left meanwhile.
-        done: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
-        self.spawn(self._reload_into(done), name="reload of the configuration")
-        return await asyncio.shield(done)
+        return await self._reloader.reload()
 
-    async def _reload_into(self, done: "asyncio.Future[list[str]]") -> None:
-        try:
-            done.set_result(await self._reload_whole())
-        except BaseException as exc:
-            done.set_exception(exc if isinstance(exc, Exception) else CommandError("the node stops"))
-            done.exception()  # somebody has looked
-            if not isinstance(exc, XmppdError):
-                raise
-
-    async def _reload_whole(self) -> list[str]:
-        async with self._applying:
-            try:
-                plan = await reload.prepare(self.config, self.loader, self.certificates)
-                await reload.carry_out(plan, self.config, self.loader, self.certificates, self._commit)
-            except ConfigError as exc:
-                _log.warning("configuration refused", problems=len(exc.problems), first=exc.problems[0])
-                raise
-            for warning in self.certificates.report.warnings:
-                _log.warning("certificate needs attention", problem=warning)
-            waiting = self.hooks.notify(ConfigReloaded())
-            if waiting is not None:
-                await waiting
-            report = plan.report()
-            _log.info("configuration reloaded", changes=len(report))
-            return report
-
-    def _commit(self, plan: reload.Plan) -> None:
-        """What cannot fail."""
+    def commit(self, plan: Plan) -> None:
+        """Put a new configuration into effect: what cannot fail."""
         if plan.config.loglevel != self.config.loglevel:
             log.set_level(plan.config.loglevel)
         self.config = plan.config
         self.access.rules = plan.access
         self.auth.config = plan.config
         self.sessions.strict = plan.config.routing.profile == "rfc6121"
-        for listener in self._listeners:
-            listener.shape()
-
-
-def _settings(listen: C2SListen) -> Settings:
-    return Settings(
-        name="c2s_tls" if listen.tls else "c2s",
-        before=Limits(
-            size=listen.pre_auth_max_stanza_size,
-            depth=listen.max_depth,
-            elements=listen.pre_auth_max_elements,
-            names=min(listen.max_novel_names, listen.pre_auth_max_elements),
-            total=listen.pre_auth_max_elements,
-        ),
-        after=Limits(
-            size=listen.max_stanza_size,
-            depth=listen.max_depth,
-            elements=listen.max_elements,
-            names=listen.max_novel_names,
-        ),
-        negotiation_timeout=listen.negotiation_timeout,
-        idle_timeout=listen.idle_timeout,
-        max_write_queue=listen.max_write_queue,
-        send_timeout=listen.send_timeout,
-    )
-
-
-def _terminal_lives() -> bool:
-    try:
-        os.tcgetpgrp(0)
-    except OSError:
-        return False
-    return True
+        self._listeners.shape()
 
 
 async def _await(waiting: Any) -> None:

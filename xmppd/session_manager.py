@@ -5,21 +5,23 @@ negative; NONNEG all that are not negative; OFF means MessageUndeliverable, wher
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from xmppd.cluster.tables import Owner, SessionRow, SessionTable
-from xmppd.delivery import SAFE, Bounce, Gate, Outcome, Pending, Record, Spawn, first_of
+from xmppd.delivery import ERROR, SAFE, Bounce, Gate, Outcome, Pending, Record, Settled, Spawn, first_of
 from xmppd.errors import StanzaError
 from xmppd.events import (
     MessageUndeliverable,
     PresenceBounced,
     ProbeReceiving,
     RequestReceiving,
+    SessionAppeared,
     SubscriptionReceiving,
 )
+from xmppd.forward import HOPS, Copy, Forwarded
 from xmppd.hooks import Hooks
 from xmppd.iq import IqDispatcher
 from xmppd.protocol.jid import JID, bare
@@ -60,6 +62,35 @@ class KnownAccounts(Protocol):
     async def exists(self, host: str, username: str) -> bool: ...
 
 
+class Remote(Protocol):
+    """The forwarder: what leads to sessions of other nodes, which are named by their UUIDs."""
+
+    def is_up(self, node: bytes) -> bool: ...
+
+    def send(self, node: bytes, stanza: Stanza, resources: Sequence[str], *, copy: bool = False) -> Outcome | None:
+        """None when the node is not up. The outcome of a copy is SAFE or a `Copy`."""
+        ...
+
+    def spread(self, node: bytes, stanza: Stanza, users: Sequence[str]) -> None: ...
+
+    def kick(self, nodes: Sequence[bytes], jid: JID, reason: str, condition: str) -> None: ...
+
+    def hand_over(self, node: bytes, jid: JID, bound_at: int) -> Coroutine[object, object, None]: ...
+
+
+class _Unreachable(Exception):
+    """A row belongs to a node that is not up: it is about to go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """A bound resource of a user, wherever in the cluster."""
+
+    jid: JID  # full
+    priority: int | None  # None until it is available
+    node: bytes | None  # the UUID of the other node it is on; None: on this one
+
+
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
     """One session for an operator's eyes."""
@@ -98,45 +129,96 @@ class SessionManager:
         self._hooks = hooks
         self._iqs = iqs
         self._bounce = bounce
+        self._spawn = spawn
         self._gate = Gate(hooks, spawn, bounce)
         self.strict = strict  # routing.profile: rfc6121
         self.rerouted = 0  # stanzas whose session turned out to be dead
+        self._remote: Remote | None = None
+        self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
+        table.on_conflict.append(self._lost)
+        table.on_appeared.append(self._appeared)
 
-    # -- sessions
+    def connect(self, remote: Remote) -> None:
+        """Hand in the way to the sessions of other nodes."""
+        self._remote = remote
 
     def open(self, session: LiveSession) -> SessionRow:
-        """Enter a session that was just bound; one with the same full JID ends with `conflict` (requirements ST-01)."""
+        """Enter a session that was just bound; one with the same full JID, here or elsewhere, ends with `conflict`
+        (requirements ST-01)."""
         row = SessionRow(session.jid, self._owner, time.time_ns(), session, anonymous=session.anonymous)
         displaced = self._table.insert(row)
-        if displaced is not None and displaced.session is not None:
-            displaced.session.replaced()
+        if displaced is not None:
+            if displaced.session is not None:
+                displaced.session.replaced()
+            else:
+                self._displacing[row.jid.full] = displaced.owner.member
         return row
 
+    def undisputed(self, row: SessionRow) -> Awaitable[None] | None:
+        """What must be awaited before the client is told that it is bound: another node takes back what it has said of
+        the session that was displaced there."""
+        node = self._displacing.pop(row.jid.full, None) if self._displacing else None
+        if node is None or self._remote is None:
+            return None
+        return self._remote.hand_over(node, row.jid, row.bound_at)
+
+    def yield_to(self, jid: JID, bound_at: int) -> None:
+        """A session of that full JID was bound at that time on another node: end ours, if it is older."""
+        row = self._table.rows(jid.bare).get(jid.resource)
+        if row is not None and row.session is not None and row.bound_at < bound_at:
+            row.session.replaced()
+
+    def _lost(self, row: SessionRow) -> None:
+        """The table says that this row of ours was displaced by another node."""
+        if row.session is not None:
+            row.session.replaced()
+
+    def _appeared(self, user: str, row: SessionRow) -> None:
+        if self._hooks.wants(SessionAppeared):
+            waiting = self._hooks.notify(SessionAppeared(bare(row.jid), row.owner.member))
+            if waiting is not None:
+                self._spawn(_finish(waiting), name="session appeared")
+
     def close(self, row: SessionRow) -> bool:
-        """Take a session's row out; True when it was the user's last one."""
+        """Take a session's row out; True when it was the user's last one in the cluster."""
         self._table.remove(row)
         row.session = None
         return not self._table.rows(row.jid.bare)
 
     def set_priority(self, row: SessionRow, priority: int | None) -> None:
         """The priority of its presence, or None when it is no longer available."""
-        row.priority = priority
+        self._table.set_priority(row, priority)
 
-    def oldest(self, user: JID, keep: int) -> list[LiveSession]:
-        """The user's oldest sessions beyond `keep` (requirements ST-02)."""
+    def end_oldest(self, user: JID, keep: int) -> None:
+        """End the user's oldest sessions beyond `keep`, on whatever node (requirements ST-02)."""
         rows = sorted(self._table.rows(user.bare).values(), key=lambda row: row.bound_at)
-        return [row.session for row in rows[: max(0, len(rows) - keep)] if row.session is not None]
+        for row in rows[: max(0, len(rows) - keep)]:
+            if row.session is not None:
+                row.session.replaced()
+            else:
+                self._kick_elsewhere([row], row.jid, "Replaced by new connection", "conflict")
 
     def sessions(self, user: JID) -> list[LiveSession]:
         """The live sessions of a bare JID on this node."""
         return [row.session for row in self._table.rows(user.bare).values() if row.session is not None]
 
+    def resources(self, user: JID) -> list[Resource]:
+        """What a user has bound, on whatever node."""
+        return [
+            Resource(row.jid, row.priority, row.owner.member if row.session is None else None)
+            for row in self._table.rows(user.bare).values()
+        ]
+
+    def nodes_of(self, user: JID) -> set[bytes]:
+        """The other nodes on which a user has sessions."""
+        return self._table.nodes_of(user.bare)
+
     def local(self) -> Iterator[LiveSession]:
         """Every live session of this node."""
-        return (row.session for row in self._table.all() if row.session is not None)
+        return (row.session for row in self._table.own_sessions() if row.session is not None)
 
     def is_bound(self, jid: JID) -> bool:
-        return jid.resource in self._table.rows(jid.bare)
+        return self._table.is_bound(jid)
 
     def is_available(self, user: JID) -> bool:
         """Whether a resource is there that takes messages (priority not negative)."""
@@ -153,6 +235,15 @@ class SessionManager:
         to = stanza.to
         assert to is not None
         rows = self._table.rows(to.bare)
+        if stanza.hops >= HOPS or stanza.kept:
+            # It has come far enough; or it is a row of the database, which whoever takes it finds there.
+            rows = _here(rows)
+        try:
+            return self._by_kind(stanza, to, rows)
+        except _Unreachable:
+            return self._by_kind(stanza, to, self._reachable(rows))
+
+    def _by_kind(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
         if stanza.kind == "message":
             return self._message(stanza, to, rows)
         if stanza.kind == "iq":
@@ -160,7 +251,8 @@ class SessionManager:
         return self._presence(stanza, to, rows)
 
     def reroute(self, records: Iterable[Record]) -> None:
-        """What was written to a session that died goes to another one, or is kept, or (IQ) back to its sender."""
+        """What was written to a session that died, or sent to a node that went down, goes to another session, or is
+        kept, or (IQ) back to its sender."""
         for record in records:
             if record.outcome.result is not None:
                 continue
@@ -181,23 +273,148 @@ class SessionManager:
         """Give one presence to every available resource of many users of our hosts; `to` becomes each user's bare JID.
 
         The table is asked once per user and the bytes are made once; what crosses to another node does so once."""
+        elsewhere: dict[bytes, list[str]] = {}
         for user in users:
             rows = self._table.rows(user.bare)
             if rows:
+                self._spread(stanza, user, rows, elsewhere)
+        if self._remote is not None:
+            for node, there in elsewhere.items():
+                self._remote.spread(node, stanza, there)
+
+    def _spread(self, stanza: Stanza, user: JID, rows: Rows, elsewhere: dict[bytes, list[str]]) -> None:
+        """`elsewhere` gets the user's bare JID, once for each other node it has to go to."""
+        addressed: Stanza | None = None
+        for row in rows.values():
+            if row.priority is None:
+                continue
+            if row.session is None:
+                there = elsewhere.setdefault(row.owner.member, [])
+                if not there or there[-1] != user.bare:
+                    there.append(user.bare)
+                continue
+            if addressed is None:
                 addressed = stanza.addressed(user)
-                for row in rows.values():
-                    if row.priority is not None:
-                        with suppress(StanzaError):  # this one may not see it; the others may
-                            self._deliver(row, addressed)
+            with suppress(StanzaError):  # this one may not see it; the others may
+                row.session.deliver(addressed)
+
+    # -- from other nodes
+
+    def arrived(self, stanza: Stanza, resources: Sequence[str]) -> Outcome:
+        """Deliver what another node has sent to some resources of a user; where they have gone meanwhile it is routed
+        from here. Raises StanzaError."""
+        assert stanza.to is not None
+        if stanza.kind == "presence" and stanza.type == "error":
+            self._hooks.notify(PresenceBounced(stanza.to, stanza))
+        rows = self._named(stanza.to, resources)
+        return self._deliver_all(rows, stanza) if rows else self.route(stanza)
+
+    def arrived_copy(self, stanza: Stanza, resources: Sequence[str]) -> Outcome | None:
+        """The same for one of several copies; None when none of the resources is there. Raises StanzaError."""
+        assert stanza.to is not None
+        rows = self._named(stanza.to, resources)
+        return self._deliver_all(rows, stanza) if rows else None
+
+    def _named(self, to: JID, resources: Sequence[str]) -> list[SessionRow]:
+        rows = self._table.rows(to.bare)
+        found = [rows[resource] for resource in resources if resource in rows]
+        return [row for row in found if row.session is not None]
+
+    def spread(self, stanza: Stanza, users: Iterable[JID]) -> None:
+        """Give a presence to the available resources that users have on this node."""
+        for user in users:
+            self._spread(stanza, user, self._table.rows(user.bare), {})
+
+    # -- to sessions
 
     def _deliver(self, row: SessionRow, stanza: Stanza) -> Outcome:
+        if row.session is None:
+            return self._send_on(row.owner.member, stanza, (row.jid.resource,))
         outcome: Outcome = row.session.deliver(stanza)
         return outcome
 
     def _deliver_all(self, rows: list[SessionRow], stanza: Stanza) -> Outcome:
         if len(rows) == 1:
             return self._deliver(rows[0], stanza)
-        return first_of([self._deliver(row, stanza) for row in rows]) if rows else SAFE
+        if not rows:
+            return SAFE
+        here = [row for row in rows if row.session is not None]
+        if len(here) == len(rows):
+            return first_of([row.session.deliver(stanza) for row in here])
+        elsewhere: dict[bytes, list[str]] = {}
+        for row in rows:
+            if row.session is None:
+                elsewhere.setdefault(row.owner.member, []).append(row.jid.resource)
+        if not here and len(elsewhere) == 1:
+            [(node, resources)] = elsewhere.items()
+            return self._send_on(node, stanza, resources)
+        return self._deliver_copies(here, elsewhere, stanza)
+
+    def _send_on(self, node: bytes, stanza: Stanza, resources: Sequence[str]) -> Outcome:
+        outcome = None if self._remote is None else self._remote.send(node, stanza, resources)
+        if outcome is None:
+            raise _Unreachable
+        return outcome
+
+    def _deliver_copies(
+        self, here: list[SessionRow], elsewhere: Mapping[bytes, Sequence[str]], stanza: Stanza
+    ) -> Outcome:
+        """The same stanza for resources on several nodes: safe as soon as one has it, and told once when none has."""
+        outcomes: list[Outcome] = []
+        refusals: list[StanzaError] = []
+        for row in here:
+            try:
+                outcomes.append(self._deliver(row, stanza))
+            except StanzaError as error:
+                refusals.append(error)
+        gone = False
+        for node, resources in elsewhere.items():
+            outcome = None if self._remote is None else self._remote.send(node, stanza, resources, copy=True)
+            if outcome is None:
+                gone = True
+            else:
+                outcomes.append(outcome)
+        first = first_of(outcomes) if outcomes else ERROR
+        if first is SAFE:
+            return SAFE
+        combined = Pending(decided=False, failed=lambda error: self._bounce(stanza, error))
+
+        def end(result: Settled) -> None:
+            copies = [outcome for outcome in outcomes if isinstance(outcome, Copy)]
+            errors = refusals + [copy.error for copy in copies if copy.error is not None]
+            if result is SAFE:
+                combined.settle(SAFE)
+            elif errors:
+                combined.fail(errors[0])
+            elif gone or copies:
+                self._route_again(stanza, combined)
+            else:
+                combined.settle(ERROR)
+
+        if isinstance(first, Pending):
+            first.when_decided(combined.decide)
+            first.then(end)
+        else:
+            end(first)
+        return combined
+
+    def _route_again(self, stanza: Stanza, outcome: Pending) -> None:
+        """None of those it was sent to was there any more."""
+        self.rerouted += 1
+        try:
+            outcome.follow(self.route(Forwarded.again(stanza)))
+        except StanzaError as error:
+            outcome.fail(error)
+
+    def _reachable(self, rows: Rows) -> Rows:
+        remote = self._remote
+        return {
+            resource: row
+            for resource, row in rows.items()
+            if row.session is not None or (remote is not None and remote.is_up(row.owner.member))
+        }
+
+    # -- the rules
 
     def _message(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
         if to.resource:
@@ -235,8 +452,8 @@ class SessionManager:
         exists = await self._accounts.exists(to.domain, to.local)
         # Somebody may have logged in meanwhile.
         rows = self._table.rows(to.bare)
-        if rows:
-            return self._message(stanza, to, rows)
+        if _here(rows) if stanza.hops >= HOPS or stanza.kept else rows:
+            return self.route(stanza)
         if exists:
             return self._message_to_none(stanza, to, kind)
         if kind == "headline" and (to.resource or self.strict):
@@ -314,13 +531,38 @@ class SessionManager:
     def kick(
         self, user: str, host: str, resource: str | None, reason: str, *, condition: str = "policy-violation"
     ) -> int:
-        """End sessions of a user (one resource, or None for all) with a stream error; how many there were."""
+        """End sessions of a user (one resource, or None for all) with a stream error, on whatever node; how many there
+        were."""
         rows = list(self._table.rows(f"{user}@{host}").values())
         chosen = [row for row in rows if resource is None or row.jid.resource == resource]
+        elsewhere = [row for row in chosen if row.session is None]
+        if elsewhere:
+            jid = elsewhere[0].jid
+            self._kick_elsewhere(elsewhere, bare(jid) if resource is None else jid, reason, condition)
         for row in chosen:
             if row.session is not None:
                 row.session.kick(reason, condition)
         return len(chosen)
+
+    def kick_here(self, jid: JID, reason: str, condition: str) -> int:
+        """End the session of a full JID, or all of a bare one, as far as they are on this node; how many there were."""
+        rows = list(self._table.rows(jid.bare).values())
+        chosen = [row.session for row in rows if row.session is not None and jid.resource in ("", row.jid.resource)]
+        for session in chosen:
+            session.kick(reason, condition)
+        return len(chosen)
+
+    def _kick_elsewhere(self, rows: list[SessionRow], jid: JID, reason: str, condition: str) -> None:
+        if self._remote is not None:
+            self._remote.kick(sorted({row.owner.member for row in rows}), jid, reason, condition)
+
+
+async def _finish(waiting: Awaitable[None]) -> None:
+    await waiting
+
+
+def _here(rows: Rows) -> Rows:
+    return {resource: row for resource, row in rows.items() if row.session is not None}
 
 
 def _not_negative(rows: Rows) -> list[SessionRow]:

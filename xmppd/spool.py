@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Required, TypedDict, Unpack
 
 from sqlalchemy import BigInteger, ColumnElement, Select, case, delete, func, null, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -20,7 +20,7 @@ from sqlalchemy.types import TypeEngine
 from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.log import get_logger
 from xmppd.storage import Stamp, Storage, Utf8, by_host, fixed_bytes, insert_new, new_id
-from xmppd.storage.sql import limited_update
+from xmppd.storage.sql import User, limited_update
 from xmppd.storage.tables import HOST_BYTES, PART_BYTES, account
 from xmppd.storage.tables import spool as table
 
@@ -33,8 +33,6 @@ _CHUNK: Final = 500  # ids in one IN (…)
 _FREE_AT_ONCE: Final = 1000
 _UNTAKE_FIRST: Final = 0.2  # seconds
 _UNTAKE_LONGEST: Final = 10.0
-
-User = tuple[str, str]  # server_host, username
 
 
 class QuotaReached(StorageError):
@@ -69,6 +67,19 @@ class SpoolRow:
     created_at: float
     sender: str
     stanza: bytes
+
+
+class KeepOptions(TypedDict, total=False):
+    """What `Spool.keep` and `keep_item` take by name."""
+
+    dedup: Required[bytes | None]  # 32 bytes; the same within the window, for the same user, gives DUPLICATE
+    quota: Required[int | None]  # never refuses a row with a holder, else the future raises QuotaReached
+    expires_at: float | None
+    holder: Holder | None
+    row_id: bytes | None  # from `new_id()`, made just now, for a caller that will have to delete or release the row
+    # The future raises NoAccount when the user is not registered (any more), else an account made anew with that name
+    # would get the message.
+    for_account: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,71 +132,33 @@ class Spool:
     # -- storing -----------------------------------------------------------------------------------------------------
 
     def keep(
-        self,
-        host: str,
-        username: str,
-        sender_bare: str,
-        stanza: bytes,
-        *,
-        dedup: bytes | None,
-        quota: int | None,
-        expires_at: float | None = None,
-        holder: Holder | None = None,
-        row_id: bytes | None = None,
-        for_account: bool = False,
+        self, host: str, username: str, sender_bare: str, stanza: bytes, **options: Unpack[KeepOptions]
     ) -> "asyncio.Future[Kept]":
-        """Stores one message; the future is resolved when it is committed.
-
-        `dedup`: 32 bytes; the same within the window, for the same user, gives DUPLICATE. `quota` never refuses a row
-        with a holder, else the future raises QuotaReached. `row_id`: from `new_id()`, made just now, for a caller that
-        will have to delete or release the row. `for_account`: the future raises NoAccount when the user is not
-        registered (any more), else an account made anew with that name would get the message. `take` gives rows back
-        in the order of these calls.
-        Raises StorageUnavailable at once when the write queue is full.
+        """Stores one message; the future is resolved when it is committed, or raises QuotaReached or NoAccount. `take`
+        gives rows back in the order of these calls. Raises StorageUnavailable at once when the write queue is full.
         """
-        kind, item = self.keep_item(
-            host,
-            username,
-            sender_bare,
-            stanza,
-            dedup=dedup,
-            quota=quota,
-            expires_at=expires_at,
-            holder=holder,
-            row_id=row_id,
-            for_account=for_account,
-        )
+        kind, item = self.keep_item(host, username, sender_bare, stanza, **options)
         return self._storage.batcher.submit(kind, item)
 
     def keep_item(
-        self,
-        host: str,
-        username: str,
-        sender_bare: str,
-        stanza: bytes,
-        *,
-        dedup: bytes | None,
-        quota: int | None,
-        expires_at: float | None = None,
-        holder: Holder | None = None,
-        row_id: bytes | None = None,
-        for_account: bool = False,
+        self, host: str, username: str, sender_bare: str, stanza: bytes, **options: Unpack[KeepOptions]
     ) -> tuple[str, KeepItem]:
         """As `keep`, for `Batcher.submit_unit`: a row that commits together with rows of other tables."""
+        dedup = options["dedup"]
         if dedup is not None:  # the column is unique in the whole table, so the user has to be part of it
             dedup = hashlib.sha256(b"\0".join((host.encode(), username.encode(), dedup))).digest()
         item = KeepItem(
-            row_id or new_id(),
+            options.get("row_id") or new_id(),
             host,
             username,
             sender_bare,
             stanza,
             self._clock(),
-            expires_at,
+            options.get("expires_at"),
             dedup,
-            quota,
-            holder,
-            for_account,
+            options["quota"],
+            options.get("holder"),
+            options.get("for_account", False),
         )
         return KEEP, item
 

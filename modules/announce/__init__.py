@@ -15,12 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Annotated, Final
+from typing import Any, Final
 from xml.sax.saxutils import escape
 
-from pydantic import AfterValidator
-
-from xmppd.errors import CommandError, JidError, StanzaError, StorageError
+from xmppd.errors import StanzaError, StorageError
 from xmppd.events import (
     HANDLED,
     Handled,
@@ -28,27 +26,33 @@ from xmppd.events import (
     SessionBecameAvailable,
     UserDeleted,
 )
-from xmppd.module_api import Arg, Context, Module, Outcome, Pending, Rescode, Session, command, hook, string
-from xmppd.protocol.jid import JID, make, parse
+from xmppd.module_api import (
+    AccessRules,
+    Arg,
+    Context,
+    Module,
+    Outcome,
+    Pending,
+    Rescode,
+    Session,
+    command,
+    from_node,
+    hook,
+    string,
+)
+from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stanza import Stanza, build
 
 from .motd import Motd, Store, motd, motd_seen
 
 _PATHS: Final = ("all", "online", "motd", "motd/update", "motd/delete")
 _PIECE: Final = 500  # recipients between two turns of the loop, or accounts read at once
-_REMEMBERED: Final = 10.0  # seconds until a message of the day that another node has set is seen here
-
-
-def _address(text: str) -> str:
-    try:
-        return parse(text).bare
-    except JidError:
-        raise ValueError("expected an address such as admin@example.net") from None
+_REMEMBERED: Final = 10.0  # seconds until one that another node has set is seen here, if its word of it was lost
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    admins: tuple[Annotated[str, AfterValidator(_address)], ...] = ()  # who may announce
+    access: str = "announce"  # access rule: who may announce
 
 
 class Announce(Module[Config]):
@@ -66,6 +70,11 @@ class Announce(Module[Config]):
     async def stop(self) -> None:
         self._store.close()
 
+    @classmethod
+    def check_options(cls, config: Config, access: AccessRules) -> Iterator[str]:
+        if not access.has_rule(config.access):
+            yield f"access: there is no access rule {config.access!r}"
+
     # -- what administrators send
 
     @hook(HostStanzaReceiving)
@@ -78,8 +87,9 @@ class Announce(Module[Config]):
         hosts, path = self._wanted(event.host, path.removeprefix("announce/"))
         if path not in _PATHS:
             return None
-        if sender.bare not in self.config.admins:
-            raise StanzaError("forbidden", "only administrators announce")
+        for host in hosts:  # each has rules of its own; nothing is done unless all of them agree
+            if not self.access.allowed(self.config.access, sender, host=host):
+                raise StanzaError("forbidden", f"you may not announce to the users of {host}")
         if path != "motd/delete" and stanza.body is None:
             raise StanzaError("bad-request", "an announcement has a body")
         for host in hosts:
@@ -101,18 +111,36 @@ class Announce(Module[Config]):
         if path.startswith("motd"):
             new = await self._store.set(host, text.xml)
             self._motds[host] = (self.clock(), new)
+            self.nodes.cast("motd", host)
             if path == "motd":
-                self.spawn(self._to_online(host, text, new), name="message of the day")
+                self._everywhere(host, text, new)
         elif path == "online":
-            self.spawn(self._to_online(host, text), name="announcement")
+            self._everywhere(host, text)
         else:
             self.spawn(self._to_all(host, text), name="announcement")
 
     async def _delete(self, host: str) -> bool:
         self._motds[host] = (self.clock(), None)
-        return await self._store.delete(host)
+        deleted = await self._store.delete(host)
+        self.nodes.cast("motd", host)
+        return deleted
 
     # -- sending
+
+    def _everywhere(self, host: str, text: Stanza, new: Motd | None = None) -> None:
+        self.nodes.cast("online", [host, text.xml.decode(), None if new is None else new.id.hex()])
+        self.spawn(self._to_online(host, text, new), name="announcement")
+
+    @from_node("online")
+    def send_too(self, node: bytes, news: list[Any]) -> None:
+        host, text, shown = news[0], Stanza.from_bytes(news[1].encode()), news[2]
+        new = None if shown is None else Motd(bytes.fromhex(shown), text.xml)
+        self.spawn(self._to_online(host, text, new), name="announcement")
+
+    @from_node("motd")
+    def look_again(self, node: bytes, host: str) -> None:
+        """Another node has set, or deleted, the message of the day."""
+        self._motds.pop(host, None)
 
     async def _to_online(self, host: str, text: Stanza, new: Motd | None = None) -> None:
         """Every session of this node, with whatever priority."""
@@ -208,6 +236,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Send an announcement to every account of a host",
     )
     async def announce_send_all(self, host: str, subject: str, body: str) -> None:
@@ -218,6 +247,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Send an announcement to everybody who is connected to a host",
     )
     async def announce_send_online(self, host: str, subject: str, body: str) -> None:
@@ -228,6 +258,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Set the message of the day and send it to everybody who is connected",
     )
     async def announce_motd_set_online(self, host: str, subject: str, body: str) -> None:
@@ -238,6 +269,7 @@ class Announce(Module[Config]):
         args=(Arg("host"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Set the message of the day, which everybody is shown at the next login",
     )
     async def announce_motd_update(self, host: str, subject: str, body: str) -> None:
@@ -248,36 +280,29 @@ class Announce(Module[Config]):
         args=(Arg("host"),),
         result=Rescode(),
         tags=("announce",),
+        scope="shared",
         doc="Delete the message of the day",
     )
     async def announce_motd_delete(self, host: str) -> None:
-        await self._delete(self._host(host))
+        await self._delete(self.own_host(host))
 
     @command(
         "announce_motd_get",
         args=(Arg("host"),),
         result=string("motd"),
         tags=("announce",),
+        scope="shared",
         doc="Show the message of the day",
         reads=True,
     )
     async def announce_motd_get(self, host: str) -> str:
-        found = await self._store.get(self._host(host))
+        found = await self._store.get(self.own_host(host))
         return "" if found is None else Stanza.from_bytes(found.stanza).body or ""
 
     async def _command(self, host: str, path: str, subject: str, body: str) -> None:
         title = f"<subject>{escape(subject)}</subject>" if subject else ""
         text = build("message", {"type": "normal"}, f"{title}<body>{escape(body)}</body>".encode())
-        await self._announce(self._host(host), path, text)
-
-    def _host(self, host: str) -> str:
-        try:
-            domain = make("", host).full
-        except JidError as exc:
-            raise CommandError(str(exc)) from exc
-        if domain not in self.server.hosts:
-            raise CommandError(f"unknown host: {host}")
-        return domain
+        await self._announce(self.own_host(host), path, text)
 
 
 def _from_host(stanza: Stanza, host: str, *, keep: bool) -> Stanza:

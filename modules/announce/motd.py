@@ -8,14 +8,16 @@ from sqlalchemy import Column, delete, select
 
 from xmppd.module_api import (
     Storage,
-    by_host,
+    User,
     fixed_bytes,
     host_column,
     long_bytes,
     module_table,
     new_id,
+    read_per_user,
     upsert,
     user_column,
+    write_per_user,
 )
 from xmppd.protocol.jid import JID
 
@@ -38,8 +40,6 @@ motd_seen = module_table(
     user_column(primary_key=True),
     Column("id", fixed_bytes(16), nullable=False),  # of the last one the user has seen
 )
-
-User = tuple[str, str]  # server_host, username
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,21 +111,11 @@ async def _fetch_texts(connection: "AsyncConnection", hosts: list[str]) -> dict[
 
 
 async def _fetch_seen(connection: "AsyncConnection", users: list[User]) -> dict[User, bytes]:
-    found = {}
-    columns = motd_seen.c
-    for host, names in by_host(users).items():
-        query = select(columns.username, columns.id).where(columns.server_host == host, columns.username.in_(names))
-        found.update({(host, row.username): row.id for row in await connection.execute(query)})
-    return found
+    return {user: row.id for user, row in (await read_per_user(connection, motd_seen, users)).items()}
 
 
 async def _write_seen(connection: "AsyncConnection", items: list[Seen]) -> list[None]:
-    latest = {seen.user: seen.id for seen in items}
-    rows = [{"server_host": host, "username": name, "id": id} for (host, name), id in latest.items() if id is not None]
-    if rows:
-        await connection.execute(upsert(motd_seen, connection.dialect), rows)
-    for host, names in by_host([user for user, id in latest.items() if id is None]).items():
-        await connection.execute(
-            delete(motd_seen).where(motd_seen.c.server_host == host, motd_seen.c.username.in_(names))
-        )
+    await write_per_user(
+        connection, motd_seen, [(seen.user, None if seen.id is None else {"id": seen.id}) for seen in items]
+    )
     return [None] * len(items)

@@ -10,6 +10,7 @@ from xmppd.module_api import (
     FULL_BYTES,
     Stamp,
     Storage,
+    User,
     Utf8,
     by_host,
     fixed_bytes,
@@ -51,8 +52,6 @@ spam_report = module_table(
     Column("report", long_bytes(), nullable=False),  # as XML
     Index("spam_report_user", "server_host", "username"),
 )
-
-User = tuple[str, str]  # server_host, username
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ told of it, never neither.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -27,9 +27,20 @@ from xmppd.events import (
     SessionClosed,
     StanzaDelivering,
     UserDeleted,
+    UserForgotten,
 )
-from xmppd.module_api import BlockingService, Blocklist, Contact, Context, Module, RosterService, Session, hook
-from xmppd.protocol.jid import JID, bare
+from xmppd.module_api import (
+    BlockingService,
+    Blocklist,
+    Contact,
+    Context,
+    Module,
+    RosterService,
+    Session,
+    from_node,
+    hook,
+)
+from xmppd.protocol.jid import JID, bare, parse
 from xmppd.protocol.stanza import Stanza, build
 
 from .blocked import NOBODY, Blocks, touched
@@ -40,6 +51,7 @@ _STATE: Final = "presence"  # in a session's state: a plain dict, which outlives
 _LAST_KNOWN: Final = 10_000  # users whose last unavailable presence is remembered
 _LAST_SIZE: Final = 1024  # bytes; a longer one is not
 _RETRY: Final = 5.0  # seconds between two looks for a database that is away
+_LAST_WAIT: Final = 2.0  # seconds for other nodes to say what they know of an absent user
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +122,10 @@ class Presence(Module[Config]):
         if session.presence is not presence:
             return
 
+        first = not _state(session)["complete"]
+        audience = self._audience(user, contacts, blocked)
+        elsewhere = self._elsewhere(audience) if first and self.nodes.others else None
+
         def wanted(target: JID) -> bool:
             if session.presence is not presence:
                 return False  # it was replaced while it went out
@@ -117,12 +133,39 @@ class Presence(Module[Config]):
             item = (known if cached is None else cached).get(target.full)
             return target == user or (item is not None and item.sees_user and not self._blocks.blocks(user, target))
 
-        sending = self._fanout.send(user, presence, self._audience(user, contacts, blocked), wanted)
+        sending = self._fanout.send(user, presence, audience, wanted)
         if sending is not None:
             await sending
+        if elsewhere is not None:
+            self.spawn(self._tell_newcomers(session, elsewhere), name="presence for newcomers")
         if not _state(session)["complete"] and session.presence is presence:
             _state(session)["complete"] = True
             await self._bring(session, contacts)
+
+    async def _tell_newcomers(self, session: Session, told: set[JID]) -> None:
+        """Somebody may have become available on another node at the same moment, so that neither knew of the other.
+        When both nodes have heard all that the other had sent, each tells whom it had not told."""
+        await self.nodes.barrier()
+        if session.presence is None:
+            return
+        try:
+            contacts, blocked = await self._roster_of(session.user), await self._blocks.get(session.user)
+        except StorageError as exc:
+            self.log.warning("presence waits for the roster", user=session.user.bare, error=exc)
+            return  # both are tried again with the next presence
+        newcomers = self._elsewhere(self._audience(session.user, contacts, blocked)) - told
+        if newcomers and session.presence is not None:
+            self._fanout.send(session.user, session.presence, sorted(newcomers, key=str))
+
+    def _elsewhere(self, audience: Iterable[JID]) -> set[JID]:
+        """The available resources that users have on other nodes."""
+        return {
+            resource.jid
+            for user in audience
+            if self._is_near(user)
+            for resource in self.sessions.resources(user)
+            if resource.node is not None and resource.priority is not None
+        }
 
     async def _tell_later(self, session: Session, presence: Stanza) -> None:
         """The client has been told that it is available; the others hear of it when the database is back."""
@@ -137,15 +180,20 @@ class Presence(Module[Config]):
 
     async def _bring(self, session: Session, contacts: Mapping[str, Contact]) -> None:
         """The presence of the user's other resources and of the contacts (RFC 6121 4.3)."""
+        asked: dict[bytes, list[str]] = {}
         self._answer(session.user, session.jid)
+        self._note_nodes(session.user, asked)
         for count, contact in enumerate(_seen(contacts), 1):
-            await self._bring_one(session, contact)
+            await self._bring_one(session, contact, asked)
             if count % PIECE == 0:
+                self._ask_nodes(session.jid, asked)
                 await asyncio.sleep(0)
             if session.presence is None:
                 return
+        self._ask_nodes(session.jid, asked)
 
-    async def _bring_one(self, session: Session, contact: JID) -> None:
+    async def _bring_one(self, session: Session, contact: JID, asked: dict[bytes, list[str]]) -> None:
+        """`asked` gets the contact for each other node it is on."""
         if self._blocks.blocks(session.user, contact):
             return
         if not self._is_near(contact):
@@ -153,16 +201,75 @@ class Presence(Module[Config]):
             self.route(build("presence", probe))
             return
         # Our own users need no probe; of the absent ones a new resource is not told, it takes nobody for there.
+        self._note_nodes(contact, asked)
         here = self._present(contact) and not self._blocks.blocks(contact, session.jid)
         if here and await self._may_see(contact, session.user):
             self._answer(contact, session.jid)
+
+    # -- other nodes answer for the sessions they have
+
+    def _note_nodes(self, user: JID, asked: dict[bytes, list[str]]) -> None:
+        if self.nodes.others:
+            for node in self._nodes_with(user):
+                asked.setdefault(node, []).append(user.bare)
+
+    def _nodes_with(self, user: JID, only: str = "") -> set[bytes]:
+        """The other nodes with available resources of a user, or with one of them."""
+        return {
+            resource.node
+            for resource in self.sessions.resources(user)
+            if resource.node is not None and resource.priority is not None and only in ("", resource.jid.resource)
+        }
+
+    def _ask_nodes(self, asker: JID, asked: dict[bytes, list[str]], only: str = "") -> None:
+        """Each node once, whatever the number of users."""
+        for node, users in asked.items():
+            self.nodes.cast("probe", [asker.full, users, only], (node,))
+        asked.clear()
+
+    @from_node("probe")
+    def answer_node(self, node: bytes, news: list[Any]) -> Awaitable[None] | None:
+        """Somebody there wants to see users who are here."""
+        asker, users, only = parse(news[0]), [parse(user) for user in news[1]], news[2]
+        if all(self._cached(user) is not None for user in users):
+            for user in users:
+                self._answer_if(user, asker, only, self._cached(user) or {})
+            return None
+        return self._answer_later(users, asker, only)
+
+    async def _answer_later(self, users: list[JID], asker: JID, only: str) -> None:
+        for user in users:
+            try:
+                self._answer_if(user, asker, only, await self._roster_of(user))
+            except StorageError as exc:
+                self.log.warning("presence waits for the roster", user=user.bare, error=exc)
+
+    def _answer_if(self, user: JID, asker: JID, only: str, contacts: Mapping[str, Contact]) -> None:
+        item = contacts.get(asker.bare)
+        may_see = asker.bare == user.bare or (item is not None and item.sees_user)
+        if may_see and self._present(user) and not self._blocks.blocks(user, asker):
+            self._answer(user, asker, only)
+
+    @from_node("last")
+    def say_last(self, node: bytes, user: str) -> list[Any] | None:
+        """[seconds since 1970, the presence]: the last that was heard of a user here."""
+        last = self._last.get(user)
+        return None if last is None else [last[1], last[0].xml.decode()]
+
+    @from_node("hide")
+    async def hide_too(self, node: bytes, news: list[Any]) -> None:
+        await self._hide(parse(news[0]), [parse(address) for address in news[1]])
+
+    @from_node("show")
+    async def show_too(self, node: bytes, news: list[Any]) -> None:
+        await self._show(parse(news[0]), [parse(address) for address in news[1]])
 
     @hook(SessionBecameUnavailable)
     def end(self, event: SessionBecameUnavailable) -> None:
         """RFC 6121 4.5.2. Plain, so that it comes before the session is taken apart."""
         session, presence = event.session, event.presence
         user, directed = session.user, self._take_directed(session)
-        if not self._present(user):
+        if all(resource.priority is None for resource in self.sessions.resources(user)):
             self._remember(user, presence)
         contacts, blocked = self._cached(user), self._blocks.known(user)
         if contacts is None or blocked is None:
@@ -196,6 +303,10 @@ class Presence(Module[Config]):
 
     @hook(UserDeleted)
     def forget(self, event: UserDeleted) -> None:
+        self._last.pop(event.user.bare, None)
+
+    @hook(UserForgotten)
+    def forget_here(self, event: UserForgotten) -> None:
         self._last.pop(event.user.bare, None)
 
     # -- directed presence
@@ -241,8 +352,12 @@ class Presence(Module[Config]):
     @hook(AddressesBlocked)
     async def hide(self, event: AddressesBlocked) -> None:
         """Whoever is blocked sees the user go, and with them whoever got directed presence."""
-        user, blocked = event.user, await self._blocks.get(event.user)
-        watching = touched(event.addresses, await self._roster_of(user), _sees_user)
+        self.nodes.cast("hide", _blocked(event), self.nodes.of(event.user))
+        await self._hide(event.user, event.addresses)
+
+    async def _hide(self, user: JID, addresses: Sequence[JID]) -> None:
+        blocked = await self._blocks.newest(user)
+        watching = touched(addresses, await self._roster_of(user), _sees_user)
         for session in self._present(user):
             gone = build("presence", {"from": session.jid.full, "type": "unavailable"})
             directed = _state(session)["directed"]
@@ -255,14 +370,20 @@ class Presence(Module[Config]):
     @hook(AddressesUnblocked)
     async def show(self, event: AddressesUnblocked) -> None:
         """Both see each other again, as at the beginning of a session."""
-        user, blocked = event.user, await self._blocks.get(event.user)
+        self.nodes.cast("show", _blocked(event), self.nodes.of(event.user))
+        await self._show(event.user, event.addresses)
+
+    async def _show(self, user: JID, addresses: Sequence[JID]) -> None:
+        blocked = await self._blocks.newest(user)
         contacts = await self._roster_of(user)
-        watching = touched(event.addresses, contacts, _sees_user)
+        watching = touched(addresses, contacts, _sees_user)
         for session in self._present(user):
             if session.presence is not None:
                 self._fanout.send(user, session.presence, [target for target in watching if not blocked.blocks(target)])
-            for contact in touched(event.addresses, contacts, _is_seen):
-                await self._bring_one(session, contact)
+            asked: dict[bytes, list[str]] = {}
+            for contact in touched(addresses, contacts, _is_seen):
+                await self._bring_one(session, contact, asked)
+            self._ask_nodes(session.jid, asked)
 
     # -- those who ask
 
@@ -272,13 +393,25 @@ class Presence(Module[Config]):
         user, asker = event.user, event.stanza.from_
         if asker is None:
             return HANDLED
+        only = event.stanza.to.resource if event.stanza.to else ""
         if not await self._may_see(user, asker):
             self.route(build("presence", {"from": user.bare, "to": asker.bare, "type": "unsubscribed"}))
-        elif not self._answer(user, asker, only=event.stanza.to.resource if event.stanza.to else ""):
-            last = self._last.get(user.bare)
+            return HANDLED
+        found, nodes = self._answer(user, asker, only), self._nodes_with(user, only)
+        self._ask_nodes(asker, {node: [user.bare] for node in nodes}, only)
+        if not found and not nodes:
+            last = await self._last_of(user)
             unavailable = build("presence", {"from": user.bare, "type": "unavailable"})
             self.route((unavailable if last is None else delayed(*last)).addressed(asker))
         return HANDLED
+
+    async def _last_of(self, user: JID) -> tuple[Stanza, float] | None:
+        """The last presence of an absent user: the node knows it on which their last session was."""
+        answers = await self.nodes.call_all("last", user.bare, timeout=_LAST_WAIT)
+        found = [(Stanza.from_bytes(answer[1].encode()), answer[0]) for answer in answers if answer is not None]
+        if user.bare in self._last:
+            found.append(self._last[user.bare])
+        return max(found, key=lambda last: last[1], default=None)
 
     async def _may_see(self, user: JID, asker: JID) -> bool:
         if asker.bare == user.bare:
@@ -361,6 +494,11 @@ class Presence(Module[Config]):
             return await self._roster().contacts(bare(user))
         except LookupError as exc:
             raise StorageUnavailable("the roster module is being loaded") from exc
+
+
+def _blocked(event: AddressesBlocked | AddressesUnblocked) -> list[Any]:
+    """As other nodes are told."""
+    return [event.user.full, [address.full for address in event.addresses]]
 
 
 def _sees_user(contact: Contact) -> bool:

@@ -1,7 +1,7 @@
 """Rosters and presence subscriptions (RFC 6121 2 and 3), with roster versioning (XEP-0237, RFC 6121 2.6).
 
 moves.py has the states and how they change, subscriptions.py what is sent when they do, items.py what a client may set,
-store.py the database, cache.py the rosters of the users who are here.
+store.py the database, cache.py the rosters of the users who are here, news.py what nodes tell each other.
 """
 
 import asyncio
@@ -22,6 +22,7 @@ from xmppd.events import (
     SubscriptionReceiving,
     SubscriptionSending,
     UserDeleted,
+    UserForgotten,
 )
 from xmppd.module_api import (
     Arg,
@@ -35,16 +36,18 @@ from xmppd.module_api import (
     Session,
     Tuple,
     command,
+    from_node,
     hook,
     iq,
     string,
 )
 from xmppd.protocol import ns
-from xmppd.protocol.jid import JID, make
-from xmppd.protocol.stanza import build
+from xmppd.protocol.jid import JID, make, parse
+from xmppd.protocol.stanza import Stanza, build
 
 from .cache import Rosters
-from .items import Limits, check_texts, item_xml, query_xml, read_edit, removed_xml
+from .items import Item, Limits, check_texts, item_xml, query_xml, read_edit, removed_xml
+from .news import heard, told
 from .store import Change, Loaded, Store, roster_item, roster_version
 from .subscriptions import Subscriptions, decided, kept_request
 
@@ -93,7 +96,7 @@ class Roster(Module[Config]):
         return (await self._rosters.get(user)).items
 
     def invalidate(self, user: JID) -> None:
-        """Another node has changed this roster: load it again if it is kept here."""
+        """This roster may have been changed by somebody else: load it again if it is kept here."""
         self._rosters.invalidate(user)
         if self._rosters.cached(user) is not None:
             self.spawn(self._refresh(user), name="load a roster again")
@@ -242,9 +245,12 @@ class Roster(Module[Config]):
             done = await change
         except (StorageError, asyncio.CancelledError):
             self._rosters.invalidate(user)  # the answer to a COMMIT may have been lost
+            self.nodes.cast("doubt", user.full)
             self._tell_successor(user)
             raise
         self._rosters.apply(user, done)
+        if done.changed:
+            self.nodes.cast("changed", told(user, done))
         self._tell_successor(user)
         return done
 
@@ -258,20 +264,79 @@ class Roster(Module[Config]):
             serving.invalidate(user)
 
     def push(self, user: JID, change: Change) -> None:
-        """Tell every interested resource (RFC 6121 2.1.6)."""
-        item, before = change.after, change.before
-        if item is not None and item.listed:
-            text = item_xml(item)
-        elif before is not None and before.listed:
-            text = removed_xml(change.jid)
-        else:
-            return
-        inner = query_xml((text,), change.version if self.config.versioning else None)
+        """Tell every interested resource (RFC 6121 2.1.6), on whatever node."""
+        if _is_shown(change.after) or _is_shown(change.before):
+            self.nodes.cast("push", [user.full, change.jid.full])
+            self._push_here(user, change.jid, change.after, change.version)
+
+    def _push_here(self, user: JID, contact: JID, item: Item | None, version: str) -> None:
+        text = item_xml(item) if item is not None and item.listed else removed_xml(contact)
+        inner = query_xml((text,), version if self.config.versioning else None)
         for session in self.sessions.sessions(user):
             if self.interested(session):
                 id = f"push-{next(self._pushes)}"
                 attrs = {"type": "set", "id": id, "to": session.jid.full, "from": user.bare}
                 session.send(build("iq", attrs, inner))
+
+    # -- other nodes: they change rosters too, and have sessions of the same users
+
+    def elsewhere(self, user: JID) -> bool:
+        return bool(self.nodes.of(user))
+
+    def tell_others(self, topic: str, user: JID, what: str) -> None:
+        nodes = self.nodes.of(user)
+        if nodes:
+            self.nodes.cast(topic, [user.full, what], nodes)
+
+    async def heard(self) -> None:
+        await self.nodes.barrier()
+
+    @from_node("changed")
+    def learn(self, node: bytes, news: dict[str, Any]) -> None:
+        """To all nodes: one that is just loading that roster must not keep what was there before."""
+        user, change = heard(news)
+        if not self._rosters.learn(user, change):
+            self.invalidate(user)
+
+    @from_node("doubt")
+    def doubt(self, node: bytes, user: str) -> None:
+        self.invalidate(parse(user))
+
+    @from_node("push")
+    def push_too(self, node: bytes, news: list[str]) -> Awaitable[None] | None:
+        """Behind `changed`, so what is kept has the item; or something newer, which is then pushed in its place."""
+        user, contact = parse(news[0]), parse(news[1])
+        kept = self._rosters.cached(user)
+        if kept is None:
+            return None  # nobody here has asked for it
+        if kept.stale:
+            return self._push_current(user, contact)
+        self._push_here(user, contact, kept.items.get(contact.full), kept.version)
+        return None
+
+    async def _push_current(self, user: JID, contact: JID) -> None:
+        try:
+            kept = await self._rosters.get(user)
+        except StorageError as exc:
+            self.log.warning("roster not loaded again", user=user.bare, error=exc)
+        else:
+            self._push_here(user, contact, kept.items.get(contact.full), kept.version)
+
+    @from_node("deliver")
+    def deliver(self, node: bytes, news: list[str]) -> None:
+        self._flows.deliver_here(parse(news[0]), Stanza.from_bytes(news[1].encode()))
+
+    @from_node("show")
+    def show(self, node: bytes, news: list[str]) -> None:
+        self._flows.show_here(parse(news[0]), parse(news[1]))
+
+    @from_node("hide")
+    def hide(self, node: bytes, news: list[str]) -> None:
+        self._flows.hide_here(parse(news[0]), parse(news[1]))
+
+    @hook(UserForgotten)
+    def forget_here(self, event: UserForgotten) -> None:
+        self._rosters.drop(event.user)
 
     # -- what operators ask
 
@@ -280,6 +345,7 @@ class Roster(Module[Config]):
         args=tuple(map(Arg, ("localuser", "localhost", "user", "host", "nick", "group", "subs"))),
         result=Rescode(),
         tags=("roster",),
+        scope="shared",
         doc="Add a contact to a user's roster, or change it; several groups are separated by `;`",
     )
     async def add_rosteritem(
@@ -304,6 +370,7 @@ class Roster(Module[Config]):
         args=tuple(map(Arg, ("localuser", "localhost", "user", "host"))),
         result=Rescode(),
         tags=("roster",),
+        scope="shared",
         doc="Take a contact out of a user's roster; the contact is not told",
     )
     async def delete_rosteritem(self, localuser: str, localhost: str, user: str, host: str) -> None:
@@ -318,6 +385,7 @@ class Roster(Module[Config]):
         args=(Arg("user"), Arg("host")),
         result=List("contacts", Tuple("contact", tuple(map(string, ("jid", "nick", "subscription", "ask", "group"))))),
         tags=("roster",),
+        scope="shared",
         doc="List a user's contacts, one line per group",
         reads=True,
     )
@@ -341,6 +409,11 @@ class Roster(Module[Config]):
         if jid.domain not in self.server.hosts:
             raise CommandError("Unknown virtual host")
         return jid
+
+
+def _is_shown(item: Item | None) -> bool:
+    """Whether clients are told of it."""
+    return item is not None and item.listed
 
 
 def _own(request: IqRequest) -> None:

@@ -85,6 +85,19 @@ class Rosters:
             kept.stale = True  # another node has changed it in between
         kept.version = change.version
 
+    def learn(self, user: JID, change: Change) -> bool:
+        """Take over what another node has committed; False: what is kept, or being loaded, has to be loaded again."""
+        loading = user.bare in self._loading
+        self._loading.discard(user.bare)
+        kept = self._kept.get(user.bare)
+        if kept is None:
+            return not loading
+        if loading or kept.stale or kept.version != change.old_version:
+            kept.stale = True
+            return False
+        self.apply(user, change)
+        return True
+
     def invalidate(self, user: JID) -> None:
         """The database may have something newer: another node said so, or the end of a transaction is not known."""
         self._loading.discard(user.bare)

@@ -35,6 +35,18 @@ class Desk(Protocol):
 
     def push(self, user: JID, change: Change) -> None: ...
 
+    def elsewhere(self, user: JID) -> bool:
+        """Whether the user has sessions on other nodes."""
+        ...
+
+    def tell_others(self, topic: str, user: JID, what: str) -> None:
+        """Tell the other nodes with sessions of the user."""
+        ...
+
+    async def heard(self) -> None:
+        """Wait until the other nodes have heard of all that happened here."""
+        ...
+
     def sees_user(self, user: JID, contact: JID) -> bool: ...
 
 
@@ -66,7 +78,7 @@ class Subscriptions:
         # Its own stanzas come behind this one, and so does the presence that follows an approval.
         await decided(outcome)
         if stanza.type == "subscribed":
-            self.show_presence(user, contact)
+            await self.show_presence(user, contact)
 
     async def receive(self, user: JID, stanza: Stanza) -> None:
         """One arrived for the user (RFC 6121 3.1.3, 3.1.6, 3.2.3, 3.3.3). Nothing happens for an unknown account."""
@@ -91,7 +103,7 @@ class Subscriptions:
             outcome = self._route(_say(reply, user, contact))
         await decided(outcome)
         if reply == "subscribed":
-            self.show_presence(user, contact)
+            await self.show_presence(user, contact)
 
     def part(self, user: JID, item: Item) -> list[Outcome]:
         """The item was removed: tell the contact (RFC 6121 2.5.2)."""
@@ -100,8 +112,15 @@ class Subscriptions:
             self.end_presence(user, contact)
         return [self._route(_say(kind, user, contact)) for kind in farewells(item.state)]
 
-    def show_presence(self, user: JID, contact: JID) -> None:
+    async def show_presence(self, user: JID, contact: JID) -> None:
         """Every available resource to a contact that may see the user now."""
+        self.show_here(user, contact)
+        if self._desk.elsewhere(user):
+            await self._desk.heard()  # the contact's client first hears that it may
+            self._desk.tell_others("show", user, contact.full)
+
+    def show_here(self, user: JID, contact: JID) -> None:
+        """Those on this node."""
         if self._desk.sees_user(user, contact):
             for session in self._available(user):
                 if session.presence is not None:
@@ -109,12 +128,22 @@ class Subscriptions:
 
     def end_presence(self, user: JID, contact: JID) -> None:
         """Every available resource is unavailable for a contact."""
+        self._desk.tell_others("hide", user, contact.full)
+        self.hide_here(user, contact)
+
+    def hide_here(self, user: JID, contact: JID) -> None:
+        """Those on this node."""
         for session in self._available(user):
             self._route(build("presence", {"from": session.jid.full, "to": contact.full, "type": "unavailable"}))
 
     def _deliver(self, user: JID, stanza: Stanza) -> None:
-        """A request goes to the available resources (RFC 6121 3.1.3); the rest also to those who asked for the roster,
-        whose push comes behind it."""
+        """To the user's resources on all nodes; the push comes behind it."""
+        self._desk.tell_others("deliver", user, stanza.xml.decode())
+        self.deliver_here(user, stanza)
+
+    def deliver_here(self, user: JID, stanza: Stanza) -> None:
+        """A request goes to the available resources (RFC 6121 3.1.3); the rest also to those who asked for the
+        roster."""
         for session in self._desk.sessions_of(user):
             if session.priority is not None or (stanza.type != "subscribe" and self._desk.interested(session)):
                 session.send(stanza.replace(to=session.jid.full))

@@ -15,6 +15,7 @@ error), 2 wrong usage.
 import argparse
 import contextlib
 import copy
+import errno
 import fcntl
 import json
 import os
@@ -37,11 +38,16 @@ STATE = "devcluster.json"
 MAX_NODES = 1  # a server that cannot join others makes no cluster of more
 STOP_GRACE = 30.0  # s until a node that does not stop is killed
 POLL = 0.05  # s
+PORT_ATTEMPTS = 3  # until a node starts, which takes a second, others may take the ports that were free
 LOG_TAIL = 20  # lines
 
 
 class Refused(Exception):
     """What was asked cannot be done; the text is for the person who asked."""
+
+
+class PortTaken(Refused):
+    """Somebody else has got a port of ours."""
 
 
 def main() -> None:
@@ -247,20 +253,35 @@ def up(folder: Path, arguments: argparse.Namespace) -> None:
                 raise Refused(f"{folder} belongs to a live cluster: {', '.join(alive)}. `devcluster down` stops it")
         names = [f"xmppd@node{number:02}" for number in range(1, arguments.count + 1)]
         cluster = Cluster(folder, [Node(name, str(folder / name), arguments.cpus) for name in names])
-        with free_ports() as next_port:
-            for node in cluster.nodes:
-                node.path.mkdir(mode=0o700, exist_ok=True)  # secrets will stand in it
-                config = configuration(node, over, plain=arguments.plain, next_port=next_port)
-                node.config.write_text(yaml.safe_dump(config, sort_keys=False))
-        cluster.save()
-        try:
-            for node in cluster.nodes:
-                start(node, arguments.timeout)
-        except BaseException:
-            stop(cluster.nodes)  # an `up` that fails, or is interrupted, leaves nothing running
-            raise
+        for left in reversed(range(PORT_ATTEMPTS)):
+            configure(cluster, over, plain=arguments.plain)
+            try:
+                start_all(cluster, arguments.timeout)
+            except PortTaken:
+                if not left:
+                    raise
+            else:
+                break
         for node in cluster.nodes:
             show(node, as_json=arguments.json)
+
+
+def configure(cluster: Cluster, over: dict[str, Any], *, plain: bool) -> None:
+    with free_ports() as next_port:
+        for node in cluster.nodes:
+            node.path.mkdir(mode=0o700, exist_ok=True)  # secrets will stand in it
+            config = configuration(node, over, plain=plain, next_port=next_port)
+            node.config.write_text(yaml.safe_dump(config, sort_keys=False))
+    cluster.save()
+
+
+def start_all(cluster: Cluster, timeout: float) -> None:
+    try:
+        for node in cluster.nodes:
+            start(node, timeout)
+    except BaseException:
+        stop(cluster.nodes)  # an `up` that fails, or is interrupted, leaves nothing running
+        raise
 
 
 def down(folder: Path) -> None:
@@ -379,7 +400,8 @@ def fail(node: Node, begin: int, what: str) -> NoReturn:
         log.seek(begin)
         lines = log.read().decode(errors="replace").splitlines()
     tail = "\n  ".join(lines[-LOG_TAIL:]) or "(it wrote nothing)"
-    raise Refused(f"{what}. The end of {node.log}:\n  {tail}")
+    kind = PortTaken if os.strerror(errno.EADDRINUSE) in tail else Refused
+    raise kind(f"{what}. The end of {node.log}:\n  {tail}")
 
 
 def raise_file_limit() -> None:

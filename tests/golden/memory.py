@@ -9,6 +9,7 @@ from xmppd.admin.commands import register_core
 from xmppd.admin.registry import Registry
 from xmppd.delivery import SAFE, Outcome
 from xmppd.errors import ConfigError
+from xmppd.protocol.jid import JID
 from xmppd.protocol.sasl import prep_password, prep_username
 from xmppd.protocol.stanza import Stanza
 from xmppd.session_manager import SessionInfo
@@ -102,6 +103,9 @@ class Sessions:
         self.rows = [row for row in self.rows if row not in gone]
         self.kicked += [(f"{row.user}@{row.host}/{row.resource}", reason) for row in gone]
         return len(gone)
+
+    def kick_here(self, jid: JID, reason: str, condition: str) -> int:
+        return self.kick(jid.local, jid.domain, jid.resource or None, reason, condition=condition)
 
 
 class Router:

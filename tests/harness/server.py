@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from tests.harness.watcher import Watcher
+
 ROOT = Path(__file__).parents[2]
 PATIENCE = 30.0  # seconds until a node must serve or be gone
 _TROUBLE = re.compile(r"^\S+ (ERROR|CRITICAL)|^Traceback", re.MULTILINE)
@@ -51,7 +53,7 @@ class Server:
         self.expects_trouble = False  # a test that provokes errors in the log says so
         self.process: subprocess.Popen[bytes] | None = None
         self._batch: subprocess.Popen[bytes] | None = None
-        self._watcher: subprocess.Popen[bytes] | None = None
+        self._watcher: Watcher | None = None
         self._seen = 0  # how much of the log has been judged
         folder.mkdir(parents=True, exist_ok=True)
         self.configure(configuration or options())
@@ -75,12 +77,16 @@ class Server:
                 cwd=self.folder,
                 env=self.environment,
             )
-        self._watcher = _end_with_us(self.process.pid)
+        self._watcher = Watcher(self.process.pid)
 
     def start(self, *prefix: str) -> None:
         """Start the process and wait until it serves."""
         self.launch(*prefix)
-        self.wait_until_ready()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.kill()
+            raise
 
     def second_start(self) -> subprocess.CompletedProcess[str]:
         """Another process with the same configuration."""
@@ -119,10 +125,14 @@ class Server:
             return None
         return ready if ready["pid"] == self.process.pid else None
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """End it in order; the exit code."""
+    def send_signal(self, number: int) -> None:
+        """If it runs."""
         if self.process is not None:
             self.process.send_signal(number)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End it in order; the exit code."""
+        self.send_signal(number)
         return self.wait()
 
     def wait(self) -> int:
@@ -230,10 +240,7 @@ class Server:
     def _dismiss_watcher(self) -> None:
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
-            watcher.kill()
-            watcher.wait()
-            assert watcher.stdin is not None
-            watcher.stdin.close()
+            watcher.dismiss()
 
     def register(self, user: str, password: str, host: str = "localhost") -> None:
         answer = self.quick("register", user, host, password)
@@ -251,14 +258,3 @@ class Server:
         """Resident KiB."""
         assert self.process is not None
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4
-
-
-def _end_with_us(pid: int) -> "subprocess.Popen[bytes]":
-    """A watcher that kills the server when we are gone, as when pytest is killed by a time-out."""
-    return subprocess.Popen(
-        ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(pid)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )

@@ -4,7 +4,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from tests.modules.world import HOST, Client, World
+from tests.modules.world import HOST, Client, Place, World
 from xmppd.cluster.tables import Route
 from xmppd.delivery import SAFE, Outcome
 from xmppd.protocol.stanza import Stanza
@@ -18,12 +18,11 @@ ITEM = "{jabber:iq:roster}item"
 class Friends(World):
     """Modules find each other; `sent_away` has what was routed to other domains."""
 
-    def __init__(self, storage: Any) -> None:
-        super().__init__(storage)
+    def __init__(self, storage: Any, place: Place | None = None, *, strict: bool = False) -> None:
+        super().__init__(storage, place, strict=strict)
         self.sent_away: list[Stanza] = []
         self.routing = SimpleNamespace(profile="compat", iq_needs_presence=False, presence_coalesce=60.0)
         self.router.connect(self)
-        self.storage_url = ""
 
     def route(self, stanza: Stanza) -> Outcome:
         """As the s2s manager."""

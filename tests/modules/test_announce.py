@@ -5,15 +5,23 @@ from typing import Any
 import pytest
 
 from tests.modules.world import HOST, Client, World, condition, message
-from xmppd.errors import CommandError, StorageUnavailable
+from xmppd.access import AccessRules
+from xmppd.config import parse as parse_config
+from xmppd.errors import CommandError, ConfigError, StorageUnavailable
 from xmppd.events import UserDeleted
 from xmppd.protocol.jid import parse
 
 ADMIN = f"escalus@{HOST}"
 
 
+def rules(**options: Any) -> AccessRules:
+    usual = {"hosts": [HOST], "acl": {"admin": {"user": ADMIN}}}
+    return AccessRules(parse_config(usual | options, source="x.yml"))
+
+
 async def admin_in(world: World, **options: Any) -> Client:
-    await world.load(offline={}, announce={"admins": [ADMIN], **options})
+    world.access.rules = rules()
+    await world.load(offline={}, announce=options)
     await world.account("escalus", "romeo", "juliet", "nurse")
     return await world.online("escalus")
 
@@ -78,6 +86,30 @@ async def test_only_administrators_announce(world, path):
     assert errors(romeo) == ["forbidden"]
     assert admin.received == []
     assert await world.command("announce_motd_get", HOST) == "The old one"
+
+
+async def test_an_access_rule_says_who_announces_and_to_the_users_of_which_host(world):
+    world.access.rules = rules(
+        acl={"staff": {"user": f"romeo@{HOST}"}},
+        access_rules={"heralds": {"allow": "staff"}},
+        host_config={"globe.example": {"access_rules": {"heralds": "deny"}}},
+        hosts=[HOST, "globe.example"],
+    )
+    world.hosts = (HOST, "globe.example")
+    await world.load(announce={"access": "heralds"})
+    await world.account("romeo")
+    romeo = await world.online("romeo")
+
+    await announce(world, romeo, "online")
+    await announce(world, romeo, "all-hosts/online", "Everywhere!")
+
+    assert romeo.bodies == ["Peace!"]
+    assert errors(romeo) == ["forbidden"]
+
+
+async def test_a_rule_that_does_not_exist_is_refused(world):
+    with pytest.raises(ConfigError, match=r"modules\.announce\.access: there is no access rule 'anounce'"):
+        await world.load(announce={"access": "anounce"})
 
 
 @pytest.mark.parametrize(("path", "body", "expected"), [

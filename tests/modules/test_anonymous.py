@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from tests.databases import opened
 from tests.modules.friends import QUERY, Friends
 from tests.modules.world import HOST, Client, condition, message
 from xmppd.errors import StorageUnavailable
 from xmppd.events import UserDeleted
-from xmppd.storage import Storage
 
 GUEST = "5b1dc1a6ab1d4d4c8e2f6b3f0f6c7d21"
 MODULES = ("roster", "presence", "offline", "disco", "ping", "version", "time", "last", "private", "vcard", "register")
@@ -18,15 +18,11 @@ NOTE = "<query xmlns='jabber:iq:private'><note xmlns='urn:x'>secret</note></quer
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[Friends]:
-    storage = Storage(f"sqlite:///{tmp_path}/xmppd.db", data_dir=tmp_path)
-    await storage.open()
-    world = Friends(storage)
-    await world.load(**{name: {} for name in MODULES})
-    await world.account("juliet")
-    yield world
-    await world.close()
-    await storage.close()
+async def world(sqlite_url: str, tmp_path: Path) -> AsyncIterator[Friends]:
+    async with opened(sqlite_url, tmp_path) as storage, Friends(storage) as world:
+        await world.load(**{name: {} for name in MODULES})
+        await world.account("juliet")
+        yield world
 
 
 async def bound(world: Friends) -> Client:

@@ -1,7 +1,6 @@
 """Blocking: whom a user blocks is told nothing and gets nothing, and nobody else notices."""
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import yaml
 
 from modules.blocking.rules import BlockedJids
+from tests.databases import opened
 from tests.modules.friends import FAR, JULIET, NURSE, ROMEO, Friends, presences
 from tests.modules.world import HOST, Client, condition, message
 from xmppd.delivery import ERROR
@@ -24,39 +24,16 @@ INVITATION = "<x xmlns='http://jabber.org/protocol/muc#user'><invite/></x>"
 VCARD = "<vCard xmlns='vcard-temp'/>"
 
 
-@pytest.fixture(params=["sqlite", pytest.param("mariadb", marks=pytest.mark.mariadb)])
-async def any_friends(request, sqlite_file: Path, tmp_path: Path) -> AsyncIterator[Friends]:
-    from xmppd.storage import Storage
-
-    server = None if request.param == "sqlite" else request.getfixturevalue("mariadb_for_modules")
-    url = f"sqlite:///{tmp_path}/xmppd.db" if server is None else server.new_database()
-    if server is None:
-        shutil.copy(sqlite_file, tmp_path)
-    storage = Storage(url, data_dir=tmp_path)
-    await storage.open()
-    world = Friends(storage)
-    try:
+@pytest.fixture
+async def any_friends(any_url: str, tmp_path: Path) -> AsyncIterator[Friends]:
+    async with opened(any_url, tmp_path) as storage, Friends(storage) as world:
         yield world
-        await world.close()
-    finally:
-        await storage.close()
-        if server is not None:
-            server.drop_database(url)
 
 
 @pytest.fixture
-async def friends(sqlite_file: Path, tmp_path: Path) -> AsyncIterator[Friends]:
-    from xmppd.storage import Storage
-
-    shutil.copy(sqlite_file, tmp_path)
-    storage = Storage(f"sqlite:///{tmp_path}/xmppd.db", data_dir=tmp_path)
-    await storage.open()
-    world = Friends(storage)
-    try:
+async def friends(sqlite_url: str, tmp_path: Path) -> AsyncIterator[Friends]:
+    async with opened(sqlite_url, tmp_path) as storage, Friends(storage) as world:
         yield world
-        await world.close()
-    finally:
-        await storage.close()
 
 
 async def begin(world: Friends, **options: Any) -> None:

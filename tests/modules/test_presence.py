@@ -7,30 +7,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.databases import opened
 from tests.modules.friends import FAR, JULIET, NURSE, QUERY, ROMEO, Friends, presences
 from tests.modules.world import HOST, condition
 from xmppd.errors import StorageUnavailable
 from xmppd.events import ConfigReloaded, SessionBecameUnavailable, StanzaDelivering
 from xmppd.module_api import Contact
 from xmppd.protocol.jid import parse
-from xmppd.storage import Storage
 
 DELAY = "{urn:xmpp:delay}delay"
 ROOM = "capulets@conference.montague.example/juliet"
 
 
 @pytest.fixture
-async def friends(tmp_path: Path) -> AsyncIterator[Friends]:
-    storage = Storage(f"sqlite:///{tmp_path}/xmppd.db", data_dir=tmp_path)
-    await storage.open()
-    world = Friends(storage)
-    try:
+async def friends(sqlite_url: str, tmp_path: Path) -> AsyncIterator[Friends]:
+    async with opened(sqlite_url, tmp_path) as storage, Friends(storage) as world:
         await world.begin()
         yield world
         await world.quiet()
-        await world.close()
-    finally:
-        await storage.close()
 
 
 async def test_the_first_presence_brings_everybody_together(friends):

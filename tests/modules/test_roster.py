@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.databases import opened
 from tests.golden import compare
 from tests.modules.friends import FAR, ITEM, JULIET, NURSE, QUERY, ROMEO, Friends, presences, pushes, story
 from tests.modules.world import HOST, condition
@@ -15,26 +16,14 @@ from xmppd.events import FeaturesOffering
 from xmppd.module_api import RosterService
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza
-from xmppd.storage import Storage
 
 
-@pytest.fixture(params=["sqlite", pytest.param("mariadb", marks=pytest.mark.mariadb)])
-async def friends(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Friends]:
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path}/xmppd.db"
-    else:
-        url = request.getfixturevalue("mariadb_for_modules").new_database()
-    storage = Storage(url, data_dir=tmp_path)
-    await storage.open()
-    world = Friends(storage)
-    world.storage_url = url
-    try:
+@pytest.fixture
+async def friends(any_url: str, tmp_path: Path) -> AsyncIterator[Friends]:
+    async with opened(any_url, tmp_path) as storage, Friends(storage) as world:
         await world.begin(max_items=5, max_requests=2, max_length=30)
         yield world
         await world.quiet()
-        await world.close()
-    finally:
-        await storage.close()
 
 
 def put(jid: str, name: str = "", *groups: str) -> str:
@@ -348,12 +337,10 @@ async def test_stanzas_reach_the_contact_in_the_order_they_were_sent(friends):
     assert await friends.roster("romeo") == {}
 
 
-async def test_two_nodes_moving_one_item_at_once_lose_no_move(friends, tmp_path):
+async def test_two_nodes_moving_one_item_at_once_lose_no_move(friends, any_url, tmp_path):
     # A second node on the same database: its own modules, caches and connections.
-    other = Friends(Storage(friends.storage_url, data_dir=tmp_path))
-    await other.storage.open()
-    await other.load(roster={}, presence={})
-    try:
+    async with opened(any_url, tmp_path) as storage, Friends(storage) as other:
+        await other.load(roster={}, presence={})
         here, there = (node.loader.service(RosterService)._store for node in (friends, other))
         user = parse(JULIET)
         for number in range(5):
@@ -362,9 +349,6 @@ async def test_two_nodes_moving_one_item_at_once_lose_no_move(friends, tmp_path)
                 here.move(user, contact, "subscribe"), there.move(user, contact, "subscribe", b"<presence/>")
             )
         states = set((await friends.roster("juliet")).values())
-    finally:
-        await other.close()
-        await other.storage.close()
 
     assert states == {("none", "both")}
 
@@ -519,18 +503,14 @@ async def test_a_change_while_a_long_roster_is_written_is_in_it(friends, monkeyp
 
 
 @pytest.fixture
-async def recorded(tmp_path: Path) -> AsyncIterator[Friends]:
+async def recorded(sqlite_url: str, tmp_path: Path) -> AsyncIterator[Friends]:
     """The accounts of the recordings, who know nobody."""
-    storage = Storage(f"sqlite:///{tmp_path}/xmppd.db", data_dir=tmp_path)
-    await storage.open()
-    world = Friends(storage)
-    world.hosts = ("localhost", "capulet.example")
-    world.serve("localhost")
-    await world.load(roster={}, presence={})
-    yield world
-    await world.quiet()
-    await world.close()
-    await storage.close()
+    async with opened(sqlite_url, tmp_path) as storage, Friends(storage) as world:
+        world.hosts = ("localhost", "capulet.example")
+        world.serve("localhost")
+        await world.load(roster={}, presence={})
+        yield world
+        await world.quiet()
 
 
 def in_words(xml: bytes) -> list[object]:

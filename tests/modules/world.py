@@ -4,29 +4,34 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 from lxml.etree import _Element
 
 from xmppd.access import Access, AccessRules
 from xmppd.admin.registry import Caller, Registry
 from xmppd.c2s.session import Parts, Session
+from xmppd.cluster.interfaces import Calls, Links
 from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
 from xmppd.config import parse as parse_config
 from xmppd.config.loader import validate_dataclass
 from xmppd.delivery import SAFE, Gate, Outcome, Pending, Settled
 from xmppd.errors import StreamError
 from xmppd.events import UserDeleted, UserRegistered
+from xmppd.forward import Forwarder
 from xmppd.hooks import Hooks
 from xmppd.iq import IqDispatcher, IqHandlers
 from xmppd.local_router import LocalRouter
 from xmppd.log import get_logger
 from xmppd.module_api import Contact, Context, RosterService
 from xmppd.module_loader import ModuleLoader
+from xmppd.nodes import NodeHandlers, Nodes
 from xmppd.protocol.jid import JID, parse
 from xmppd.protocol.sasl import prep_password, prep_username
 from xmppd.protocol.stanza import Stanza
+from xmppd.removals import Removals
 from xmppd.router import Router
 from xmppd.s2s_manager import S2SManager
 from xmppd.session_manager import SessionManager
@@ -34,6 +39,7 @@ from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 HOST = "capulet.example"
+OWNER = Owner(bytes(range(16)), 0, 7)
 _ids = itertools.count(1)
 
 
@@ -152,8 +158,20 @@ class PlainAccounts:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a node of a cluster has that one alone has not."""
+
+    name: str
+    owner: Owner
+    links: Links
+    calls: Calls
+
+
 class World:
-    def __init__(self, storage: Storage) -> None:
+    """`place`: one node of several; else it is alone."""
+
+    def __init__(self, storage: Storage, place: Place | None = None, *, strict: bool = False) -> None:
         self.storage = storage
         self.advanced = 0.0
         self.hooks = Hooks()
@@ -164,12 +182,14 @@ class World:
         self.accounts = Accounts(storage)
         self.accountant = PlainAccounts(self)
         self.spool = Spool(storage, clock=self.clock)
-        self.owner = Owner(bytes(range(16)), 0, 7)
+        self.owner = place.owner if place else OWNER
+        self.place = place
+        self.node_handlers = NodeHandlers()
         self.table = SessionTable()
         self.tasks: set[asyncio.Task[None]] = set()
         self.with_records: list[Session] = []
         self.version, self.hosts, self.started_at = "1.2.3", (HOST,), self.clock() - 100
-        routes = RouteTable()
+        routes = self.routes = RouteTable()
         self.router = Router(routes, self.hooks, self.spawn)
         self.router.connect(S2SManager(self.router.bounce))
         gate = Gate(self.hooks, self.spawn, self.router.bounce)
@@ -182,10 +202,18 @@ class World:
             iqs=dispatcher,
             bounce=self.router.bounce,
             spawn=self.spawn,
+            strict=strict,
         )
+        if place is not None:
+            self.forwarder = Forwarder(place.links, place.calls, self.manager, bounce=self.router.bounce)
+            self.manager.connect(self.forwarder)
+            self.node_handlers.connect(place.calls, self.spawn)
+            Removals(place.calls, self.accounts, self.hooks, self.spawn)
         routes.insert(Route(HOST, self.owner, LocalRouter(self.manager, dispatcher, gate).route))
         sweeper: Any = SimpleNamespace(add=self.with_records.append)
-        self.parts = Parts("xmppd@test", self.router, self.manager, self.hooks, gate, self.spawn, sweeper)
+        self.parts = Parts(
+            place.name if place else "xmppd@test", self.router, self.manager, self.hooks, gate, self.spawn, sweeper
+        )
         self.loader = ModuleLoader(
             hooks=self.hooks,
             iqs=self.iqs,
@@ -193,6 +221,7 @@ class World:
             context=self._context,
             validate=validate_dataclass,
             access=self.access,
+            nodes=self.node_handlers,
         )
 
     # -- what modules may know of the server
@@ -222,6 +251,7 @@ class World:
             route=self.router.route,
             spawn=self.spawn,
             service=self.service,
+            nodes=Nodes(name, self.place.links, self.place.calls, self.manager.nodes_of) if self.place else Nodes(name),
         )
 
     # -- for tests
@@ -300,6 +330,12 @@ class World:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
 
     async def close(self) -> None:
         await self.loader.stop()

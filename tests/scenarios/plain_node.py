@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -267,9 +266,3 @@ def error_of(stanza: Element) -> str:
     assert error is not None
     names = [child.tag.removeprefix(STANZAS) for child in error if child.tag.startswith(STANZAS)]
     return f"{error.get('type')} {next(name for name in names if name != 'text')}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,6 +1,9 @@
-"""etc/xmppctl.bash-completion in a real bash, against a node that serves the registry (tests/golden/small_node.py)."""
+"""etc/xmppctl.bash-completion in a real bash and zsh; a node serves the registry (tests/golden/small_node.py)."""
 
 import os
+import pty
+import re
+import select
 import shlex
 import shutil
 import subprocess
@@ -132,3 +135,55 @@ def test_bash_itself_knows_the_function(program):
         text=True,
     )
     assert shown.stdout.strip() == "complete -F _xmppctl xmppctl"
+
+
+@pytest.fixture
+def zsh(program):
+    """A zsh at a terminal that has sourced the file; ended with the test."""
+    main, side = pty.openpty()
+    environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", "TERM": "dumb", "COLUMNS": "500"}
+    terminal = {"stdin": side, "stdout": side, "stderr": side, "start_new_session": True}
+    process = subprocess.Popen(["zsh", "-f", "-i"], env=environment, cwd=program.parent, **terminal)
+    os.close(side)
+
+    def ask(keys: str) -> str:
+        """What is printed between two marks for the line that these keys make."""
+        # The marks are put together by the shell, so that their echo while they are typed is not taken for them.
+        os.write(main, f"{keys}\x01print -r -- '<''<\x05>''>'\n".encode())
+        seen = b""
+        while (found := re.search(rb"\n<<(.*?)>>\r", seen, re.DOTALL)) is None:
+            assert select.select([main], [], [], 20)[0], seen.decode()
+            seen += os.read(main, 65536)
+        assert b"_xmppctl:" not in seen, seen.decode()  # how zsh begins what it does not understand
+        return found[1].decode()
+
+    try:
+        start = "stty columns 500; autoload -U compinit bashcompinit; compinit -u -D; bashcompinit"
+        os.write(main, f"{start}; source {shlex.quote(str(FILE))}\n".encode())
+        assert ask("ready") == "ready"
+        yield ask
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main)
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_zsh_completes_as_bash_does(node, program, zsh):
+    (program.parent / "my.yml").touch()
+    at = f"xmppctl --data-dir {node}"
+
+    def typed(line: str) -> str:
+        return zsh(f"{line}\t").rstrip()
+
+    assert typed(f"{at} check_acc") == f"{at} check_account"
+    assert typed(f"{at} module unload p") == f"{at} module unload ping"
+    assert typed(f"{at} stats_host o") == f"{at} stats_host onlineusers"
+    assert typed(f"{at} help acc") == f"{at} help accounts"
+    assert typed(f"{at} registered_") == f"{at} registered_"  # there are two
+    assert typed(f'xmppctl --data-dir="{node}" register juliet local') == (
+        f'xmppctl --data-dir="{node}" register juliet localhost'
+    )
+    assert typed("xmppctl --js") == "xmppctl --json"
+    assert typed("xmppctl --config my") == "xmppctl --config my.yml"
+    assert typed("xmppctl --config=my") == "xmppctl --config=my.yml"

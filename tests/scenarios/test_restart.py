@@ -58,6 +58,13 @@ async def test_what_was_stored_is_there_after_a_restart(fresh, end):
         romeo.send_message("nurse@localhost", f"commend me {number}")
     await romeo.sync()
     assert await scene.stored("nurse") == 5
+    scene.account("mercutio")
+    romeo.send_message("mercutio@localhost", "once")
+    assert await scene.stored("mercutio") == 1
+    mercutio = await scene.raw_login("mercutio")
+    assert await bodies(mercutio, 1) == ["once"]
+    await mercutio.disconnect()
+    assert await scene.stored("mercutio") == 0  # it has been delivered, and its row deleted
 
     getattr(scene.node, end)()
     scene.node.start()
@@ -73,12 +80,15 @@ async def test_what_was_stored_is_there_after_a_restart(fresh, end):
     assert card.payload.findtext(f"{{{VCARD}}}FN") == "Juliet Capulet"
     assert await bodies(nurse, 5) == [f"commend me {number}" for number in range(5)]
     await nurse.expect_nothing()
+    await (await scene.raw_login("mercutio")).expect_nothing()
 
 
 async def test_an_orderly_end_tells_the_clients_and_stores_what_they_have_not_taken(fresh):
     scene = fresh(shutdown_grace=1)
     await stuck_login(scene, "juliet")
     romeo = await scene.raw_login("romeo")
+    stranger = await scene.connected()
+    await stranger.open()
     said = [f"{number} {'x' * 2000}" for number in range(100)]
     for body in said:
         romeo.send_message("juliet@localhost", body)
@@ -86,7 +96,9 @@ async def test_an_orderly_end_tells_the_clients_and_stores_what_they_have_not_ta
 
     stopping = asyncio.create_task(asyncio.to_thread(scene.node.stop))
     await romeo.assert_stream_error("system-shutdown")
+    await stranger.assert_stream_error("system-shutdown")
     assert await stopping == 0
+    assert not (scene.node.data_dir / "ready.json").exists()
     scene.node.start()
     juliet = await scene.raw_login("juliet")
 
@@ -163,11 +175,10 @@ async def test_a_second_start_on_the_same_data_says_who_holds_it(fresh):
     assert scene.asked("status").startswith("The node xmppd@localhost is started")
 
 
-async def test_a_taken_port_is_named_and_nothing_serves(fresh):
+async def test_a_taken_port_is_named_and_nothing_serves(fresh, free_port):
     scene = fresh(start=False)
-    node = scene.node
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+    node, port = scene.node, free_port
+    with socket.create_server(("127.0.0.1", port)):
         free, taken = node.options["listen"]
         node.configure({**node.options, "listen": [free, {**taken, "port": port}]})
 

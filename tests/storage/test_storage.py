@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import Column, Integer, event, insert, select, text, update
 
 from tests import mariadb
+from tests.harness.folders import let_in
 from xmppd.errors import ConfigError, StorageError, StorageUnavailable
 from xmppd.spool import Kept, Spool
 from xmppd.storage import Accounts, Duplicate, Storage, module_table, new_id
@@ -625,9 +626,7 @@ def tls_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mariadb.Mar
     if why := mariadb.missing():
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("tls")
-    folder.chmod(0o755)
-    for parent in (folder.parent, folder.parent.parent):
-        parent.chmod(parent.stat().st_mode | 0o011)
+    let_in(folder)
     cert, key = mariadb.make_certificate(folder)
     server = mariadb.MariaDB((f"--ssl-cert={cert}", f"--ssl-key={key}"))
     server.certificate = cert

@@ -76,6 +76,16 @@ def test_all_and_none_are_always_there():
     assert not found.allowed("none", parse("x@a.example"))
 
 
+def test_loopback_is_an_acl_that_may_be_defined_anew():
+    found = rules(access_rules={"x": {"allow": "loopback"}})
+    assert [found.allowed("x", None, ip) for ip in ("127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1")] == [True] * 4
+    assert not any(found.allowed("x", parse("x@a.example"), ip) for ip in ("", "10.0.0.1", "::2"))
+
+    found = rules(acl={"loopback": {"ip": "10.0.0.1"}})
+    assert found.in_acl("loopback", None, "10.0.0.1")
+    assert not found.in_acl("loopback", None, "127.0.0.1")
+
+
 def test_the_first_rule_that_counts_decides_and_without_one_nobody_is_let_in():
     found = rules(
         acl={"staff": {"user": ["nurse", "peter"]}, "away": {"ip": "192.0.2.0/24"}},
@@ -192,6 +202,9 @@ def test_a_glob_fits_the_whole_name(glob, name):
     assert is_in({"user_glob": glob}, f"{name}@a.example") is (re.fullmatch(pattern, name) is not None)
 
 
+EVERYWHERE = rules(acl={"x": {"ip": "0.0.0.0/0"}})
+
+
 @given(st.text(max_size=12))
 def test_no_address_whatever_it_is_upsets_the_rules(ip):
-    assert is_in({"ip": "0.0.0.0/0"}, None, ip) in (True, False)
+    assert EVERYWHERE.in_acl("x", None, ip) in (True, False)

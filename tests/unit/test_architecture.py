@@ -16,10 +16,10 @@ LAYERS = (
     {"events", "hooks", "config", "log", "metrics", "notify"},
     {"storage", "cluster", "identity"},
     {"spool", "delivery", "outbox", "login_limits", "auth", "access", "shaper"},
-    {"iq", "router", "local_router", "session_manager", "s2s_manager"},
+    {"iq", "router", "local_router", "session_manager", "s2s_manager", "forward", "nodes", "removals"},
     {"admin", "module_api", "module_loader"},
     {"c2s", "s2s", "http"},
-    {"server", "reload", "check"},
+    {"server", "clustering", "commanding", "serving", "signals", "accountant", "reload", "check"},
     {"__main__"},
 )
 # Rooms of one row that must not see each other, (user, used). http may use c2s: WebSocket and BOSH carry c2s sessions.

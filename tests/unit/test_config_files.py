@@ -262,6 +262,28 @@ def test_the_effective_configuration_says_where_each_value_came_from(folder: Pat
     assert "geheim" not in text
 
 
+def test_names_of_tokens_are_shown_and_tokens_are_not() -> None:
+    hash = "ab" * 32
+    permission = {"who": {"token": "grafana"}, "what": "status"}
+    options = {"api_tokens": {"grafana": hash}, "api_permissions": {"a": permission}, "acl": {"token": {"user": "x"}}}
+
+    text = dump(parse(options, source="x.yml"), {"x": {"secret_key": "geheim", "tokens": ["geheim"], "n": "shown"}})
+
+    assert "{token: [grafana]}" in text
+    assert "user: [x]" in text
+    assert "n: shown" in text
+    assert hash not in text
+    assert "geheim" not in text
+
+
+def test_a_token_that_stands_where_its_hash_belongs_is_not_shown() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse({"api_tokens": {"grafana": "geheim"}}, source="x.yml")
+
+    assert "api_tokens.grafana: expected the SHA-256 of the token" in str(caught.value)
+    assert "geheim" not in str(caught.value)
+
+
 NAMES = st.text(max_size=6).filter(lambda text: text.isprintable()) | st.sampled_from(["true", "null", "5", "1:2", "~"])
 
 

@@ -8,6 +8,8 @@ import pytest
 from multidict import CIMultiDict
 
 from xmppd import config as configuration
+from xmppd.access import Access as Rules
+from xmppd.access import AccessRules
 from xmppd.admin.api_tokens import Token, digest_of
 from xmppd.admin.registry import Arg, Command, Registry
 from xmppd.admin.results import List, Rescode, Restuple, Result, Tuple, integer, string
@@ -47,7 +49,8 @@ STATS = Command("stats", (), Rescode(), "")
 
 
 def access(**options):
-    return Access(lambda: configuration.parse(options, source="x.yml"), Tokens(), clock=lambda: 0.0)
+    config = configuration.parse(options, source="x.yml")
+    return Access(lambda: config, Rules(AccessRules(config)), Tokens(), clock=lambda: 0.0)
 
 
 class Tokens:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.folders import let_in
 from xmppd.errors import DataFolderInUse, XmppdError
 from xmppd.identity import DataFolder
 
@@ -347,10 +348,7 @@ def test_other_peoples_folders(path, tmp_path):
         DataFolder.open(tmp_path / "link")
 
     os.chown(path, 0, 0)
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents:
-        if parent.name.startswith("pytest-"):
-            parent.chmod(0o755)
+    let_in(tmp_path)
     code = """
 import os
 os.setuid(65534)

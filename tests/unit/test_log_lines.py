@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -66,12 +67,15 @@ def said() -> dict[str, Line]:
     return lines
 
 
+def rows() -> list[tuple[str, str, str, str]]:
+    return re.findall(r"^\| `([^`]+)` \| ([a-z, ]+) \| (.*?) ?\| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+
+
 def explained() -> dict[str, Line]:
     """The rows of the page's tables; those without an explanation do not count."""
-    rows = re.findall(r"^\| `([^`]+)` \| ([a-z, ]+) \| (.*?) ?\| (.*) \|$", PAGE.read_text(), re.MULTILINE)
     return {
         phrase: Line(frozenset(levels.split(", ")), frozenset(re.findall(r"`([^`]+)`", fields)))
-        for phrase, levels, fields, meaning in rows
+        for phrase, levels, fields, meaning in rows()
         if len(meaning) > 10 and "what it means, and what to do" not in meaning
     }
 
@@ -86,6 +90,10 @@ def test_every_line_is_explained():
 
 def test_the_page_explains_no_line_that_nobody_writes():
     assert not explained().keys() - said().keys()
+
+
+def test_the_page_explains_each_line_once():
+    assert [phrase for phrase, times in Counter(row[0] for row in rows()).items() if times > 1] == []
 
 
 def test_a_phrase_is_fixed_so_that_it_can_be_searched_for():

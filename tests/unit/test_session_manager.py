@@ -211,11 +211,13 @@ async def test_the_last_session_is_known_when_it_closes():
     assert not node.manager.is_available(parse("juliet@localhost"))
 
 
-async def test_the_oldest_sessions_beyond_a_number():
+async def test_the_oldest_sessions_beyond_a_number_are_ended():
     node = Node()
     sessions = [node.bind(f"juliet@localhost/{index}")[0] for index in range(4)]
-    assert node.manager.oldest(parse("juliet@localhost"), 2) == sessions[:2]
-    assert node.manager.oldest(parse("juliet@localhost"), 4) == []
+    node.manager.end_oldest(parse("juliet@localhost"), 4)
+    assert [session.was_replaced for session in sessions] == [False] * 4
+    node.manager.end_oldest(parse("juliet@localhost"), 2)
+    assert [session.was_replaced for session in sessions] == [True, True, False, False]
 
 
 async def test_available_means_a_priority_that_is_not_negative():

@@ -115,6 +115,40 @@ def test_what_a_killed_node_said_of_itself_is_not_believed(tmp_path):
     assert node.ready() is None
 
 
+def up(folder):
+    arguments = argparse.Namespace(count=1, config=None, cpus=None, plain=False, timeout=1, json=True)
+    devcluster.up(folder, arguments)
+
+
+def refused_by_a_taken_port(node):
+    node.log.write_text("xmppd: cannot listen on 127.0.0.1 port 1: Address already in use\n")
+    devcluster.fail(node, 0, f"{node.name} ended")
+
+
+def test_a_port_that_was_taken_meanwhile_is_replaced(tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def start(node, timeout):
+        tried.append(node.config.read_text())
+        if len(tried) == 1:
+            refused_by_a_taken_port(node)
+
+    monkeypatch.setattr(devcluster, "start", start)
+
+    up(tmp_path / "cluster")
+
+    assert len(tried) == 2
+    assert tried[0] != tried[1]
+    assert '"name": "xmppd@node01"' in capsys.readouterr().out
+
+
+def test_a_port_that_is_always_taken_is_said_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(devcluster, "start", lambda node, timeout: refused_by_a_taken_port(node))
+
+    with pytest.raises(devcluster.Refused, match="Address already in use"):
+        up(tmp_path / "cluster")
+
+
 @pytest.mark.parametrize("text", ["", "x", "1-", "999999", "0,,1"])
 def test_cpus_that_are_not_there_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):

@@ -163,6 +163,7 @@ class ApiTokenCommands:
         args=(Arg("name"), Arg("what", "list", optional=True)),
         result=Restuple(),
         tags=(GUARDED_TAG,),
+        scope="shared",
         doc="Make a token for the HTTP API and print it, this once. What it may do: commands, patterns or [tag:NAME],"
         " separated by commas, each refused if behind !; without any, only what api_permissions says of its name",
     )
@@ -177,6 +178,7 @@ class ApiTokenCommands:
         result=List("tokens", Tuple("token", (string("name"), string("what"), string("created")))),
         tags=(GUARDED_TAG,),
         reads=True,
+        scope="shared",
         doc="List the tokens of the HTTP API: name, what it may do by itself, when it was made",
     )
     async def list_all(self) -> "list[tuple[str, str, str]]":
@@ -187,6 +189,7 @@ class ApiTokenCommands:
         args=(Arg("name"),),
         result=Rescode(),
         tags=(GUARDED_TAG,),
+        scope="shared",
         doc="Make a token of the HTTP API void; other nodes follow within seconds",
     )
     async def revoke(self, name: str) -> None:

@@ -7,8 +7,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
+from xmppd.admin.merge import Answers, agreed
 from xmppd.admin.needs import Accounts, Auth, Loader, Router, Server, Sessions
-from xmppd.admin.registry import Arg, Registry, command, commands_of
+from xmppd.admin.registry import Arg, Call, Registry, command, commands_of
 from xmppd.admin.results import List, Rescode, Restuple, Tuple, integer, string
 from xmppd.admin.user_commands import HOST, AccountCommands, SessionCommands, StanzaCommands, served_host
 from xmppd.errors import CommandError, ConfigError
@@ -33,16 +34,17 @@ class StatisticsCommands:
         result=integer("stat"),
         tags=("statistics",),
         reads=True,
+        scope="shared",
         doc="Get a number of the server: registeredusers onlineusers onlineusersnode uptimeseconds processes"
         " (tasks of the event loop)",
     )
-    async def stats(self, name: str) -> int:
+    async def stats(self, name: str, call: Call) -> int:
         if name == "registeredusers":
             return sum([await self._accounts.count(host) for host in self._server.hosts])
+        if name == "onlineusersnode" or (name == "onlineusers" and call.local):
+            return sum(info.node == self._server.node for info in self._sessions.infos())
         if name == "onlineusers":
             return self._sessions.count()
-        if name == "onlineusersnode":
-            return sum(info.node == self._server.node for info in self._sessions.infos())
         if name == "uptimeseconds":
             return int(self._server.uptime())
         if name == "processes":
@@ -56,33 +58,48 @@ class StatisticsCommands:
         result=integer("stat"),
         tags=("statistics",),
         reads=True,
+        scope="shared",
         doc="Get a number of one host: registeredusers onlineusers",
     )
-    async def stats_host(self, name: str, host: str) -> int:
+    async def stats_host(self, name: str, host: str, call: Call) -> int:
         if name not in ("registeredusers", "onlineusers"):
             raise CommandError(f"no statistic of a host is called '{name}'. There are: registeredusers onlineusers")
         served = served_host(self._server, host)
         if served is None:
             return 0
-        return await self._accounts.count(served) if name == "registeredusers" else self._sessions.count(served)
+        if name == "registeredusers":
+            return await self._accounts.count(served)
+        if call.local:
+            return sum(info.node == self._server.node for info in self._sessions.infos(served))
+        return self._sessions.count(served)
 
 
 class ServerCommands:
     def __init__(self, server: Server, registry: Registry) -> None:
         self._server, self._registry = server, registry
 
-    @command("status", result=Restuple(), tags=("server",), reads=True, doc="Tell whether the node serves")
+    @command(
+        "status", result=Restuple(), tags=("server",), reads=True, scope="node", doc="Tell whether the node serves"
+    )
     def status(self) -> str:
         server = self._server
         if server.status != "started":
             raise CommandError(f"The node {server.node} is {server.status}", NOT_SERVING)
         return f"The node {server.node} is started with status: started\nxmppd {server.version} is running in that node"
 
-    @command("stop", result=Rescode(), tags=("server",), doc="Stop the node; returns at once, `stopped` waits")
+    @command(
+        "stop", result=Rescode(), tags=("server",), scope="node", doc="Stop the node; returns at once, `stopped` waits"
+    )
     def stop(self) -> None:
         self._server.stop()
 
-    @command("restart", result=Rescode(), tags=("server",), doc="Restart the node; returns at once, `started` waits")
+    @command(
+        "restart",
+        result=Rescode(),
+        tags=("server",),
+        scope="node",
+        doc="Restart the node; returns at once, `started` waits",
+    )
     def restart(self) -> None:
         self._server.restart()
 
@@ -90,6 +107,7 @@ class ServerCommands:
         "reload_config",
         result=Restuple(),
         tags=("config",),
+        scope="everywhere",
         doc="Read the configuration again, apply all of it or nothing, and tell what changed and what needs a restart",
     )
     async def reload_config(self) -> str:
@@ -98,7 +116,15 @@ class ServerCommands:
         except ConfigError as exc:
             raise CommandError(f"the configuration is wrong, nothing was applied:\n{exc}", CONFIG_INVALID) from exc
 
-    @command("get_loglevel", result=string("levelatom"), tags=("logs",), reads=True, doc="Get the level of the log")
+    @command(
+        "get_loglevel",
+        result=string("levelatom"),
+        tags=("logs",),
+        reads=True,
+        scope="gather",
+        merge=agreed,
+        doc="Get the level of the log",
+    )
     def get_loglevel(self) -> str:
         return get_level()
 
@@ -107,6 +133,7 @@ class ServerCommands:
         args=(Arg("loglevel"),),
         result=Rescode(),
         tags=("logs",),
+        scope="everywhere",
         doc="Set the level of the log until the next start",
     )
     def set_loglevel(self, loglevel: str) -> None:
@@ -118,6 +145,7 @@ class ServerCommands:
         "reopen_log",
         result=Rescode(),
         tags=("logs",),
+        scope="node",
         doc="Reopen the log file after it has been renamed",
     )
     def reopen_log(self) -> None:
@@ -132,10 +160,32 @@ class ServerCommands:
         result=Restuple(),
         tags=("documentation",),
         reads=True,
+        scope="node",
         doc="Describe a command, the commands of a tag, those that fit a pattern, or all",
     )
     def help(self, topic: str = "", verb: str = "") -> str:
         return self._registry.help(f"{topic} {verb}".strip() or None)
+
+
+def _states(answers: Answers) -> list[tuple[str, str, str]]:
+    """A row per module: where a node has it in another state, or not at all, that is said behind the first one's."""
+    by_node = {node: {name: (state, source) for name, state, source in rows} for node, rows in answers.items()}
+    found = []
+    for name in sorted({name for rows in by_node.values() for name in rows}):
+        (state, source), *_ = (rows[name] for rows in by_node.values() if name in rows)
+        states = {node: rows.get(name, ("unknown", ""))[0] for node, rows in by_node.items()}
+        differing = [f"{theirs} on {node}" for node, theirs in states.items() if theirs != state]
+        found.append((name, "; ".join([state, *differing]), source))
+    return found
+
+
+def _uses(answers: Answers) -> list[tuple[str, int, int, int, int]]:
+    """A row per module, its numbers those of all nodes together."""
+    sums: dict[str, list[int]] = {}
+    for rows in answers.values():
+        for name, *numbers in rows:
+            sums[name] = [a + b for a, b in zip(sums.get(name, [0] * len(numbers)), numbers, strict=True)]
+    return [(name, *numbers) for name, numbers in sums.items()]  # type: ignore[misc]
 
 
 class ModuleCommands:
@@ -147,6 +197,8 @@ class ModuleCommands:
         result=List("modules", Tuple("module", (string("name"), string("state"), string("source")))),
         tags=("modules",),
         reads=True,
+        scope="gather",
+        merge=_states,
         doc="List the modules with their state and where they come from",
     )
     def list(self) -> "Sequence[tuple[str, str, str]]":
@@ -159,16 +211,27 @@ class ModuleCommands:
         ),
         tags=("modules", "statistics"),
         reads=True,
+        scope="gather",
+        merge=_uses,
         doc="Count the hooks, IQ handlers, commands and running tasks of each module, and of the server itself (core)",
     )
     def stats(self) -> "Sequence[tuple[str, int, int, int, int]]":
         return [(use.name, use.hooks, use.iqs, use.commands, use.tasks) for use in self._loader.uses()]
 
-    @command("module load", args=(MODULE,), result=Restuple(), tags=("modules",), doc="Start a module with its options")
+    @command(
+        "module load",
+        args=(MODULE,),
+        result=Restuple(),
+        tags=("modules",),
+        scope="everywhere",
+        doc="Start a module with its options",
+    )
     async def load(self, name: str) -> str:
         return await self._do(self._loader.load, name, "loaded")
 
-    @command("module unload", args=(MODULE,), result=Restuple(), tags=("modules",), doc="Stop a module")
+    @command(
+        "module unload", args=(MODULE,), result=Restuple(), tags=("modules",), scope="everywhere", doc="Stop a module"
+    )
     async def unload(self, name: str) -> str:
         return await self._do(self._loader.unload, name, "unloaded")
 
@@ -177,6 +240,7 @@ class ModuleCommands:
         args=(MODULE,),
         result=Restuple(),
         tags=("modules",),
+        scope="everywhere",
         doc="Start a module again with its code of now",
     )
     async def reload(self, name: str) -> str:

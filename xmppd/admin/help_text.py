@@ -11,6 +11,15 @@ if TYPE_CHECKING:
 
 WIDTH: Final = 79
 
+_SCOPES: Final = {
+    "shared": "any node answers for all",
+    "gather": "all nodes that are up are asked; --local: this one alone",
+    "owner": "the nodes that hold the user's sessions are asked; --local: this one alone",
+    "everywhere": "done on all nodes that are up; --local: on this one alone",
+    "node": "about the node that is asked; --node asks another one",
+    None: "about the node that is asked",
+}
+
 
 def one(command: "Command") -> str:
     """Everything about one command."""
@@ -21,6 +30,7 @@ def one(command: "Command") -> str:
         f"  Arguments: {arguments}\n\n"
         f"  Returns: {describe(command.result)}\n\n"
         f"  Tags: {' '.join(command.tags)}\n\n"
+        f"  Cluster: {_SCOPES[command.scope]}\n\n"
         f"  Module: {command.owner}\n\n"
         f"{description}\n"
     )
@@ -63,7 +73,7 @@ def usages(commands: Iterable["Command"]) -> str:
 def overview(commands: Iterable["Command"]) -> str:
     """The usage line and every command."""
     return (
-        "Usage: xmppctl [--config FILE] [--node NAME] [--json] [--no-timeout] command [arguments]\n\n"
+        "Usage: xmppctl [--config FILE] [--node NAME] [--local] [--json] [--no-timeout] command [arguments]\n\n"
         "Commands that work without a running node:\n"
         "  start      Start the node in the background and wait until it serves\n"
         "  started    Wait until the node serves\n"

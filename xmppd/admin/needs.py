@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
+from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 from xmppd.session_manager import SessionInfo
 
@@ -34,7 +35,11 @@ class Sessions(Protocol):
     def count(self, host: str | None = None) -> int: ...
     def kick(
         self, user: str, host: str, resource: str | None, reason: str, *, condition: str = "policy-violation"
-    ) -> int: ...
+    ) -> int:
+        """On whatever node they are."""
+
+    def kick_here(self, jid: JID, reason: str, condition: str) -> int:
+        """On this node; a bare JID means all of its sessions."""
 
 
 class Router(Protocol):

@@ -15,6 +15,15 @@ A command is a function or method that says what it takes and what it returns:
 - It is called with the arguments by name (`from_` for an argument `from`), already of their type. A parameter named
   `call` gets a `Call`: who calls, progress, `--local`.
 - It may be a plain function or a coroutine. The value it returns fits `result` (results.py).
+- `scope` says whose answer it gives in a cluster, `merge` how the answers of several nodes become one:
+
+      shared      the database's or the replicated tables': any node's answer is the cluster's
+      gather      each node knows its own part: all that are up are asked
+      owner       as gather, but only the nodes that hold sessions of the user it is about (`of`)
+      everywhere  it is done on every node that is up
+      node        it is about the node that is asked, and about no other
+
+  Its function answers for this node alone where the call is `local`, which it is wherever several nodes are asked.
 - A refusal is `raise CommandError(text, code)`: prints `Error: text`; code 1 unless docs/exit-codes.md names another
   one. Other errors of xmppd.errors are shown with their text; anything else is logged with its traceback and shown as
   an internal error.
@@ -38,12 +47,13 @@ import itertools
 import keyword
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 from xmppd.admin import help_text
-from xmppd.admin.results import Result, Shape
+from xmppd.admin.merge import Merge, by_shape
+from xmppd.admin.results import Answer, Result, Shape
 from xmppd.errors import CommandError, XmppdError
 from xmppd.log import get_logger
 
@@ -53,6 +63,9 @@ ERROR: Final = 1
 USAGE: Final = 2
 
 ArgType = Literal["string", "integer", "list"]
+Scope = Literal["shared", "gather", "owner", "everywhere", "node"]
+SPREAD: Final = frozenset({"gather", "owner", "everywhere"})  # scopes that concern other nodes
+PATIENCE: Final = 30.0  # seconds another node may work on its part of an answer
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -64,6 +77,7 @@ class Arg:
     type: ArgType = "string"
     secret: bool = False
     optional: bool = False  # only behind all others; the handler's default stands in
+    never_argv: bool = False  # a secret of the whole cluster: refused on a command line, where `ps` shows it
 
     @property
     def parameter(self) -> str:
@@ -83,10 +97,16 @@ class Call:
     """One request on its way: given to handlers that have a parameter `call`."""
 
     def __init__(
-        self, caller: Caller, *, local: bool = False, progress: Callable[[str], Awaitable[None]] | None = None
+        self,
+        caller: Caller,
+        *,
+        local: bool = False,
+        patient: bool = False,
+        progress: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self.caller = caller
         self.local = local  # the answer is wanted for this node alone
+        self.patient = patient  # whoever asks takes rows as they come, for as long as they come
         self._progress = progress
 
     async def progress(self, text: str) -> None:
@@ -105,6 +125,11 @@ class Command:
     doc: str
     tags: tuple[str, ...] = ()
     reads: bool = False  # changes nothing; such calls are not written to the log
+    scope: Scope | None = None  # None: nobody has decided; it answers as `node`
+    merge: Merge | None = None
+    of: Callable[[Mapping[str, Any]], str | None] | None = None  # the bare JID an `owner` command is about
+    timeout: float = PATIENCE  # seconds another node may take
+    layout: Callable[[Any], str] | None = None  # the printed form, where it is not that of the result's shape
     handler: Callable[..., Any] = field(default=lambda: None, repr=False)
     owner: str = ""
     wants_call: bool = False
@@ -120,7 +145,18 @@ class Command:
 
 
 def command(
-    name: str, *, args: Sequence[Arg] = (), result: Shape, doc: str, tags: Sequence[str] = (), reads: bool = False
+    name: str,
+    *,
+    args: Sequence[Arg] = (),
+    result: Shape,
+    doc: str,
+    tags: Sequence[str] = (),
+    reads: bool = False,
+    scope: Scope | None = None,
+    merge: Merge | None = None,
+    of: Callable[[Mapping[str, Any]], str | None] | None = None,
+    timeout: float = PATIENCE,
+    layout: Callable[[Any], str] | None = None,
 ) -> Callable[[F], F]:
     """Declare a function or method as an admin command; whoever owns it registers it, for modules the loader does.
 
@@ -134,7 +170,23 @@ def command(
             raise TypeError(f"command {name!r} declares {names}, its function takes {parameters}")
         if any(a.optional and not b.optional for a, b in itertools.pairwise(args)):
             raise TypeError(f"command {name!r}: an optional argument stands before a required one")
-        spec = Command(name, tuple(args), result, doc, tuple(tags), reads, wants_call="call" in parameters)
+        merged = (merge or by_shape(result, name)) if scope in SPREAD else None
+        if scope == "owner" and of is None:
+            raise TypeError(f"command {name!r} has owners and does not say whose they are")
+        spec = Command(
+            name,
+            tuple(args),
+            result,
+            doc,
+            tuple(tags),
+            reads,
+            scope,
+            merged,
+            of,
+            timeout,
+            layout,
+            wants_call="call" in parameters,
+        )
         function.__xmppd_command__ = spec  # type: ignore[attr-defined]
         return function
 
@@ -154,17 +206,17 @@ def commands_of(source: object) -> list[Command]:
 
 
 def _bound(spec: Command, handler: Callable[..., Any], owner: str = "") -> Command:
-    return Command(
-        spec.name,
-        spec.args,
-        spec.result,
-        spec.doc,
-        spec.tags,
-        spec.reads,
-        handler,
-        owner or spec.owner,
-        spec.wants_call,
-    )
+    return replace(spec, handler=handler, owner=owner or spec.owner)
+
+
+class Elsewhere(Protocol):
+    """The other nodes of the cluster, as the registry sees them (nodes.py)."""
+
+    async def run(
+        self, spec: Command, values: Mapping[str, Any], call: Call, here: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        """The merged value of a command of a spread scope; `here` carries out this node's part. Raises CommandError."""
+        ...
 
 
 class Registry:
@@ -172,6 +224,11 @@ class Registry:
 
     def __init__(self) -> None:
         self._commands: dict[str, Command] = {}
+        self._elsewhere: Elsewhere | None = None
+
+    def connect(self, elsewhere: Elsewhere) -> None:
+        """Hand in the other nodes; until then this one answers for itself."""
+        self._elsewhere = elsewhere
 
     def register(self, owner: str, commands: Iterable[Command | Callable[..., Any]]) -> None:
         """Add an owner's commands, all or none. Raises ValueError where a name is taken."""
@@ -247,13 +304,14 @@ class Registry:
         """
         spec = self.get(name)
         values = by_position(spec, args) if not isinstance(args, Mapping) else by_name(spec, args)
-        if spec.wants_call:
-            values["call"] = call or Call(caller)
+        call = call or Call(caller)
         began = time.monotonic()
         code = ERROR
         try:
-            value = spec.handler(**values)
-            result = Result(spec.result, await value if inspect.isawaitable(value) else value)
+            result = Result(spec.result, await self._value(spec, values, call), layout=spec.layout)
+            if isinstance(result.value, Answer):
+                told = result.value
+                result = replace(result, value=told.value, exit=told.code, notes=told.notes)
             code = result.code
             return result
         except CommandError as exc:
@@ -269,6 +327,18 @@ class Registry:
             if not spec.reads:
                 ms = round((time.monotonic() - began) * 1000)
                 log.info("command done", command=spec.name, via=caller.via, caller=caller.name, code=code, ms=ms)
+
+    async def _value(self, spec: Command, values: dict[str, Any], call: Call) -> Any:
+        async def here() -> Any:
+            part = Call(call.caller, local=call.local or spread, patient=call.patient, progress=call.progress)
+            found = spec.handler(**values, call=part) if spec.wants_call else spec.handler(**values)
+            return await found if inspect.isawaitable(found) else found
+
+        spread = spec.scope in SPREAD and self._elsewhere is not None
+        if not spread or call.local:
+            return await here()
+        assert self._elsewhere is not None
+        return await self._elsewhere.run(spec, values, call, here)
 
 
 class InternalError(CommandError):

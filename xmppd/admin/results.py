@@ -8,7 +8,7 @@ as 0 or 1.
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -70,16 +70,42 @@ def string(name: str) -> Scalar:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command's function returns where there is more to say than the value: an exit code, and lines that
+    xmppctl prints to standard error. Over HTTP an answer with notes is a refusal that bears them."""
+
+    value: Any
+    code: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
-    """What a command gave back: the value and its shape; a list is not walked before it is printed."""
+    """What a command gave back: the value and its shape; a list is not walked before it is printed.
+
+    A list may be an asynchronous iterable: then `live` is true and its elements come when they happen."""
 
     shape: Shape
     value: Any = None
+    exit: int = 0
+    notes: tuple[str, ...] = ()
+    layout: Callable[[Any], str] | None = None
 
     @property
     def code(self) -> int:
         """The exit code."""
-        return 1 if isinstance(self.shape, Rescode) and self.value is False else 0
+        return self.exit or (1 if isinstance(self.shape, Rescode) and self.value is False else 0)
+
+    @property
+    def live(self) -> bool:
+        return isinstance(self.value, AsyncIterable)
+
+    def one(self, element: Any, *, as_json: bool) -> str:
+        """One element of a live list, as a line."""
+        assert isinstance(self.shape, List)
+        if as_json:
+            return json.dumps(_plain(self.shape.element, element), ensure_ascii=False) + "\n"
+        return _line(self.shape.element, element) + "\n"
 
     def text(self) -> str:
         """The whole printed form, with the newline at its end, or nothing."""
@@ -88,7 +114,9 @@ class Result:
     def chunks(self) -> Iterator[str]:
         """The printed form in pieces of ROWS_PER_CHUNK lines, so that a long list need not stop the event loop."""
         shape, value = self.shape, self.value
-        if isinstance(shape, Rescode):
+        if self.layout is not None:
+            yield self.layout(value)
+        elif isinstance(shape, Rescode):
             if value is False:
                 yield "Error: false\n"
         elif isinstance(shape, Restuple):
@@ -141,7 +169,7 @@ def error_json(text: str, code: int) -> str:
     return json.dumps({"status": "error", "code": code, "message": text}, ensure_ascii=False) + "\n"
 
 
-def _fields(shape: Tuple, value: Any) -> Sequence[Any]:
+def cells_of(shape: Tuple, value: Any) -> Sequence[Any]:
     if isinstance(value, Mapping):
         return [value[field.name] for field in shape.fields]
     row: Sequence[Any] = tuple(value)
@@ -153,7 +181,7 @@ def _fields(shape: Tuple, value: Any) -> Sequence[Any]:
 def _line(shape: Scalar | Tuple, value: Any) -> str:
     if isinstance(shape, Scalar):
         return _clean(value)
-    cells = [_cell(field, item) for field, item in zip(shape.fields, _fields(shape, value), strict=True)]
+    cells = [_cell(field, item) for field, item in zip(shape.fields, cells_of(shape, value), strict=True)]
     return "\t".join(cells)
 
 
@@ -173,7 +201,7 @@ def _plain(shape: Shape, value: Any) -> Any:
         items: Iterable[Any] = value
         return [_plain(shape.element, item) for item in items]
     if isinstance(shape, Tuple):
-        row = _fields(shape, value)
+        row = cells_of(shape, value)
         return {field.name: _plain(field, item) for field, item in zip(shape.fields, row, strict=True)}
     if isinstance(shape, Scalar) and shape.type == "integer":
         return int(value)

@@ -4,7 +4,7 @@ The client sends one line per request, several in a row on one connection:
 
     {"argv": ["register", "juliet", "localhost", "-"], "json": false, "secret": null, "local": false, "node": null}
 
-All but `argv` may be missing. The node answers with lines, the last of which has `code`:
+All but `argv` may be missing; request.py carries it out. The node answers with lines, the last of which has `code`:
 
     {"progress": "..."}           long work goes on
     {"need": "password"}          a secret argument was `-` and no `secret` came along: {"secret": "..."} is to follow
@@ -12,7 +12,8 @@ All but `argv` may be missing. The node answers with lines, the last of which ha
     {"out": "...", "err": "...", "code": 0}
 
 `secret` fills the `-` of a secret argument; where no argument is `-` and exactly one is missing, it is inserted at the
-secret one's place. A request with `node` is refused (code 3) by a node of another name.
+secret one's place. A request with the `node` of another node that is up is carried out there; any other name is refused
+(code 3).
 """
 
 import asyncio
@@ -22,13 +23,13 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from xmppd.admin.registry import Call, Caller, Registry, UsageError
-from xmppd.admin.results import error_json
+from xmppd.admin.registry import Caller, Registry, UsageError
+from xmppd.admin.request import Ask, Frame, Send, answer, refusal
 from xmppd.errors import CommandError, DataFolderInUse
 from xmppd.log import get_logger
 
@@ -43,6 +44,14 @@ LINGER: Final = 1.0  # seconds a refused client has to read why
 _SUN_PATH: Final = 100  # sockaddr_un holds 104 to 108 bytes, depending on the system
 
 NOT_REACHABLE: Final = 3
+
+
+class Elsewhere(Protocol):
+    """The other nodes, as far as a request can be passed on to them (nodes.py)."""
+
+    def names(self) -> Sequence[str]: ...
+
+    async def relay(self, node: str, frame: Frame, caller: Caller, send: Send, ask: Ask) -> None: ...
 
 
 @contextmanager
@@ -79,6 +88,7 @@ class ControlSocket:
         registry: Registry,
         *,
         node: str = "",
+        nodes: Elsewhere | None = None,
         max_connections: int = MAX_CONNECTIONS,
         max_line: int = MAX_LINE,
         idle: float = IDLE,
@@ -87,6 +97,7 @@ class ControlSocket:
         self.path = path
         self._registry = registry
         self._node = node
+        self._nodes = nodes
         self._max_connections = max_connections
         self._max_line = max_line
         self._idle = idle
@@ -166,7 +177,7 @@ class ControlSocket:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = _Connection(reader, writer, self._registry, self._node, self._idle, self._slow)
+        connection = _Connection(reader, writer, self._registry, self._node, self._nodes, self._idle, self._slow)
         try:
             pid, uid = peer_of(writer.get_extra_info("socket"))
             if uid not in (0, os.geteuid()):
@@ -198,21 +209,24 @@ class _Connection:
         writer: asyncio.StreamWriter,
         registry: Registry,
         node: str,
+        nodes: Elsewhere | None,
         idle: float,
         slow: float,
     ) -> None:
         self._reader, self._writer = reader, writer
-        self._registry, self._node = registry, node
+        self._registry, self._node, self._nodes = registry, node, nodes
         self._idle, self._slow = idle, slow
         self.stuck = False
         self._finishing = False
         self._wait: asyncio.Timeout | None = None  # while the next request is awaited
+        self._endless: asyncio.Timeout | None = None  # while one is answered that does not end with this node's work
 
     def finish(self) -> None:
-        """Take no further request; the one that runs is answered first."""
+        """Take no further request; the one that runs is answered first, unless that may take for ever."""
         self._finishing = True
-        if self._wait is not None and not self._wait.expired():
-            self._wait.reschedule(asyncio.get_running_loop().time())
+        for timeout in (self._wait, self._endless):
+            if timeout is not None and not timeout.expired():
+                timeout.reschedule(asyncio.get_running_loop().time())
 
     async def send(self, frame: dict[str, Any]) -> None:
         """Write a frame; TimeoutError when the client does not read."""
@@ -263,67 +277,33 @@ class _Connection:
             await self._answer(frame, caller)
 
     async def _answer(self, frame: dict[str, Any], caller: Caller) -> None:
-        as_json = frame.get("json") is True
+        node = frame.get("node")
+        if not node or node == self._node:
+            await answer(self._registry, frame, caller, self.send, self._ask, self._while_endless)
+        elif self._nodes is None or node not in self._nodes.names():
+            text = f"Failed RPC connection to the node {node}: nodedown (the node here is {self._node})"
+            await self.send(refusal(CommandError(text, NOT_REACHABLE), frame.get("json") is True))
+        else:
+            async with self._while_endless():
+                return await self._nodes.relay(node, frame, caller, self.send, self._ask)
+            await self.send({"out": "", "err": f"the node {self._node} stops\n", "code": NOT_REACHABLE})
+
+    @asynccontextmanager
+    async def _while_endless(self) -> AsyncIterator[None]:
+        """What is done in it is broken off, without an error, when the node stops."""
         try:
-            await self._run(frame, caller, as_json)
-        except CommandError as exc:
-            if as_json:
-                out = error_json(exc.text, exc.code)
-            else:
-                help = f"{exc.help}\n" if isinstance(exc, UsageError) and exc.help else ""
-                out = f"{help}Error: {exc.text}\n"
-            await self.send({"out": out, "err": "", "code": exc.code})
+            async with asyncio.timeout(None) as self._endless:
+                yield
+        except TimeoutError:
+            if self.stuck or not self._finishing:
+                raise
+        finally:
+            self._endless = None
 
-    async def _run(self, frame: dict[str, Any], caller: Caller, as_json: bool) -> None:
-        argv, node = frame.get("argv"), frame.get("node")
-        if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
-            raise UsageError("argv: expected a list of texts")
-        if node and node != self._node:
-            text = f"Failed RPC connection to the node {node}: nodedown"
-            raise CommandError(f"{text} (the node here is {self._node})", NOT_REACHABLE)
-        spec, args = self._registry.split(argv)
-        args = await self._with_secret(spec, list(args), frame.get("secret"))
-        call = Call(caller, local=frame.get("local") is True, progress=self._progress)
-        result = await self._registry.call(spec.name, args, caller=caller, call=call)
-        parts = result.json_chunks() if as_json else result.chunks()
-        while part := _next(parts, spec.name):
-            for start in range(0, len(part), MAX_LINE):
-                await self.send({"out": part[start : start + MAX_LINE]})
-            await asyncio.sleep(0)  # other streams want their turn while a long list is printed
-        await self.send({"out": "", "err": "", "code": result.code})
-
-    async def _progress(self, text: str) -> None:
-        await self.send({"progress": text})
-
-    async def _with_secret(self, spec: Any, args: list[str], secret: object) -> list[str]:
-        places = [place for place, arg in enumerate(spec.args) if arg.secret]
-        if (
-            isinstance(secret, str)
-            and places
-            and len(args) == len(spec.args) - 1
-            and args[places[0] : places[0] + 1] != ["-"]
-        ):
-            args.insert(places[0], secret)
-            return args
-        for place in places:
-            if place >= len(args) or args[place] != "-":
-                continue
-            if not isinstance(secret, str):
-                await self.send({"need": spec.args[place].name})
-                reply = await self._frame()
-                if reply is None:
-                    raise ConnectionResetError
-                secret = reply.get("secret")
-            if not isinstance(secret, str):
-                raise UsageError(f"no {spec.args[place].name} was given")
-            args[place] = secret
-        return args
-
-
-def _next(parts: Iterator[str], command: str) -> str:
-    """The next piece of an output, "" at its end; lists are walked here, so what fails in a handler's may fail now."""
-    try:
-        return next(parts, "")
-    except Exception as exc:
-        log.error("command failed", exc=exc, command=command)
-        raise CommandError(f"the command '{command}' failed ({type(exc).__name__}), see the log") from exc
+    async def _ask(self, name: str) -> str | None:
+        await self.send({"need": name})
+        reply = await self._frame()
+        if reply is None:
+            raise ConnectionResetError
+        secret = reply.get("secret")
+        return secret if isinstance(secret, str) else None

@@ -1,12 +1,16 @@
 """The core's commands about users: accounts, sessions, messages. Roster and offline commands are their modules'."""
 
 import asyncio
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from secrets import token_hex
-from typing import Final
+from typing import Any, Final
 from xml.sax.saxutils import escape, quoteattr
 
 from lxml import etree
 
+from xmppd.admin.merge import ordered
 from xmppd.admin.needs import Accounts, Auth, Router, Server, Sessions
 from xmppd.admin.registry import Arg, Call, command
 from xmppd.admin.results import List, Rescode, Restuple, Tuple, integer, string
@@ -34,6 +38,8 @@ _SESSION_FIELDS: Final = (
     string("resource"),
     string("statustext"),
 )
+_RESOURCE: Final = 7
+_PLACE_FIELDS: Final = (*map(string, ("jid", "node", "connection", "ip")), integer("port"), string("since"))
 
 
 def served_host(server: Server, host: str) -> str | None:
@@ -70,6 +76,32 @@ def _order(info: SessionInfo) -> tuple[str, str, str]:
     return info.host, info.user, info.resource
 
 
+def _jid_order(full: str) -> tuple[str, str, str]:
+    """As `_order`, from what `_jid` made."""
+    user, _, rest = full.partition("@")
+    host, _, resource = rest.partition("/")
+    return host, user, resource
+
+
+def _address(text: str) -> jid.JID:
+    """A user's JID."""
+    try:
+        found = jid.parse(text)
+    except JidError as exc:
+        raise CommandError(f"malformed JID: {exc}") from exc
+    if not found.local:
+        raise CommandError(f"expected the JID of a user, such as juliet@{found.domain}")
+    return found
+
+
+def _user(values: Mapping[str, Any]) -> str | None:
+    """Whose sessions a command is about; None for a name that nobody can have."""
+    try:
+        return jid.make(values["user"], values["host"]).bare
+    except JidError:
+        return None
+
+
 class AccountCommands:
     def __init__(self, server: Server, accounts: Accounts, auth: Auth, sessions: Sessions) -> None:
         self._server, self._accounts, self._auth, self._sessions = server, accounts, auth, sessions
@@ -80,7 +112,14 @@ class AccountCommands:
             raise CommandError(f"{prefix}Unknown virtual host")
         return name
 
-    @command("register", args=(USER, HOST, PASSWORD), result=Restuple(), tags=("accounts",), doc="Create an account")
+    @command(
+        "register",
+        args=(USER, HOST, PASSWORD),
+        result=Restuple(),
+        tags=("accounts",),
+        scope="shared",
+        doc="Create an account",
+    )
     async def register(self, user: str, host: str, password: str) -> str:
         name = self._host(host, "cannot_register: ")
         cannot = f"cannot_register: Can't register user {user}@{host} at node {self._server.node}:"
@@ -101,6 +140,7 @@ class AccountCommands:
         args=(USER, HOST),
         result=Restuple(),
         tags=("accounts",),
+        scope="shared",
         doc="Delete an account with all its data, and end its sessions",
     )
     async def unregister(self, user: str, host: str) -> str:
@@ -117,6 +157,7 @@ class AccountCommands:
         args=(USER, HOST, Arg("newpass", secret=True)),
         result=Rescode(),
         tags=("accounts",),
+        scope="shared",
         doc="Change the password of an account",
     )
     async def change_password(self, user: str, host: str, newpass: str) -> None:
@@ -138,6 +179,7 @@ class AccountCommands:
         result=Rescode(),
         tags=("accounts",),
         reads=True,
+        scope="shared",
         doc="Tell by the exit code whether a password is right",
     )
     async def check_password(self, user: str, host: str, password: str) -> bool:
@@ -153,6 +195,7 @@ class AccountCommands:
         result=Rescode(),
         tags=("accounts",),
         reads=True,
+        scope="shared",
         doc="Tell by the exit code whether an account exists",
     )
     async def check_account(self, user: str, host: str) -> bool:
@@ -168,6 +211,7 @@ class AccountCommands:
         result=List("users", string("username")),
         tags=("accounts",),
         reads=True,
+        scope="shared",
         doc="List the accounts of a host",
     )
     async def registered_users(self, host: str) -> list[str]:
@@ -178,6 +222,7 @@ class AccountCommands:
         result=List("vhosts", string("vhost")),
         tags=("server",),
         reads=True,
+        scope="shared",
         doc="List the hosts this server serves",
     )
     def registered_vhosts(self) -> list[str]:
@@ -202,6 +247,8 @@ class SessionCommands:
         result=List("connected_users", string("sessions")),
         tags=("session",),
         reads=True,
+        scope="gather",
+        merge=ordered(_jid_order),
         doc="List the full JIDs of all sessions",
     )
     def connected_users(self, call: Call) -> list[str]:
@@ -212,6 +259,8 @@ class SessionCommands:
         result=List("connected_users_info", Tuple("session", (string("jid"), *_SESSION_FIELDS))),
         tags=("session",),
         reads=True,
+        scope="gather",
+        merge=ordered(lambda row: _jid_order(row[0])),
         doc="List all sessions with their connection, priority, node, uptime and presence",
     )
     def connected_users_info(self, call: Call) -> list[tuple[str | int, ...]]:
@@ -222,6 +271,7 @@ class SessionCommands:
         result=integer("num_sessions"),
         tags=("session", "statistics"),
         reads=True,
+        scope="shared",
         doc="Count all sessions",
     )
     def connected_users_number(self, call: Call) -> int:
@@ -233,6 +283,9 @@ class SessionCommands:
         result=List("resources", string("resource")),
         tags=("session",),
         reads=True,
+        scope="owner",
+        of=_user,
+        merge=ordered(str),
         doc="List the resources a user is connected with",
     )
     def user_resources(self, user: str, host: str, call: Call) -> list[str]:
@@ -244,16 +297,47 @@ class SessionCommands:
         result=List("sessions_info", Tuple("session", _SESSION_FIELDS)),
         tags=("session",),
         reads=True,
+        scope="owner",
+        of=_user,
+        merge=ordered(lambda row: str(row[_RESOURCE])),
         doc="List the sessions of a user with their connection, priority, node, uptime and presence",
     )
     def user_sessions_info(self, user: str, host: str, call: Call) -> list[tuple[str | int, ...]]:
         return [_row(info) for info in self._infos(call, user, host)]
 
     @command(
+        "where",
+        args=(Arg("jid"),),
+        result=List("places", Tuple("place", _PLACE_FIELDS)),
+        tags=("session",),
+        reads=True,
+        scope="owner",
+        of=lambda values: _address(values["jid"]).bare,
+        merge=ordered(lambda row: _jid_order(row[0])),
+        doc="Tell where the sessions of a user, or the one of a full JID, are: node, connection, address, since when",
+    )
+    def where(self, jid: str) -> list[tuple[str | int, ...]]:
+        of, now = _address(jid), time.time()
+        infos = (info for info in self._sessions.infos(of.domain, of.local) if of.resource in ("", info.resource))
+        return [
+            (
+                _jid(info.user, info.host, info.resource),
+                info.node,
+                info.connection,
+                info.ip,
+                info.port,
+                datetime.fromtimestamp(now - info.uptime_seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            )
+            for info in sorted(infos, key=_order)
+        ]
+
+    @command(
         "kick_user",
         args=(USER, HOST),
         result=integer("num_resources"),
         tags=("session",),
+        scope="owner",
+        of=_user,
         doc="End all sessions of a user, and tell how many there were",
     )
     def kick_user(self, user: str, host: str) -> int:
@@ -264,6 +348,8 @@ class SessionCommands:
         args=(USER, HOST, Arg("resource"), Arg("reason")),
         result=Rescode(),
         tags=("session",),
+        scope="owner",
+        of=_user,
         doc="End one session of a user; the client is told the reason",
     )
     def kick_session(self, user: str, host: str, resource: str, reason: str) -> None:
@@ -271,8 +357,7 @@ class SessionCommands:
 
     def _kick(self, user: str, host: str, resource: str | None, reason: str, condition: str) -> int:
         try:
-            of = jid.make(user, host, resource or "")
-            return self._sessions.kick(of.local, of.domain, of.resource or None, reason, condition=condition)
+            return self._sessions.kick_here(jid.make(user, host, resource or ""), reason, condition)
         except JidError:
             return 0
 
@@ -286,6 +371,7 @@ class StanzaCommands:
         args=(Arg("type"), Arg("from"), Arg("to"), Arg("subject"), Arg("body")),
         result=Rescode(),
         tags=("stanza",),
+        scope="shared",
         doc="Send a message of a type (normal, chat, headline, groupchat) with subject and body to a bare or full JID",
     )
     async def send_message(self, type: str, from_: str, to: str, subject: str, body: str) -> None:
@@ -299,6 +385,7 @@ class StanzaCommands:
         args=(Arg("from"), Arg("to"), Arg("stanza")),
         result=Rescode(),
         tags=("stanza",),
+        scope="shared",
         doc="Send a stanza, given as XML, from one JID to another; they replace the addresses in it",
     )
     async def send_stanza(self, from_: str, to: str, stanza: str) -> None:

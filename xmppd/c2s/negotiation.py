@@ -180,8 +180,7 @@ class Negotiation:
         limit = self._rules.max_sessions(self._user, connection.peer[0])
         if limit is not None:
             replacing = self._parts.manager.is_bound(jid)
-            for session in self._parts.manager.oldest(self._user, limit if replacing else limit - 1):
-                session.replaced()
+            self._parts.manager.end_oldest(self._user, limit if replacing else limit - 1)
         session = Session(jid, connection, self._parts, connection.log, anonymous=self._login.anonymous)
         connection.carry(session)
         waiting: Awaitable[None] | None = session.bound()

@@ -46,7 +46,10 @@ class Carrier(Protocol):
 
     name: str  # c2s, c2s_tls ...: as operators see it
     peer: tuple[str, int]  # the client's address
-    last_heard: float  # time.monotonic() of the last sign of life, within a second; ahead of now: not listened to
+
+    @property
+    def last_heard(self) -> float:
+        """time.monotonic() of the last sign of life, within a second; ahead of now: not listened to."""
 
     def write(self, data: bytes) -> None:
         """Queue bytes; they leave with everything else of this loop tick."""
@@ -122,7 +125,8 @@ class Session:
 
     def bound(self) -> Awaitable[None] | None:
         """Tell the modules; what comes back must be awaited before the client is told."""
-        return self._parts.hooks.notify(SessionBound(self))
+        told, undisputed = self._parts.hooks.notify(SessionBound(self)), self._parts.manager.undisputed(self._row)
+        return told if undisputed is None else _both(told, undisputed)
 
     # -- from the client
 
@@ -191,9 +195,13 @@ class Session:
         to = stanza.to
         if kind in ("available", "unavailable"):
             if to is None or to.full == self.user.full:
-                if kind == "available":
-                    _priority(stanza)  # refused before anybody is told
-                return self._parts.gate.ask(PresenceSending(self, stanza), stanza, self._own_presence)
+                # A wrong one is refused before anybody is told.
+                priority = _priority(stanza) if kind == "available" else None
+                return self._parts.gate.ask(
+                    PresenceSending(self, stanza),
+                    stanza,
+                    lambda event: self._own_presence(event.presence, priority if event.presence is stanza else None),
+                )
             return self._parts.gate.ask(
                 DirectedPresenceSending(self, stanza),
                 stanza,
@@ -215,14 +223,15 @@ class Session:
             raise StanzaError("bad-request", f"{kind[:20]!r} is no presence type")
         return self._parts.router.route(stanza)
 
-    def _own_presence(self, event: PresenceSending) -> Outcome:
+    def _own_presence(self, presence: Stanza, priority: int | None) -> Outcome:
+        """`priority`: None where it has to be read once more, because a module has changed the presence."""
         if self.closed:
             return SAFE
-        presence = event.presence
         if presence.type == "unavailable":
             self._become_unavailable(presence)
             return SAFE
-        old, new, hooks = self.priority, _priority(presence), self._parts.hooks
+        old, hooks = self.priority, self._parts.hooks
+        new = _priority(presence) if priority is None else priority
         previous, self.priority, self.presence = self.presence, new, presence
         presence.forget_element()
         self._parts.manager.set_priority(self._row, new)
@@ -386,6 +395,12 @@ class Session:
             show,
             text,
         )
+
+
+async def _both(told: Awaitable[None] | None, undisputed: Awaitable[None]) -> None:
+    if told is not None:
+        await told
+    await undisputed
 
 
 def _priority(presence: Stanza) -> int:

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 _USERINFO: Final = re.compile(r"([a-z][a-z0-9+.-]*://[^:/?#\s]*:).*@", re.IGNORECASE | re.DOTALL)
 _SECRET: Final = re.compile(r"pass(word|wd|phrase)?|secret|token|cookie|api_?key|private_?key", re.IGNORECASE)
+_HASHES: Final = "api_tokens."  # or what somebody took for one: the token itself
+# Below these stand names of the operator's own, and whom they mean: `api_permissions.x.who` names tokens.
+_NAMES: Final = re.compile(r"(?:\w*host_config\..*\.)?(?:acl|access_rules|shaper|shaper_rules|api_permissions)\.")
 
 # What each kind of fault expected; the value is added behind it.
 _EXPECTED: Final[dict[str, str]] = {
@@ -46,10 +49,16 @@ def mask(text: str) -> str:
     return _USERINFO.sub(r"\1***@", text)
 
 
+def _is_secret(path: str) -> bool:
+    if path.startswith(_HASHES):
+        return True
+    return _SECRET.search(path.rpartition(".")[2]) is not None and _NAMES.match(path) is None
+
+
 def masked(path: str, value: Any) -> Any:
     """The value as it may be shown: whole for harmless paths, `***` behind a key such as `password`."""
     if isinstance(value, str):
-        return "***" if _SECRET.search(path.rpartition(".")[2]) else mask(value)
+        return "***" if _is_secret(path) else mask(value)
     if isinstance(value, Mapping):
         return {key: masked(f"{path}.{key}", item) for key, item in value.items()}
     if isinstance(value, Sequence):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final
 from pydantic import PlainSerializer, PlainValidator
 
 INFINITY: Final = "infinity"
+BUILT_IN_ACLS: Final = ("all", "none", "loopback")
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 
 

@@ -95,6 +95,7 @@ class Client:
                         complain(f"{answer['progress']}\n")
                     if answer.get("out"):
                         write(answer["out"])
+                        sys.stdout.flush()  # the next part may be long in coming
                     if answer.get("err"):
                         complain(answer["err"])
                 if "code" in answer:

@@ -31,7 +31,7 @@ All other commands are the node's: `xmppctl help` lists them, `xmppctl help COMM
 
 Options, before the command:
   -f, --config FILE      xmppd.yml          ($XMPPD_CONFIG; else etc/xmppd.yml, /etc/xmppd/xmppd.yml)
-  -n, --node NAME        name of the node   ($XMPPD_NODE; else as the configuration says)
+  -n, --node NAME        the node that is to do it, if it is not the one here ($XMPPD_NODE)
   --data-dir DIR         where xmppd.sock is ($XMPPD_DATA_DIR; else as the configuration says)
   -c, --ctl-config FILE  xmppctl.cfg        ($XMPPD_CTL_CONFIG; else etc/xmppctl.cfg, /etc/xmppd/xmppctl.cfg)
   --json                 print JSON
@@ -80,16 +80,18 @@ class Options:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return the exit code; never a traceback for what an operator may do."""
     arguments = sys.argv[1:] if argv is None else argv
-    as_json = False
+    as_json = endless = False
     try:
         options = Options(arguments)
-        as_json = options.json
+        as_json, endless = options.json, options.argv[:1] == ["watch"]
         code = run(options)
         sys.stdout.flush()
         return code
     except CommandError as exc:
         return refuse(exc, as_json)
     except KeyboardInterrupt:
+        if endless:
+            return INTERRUPTED  # that is how it ends
         complain("\nxmppctl: interrupted; what the node had begun it goes on with\n")
         return INTERRUPTED
     except BrokenPipeError:

@@ -9,6 +9,7 @@ from typing import Final
 
 from aiohttp import web
 
+from xmppd import access
 from xmppd.admin.api_tokens import ApiTokens
 from xmppd.admin.registry import Command
 from xmppd.config import Config
@@ -77,9 +78,15 @@ class Access:
     """Answers for one node; the configuration is asked each time, so a reload counts at once."""
 
     def __init__(
-        self, config: Callable[[], Config], tokens: ApiTokens, *, clock: Callable[[], float] = time.monotonic
+        self,
+        config: Callable[[], Config],
+        rules: access.Access,
+        tokens: ApiTokens,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
+        self._rules = rules
         self._tokens = tokens
         self._limit = FailureLimit(clock=clock)
 
@@ -115,36 +122,27 @@ class Access:
         return bool(self._rights(client))
 
     def _rights(self, client: Client) -> list[tuple[str, ...]]:
-        config = self._config()
         own = [client.what] if client.what else []
         return own + [
             permission.what
-            for permission in config.api_permissions.values()
-            if "http" in permission.from_ and any(_is(config, client, who) for who in permission.who)
+            for permission in self._config().api_permissions.values()
+            if "http" in permission.from_ and any(self._is(client, who) for who in permission.who)
         ]
+
+    def _is(self, client: Client, who: Who) -> bool:
+        """An HTTP client has an address and no JID, so of an acl its `ip` counts."""
+        address = "" if client.address is None else str(client.address)
+        return (
+            not who.observer
+            and (not who.token or client.token in who.token)
+            and (not who.ip or (client.address is not None and any(client.address in network for network in who.ip)))
+            and (not who.acl or any(self._rules.in_acl(name, None, address) for name in who.acl))
+        )
 
 
 def unauthorized(message: str, *, error: str = "") -> Refused:
     """401, with the challenge of RFC 6750 3."""
     return Refused(401, message, WWW_Authenticate=f"{_CHALLENGE}, {error}" if error else _CHALLENGE)
-
-
-def _is(config: Config, client: Client, who: Who) -> bool:
-    return (
-        (not who.token or client.token in who.token)
-        and (not who.ip or (client.address is not None and any(client.address in network for network in who.ip)))
-        and (not who.acl or any(_in_acl(config, client, name) for name in who.acl))
-    )
-
-
-def _in_acl(config: Config, client: Client, name: str) -> bool:
-    """An HTTP client has an address and no JID, so of an acl its `ip` counts."""
-    if name in ("all", "none"):
-        return name == "all"
-    acl = config.acl.get(name)
-    if acl is None:
-        return name == "loopback" and client.address is not None and client.address.is_loopback
-    return client.address is not None and any(client.address in network for network in acl.ip)
 
 
 def _address(text: str | None) -> Address:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from xmppd.admin.nodes import NOT_REACHABLE, UNANSWERED, Nodes
 from xmppd.admin.registry import USAGE, Call, Caller, Command, InternalError, Registry
 from xmppd.admin.results import Result
 from xmppd.errors import CommandError, StorageUnavailable
@@ -24,7 +25,7 @@ READ: Final = 10.0  # seconds for the body to arrive
 DESCRIPTION: Final = "openapi.json"
 
 # By exit code (docs/exit-codes.md); all other refusals are 400.
-_STATUS: Final = {3: 503, 13: 404, 14: 409, 15: 503}
+_STATUS: Final = {3: 503, 13: 404, 14: 409, 15: 503, UNANSWERED: 503}
 # ejabberd's commands begin a refusal with these words.
 _WORDS: Final = {"conflict": 409, "not_found": 404, "unknown virtual host": 404, "cannot_register: unknown": 404}
 
@@ -35,8 +36,11 @@ class Api:
     name = "api"
     exact = False
 
-    def __init__(self, registry: Registry, access: Access, *, version: str, prefix: str) -> None:
+    def __init__(
+        self, registry: Registry, access: Access, *, version: str, prefix: str, nodes: Nodes | None = None
+    ) -> None:
         self._registry = registry
+        self._nodes = nodes
         self._access = access
         self._version = version
         self._prefix = prefix
@@ -54,8 +58,11 @@ class Api:
             raise self._refuse(client, command)
         if request.method != "POST":
             raise Refused(405, "commands are called with POST", Allow="POST")
-        local = _local(request)
-        return await self._call(command, await _arguments(request), client, local=local)
+        local, node = _asked(request)
+        arguments, caller = await _arguments(request), Caller("http", str(client))
+        if node is not None and (self._nodes is None or node != self._nodes.names()[0]):
+            return await self._elsewhere(node, command, arguments, caller, local=local)
+        return await self._call(command, arguments, caller, local=local)
 
     def _refuse(self, client: Client, command: Command | None) -> Refused:
         if client.token is None and not self._access.may_anything(client):
@@ -73,13 +80,26 @@ class Api:
         document = describe(allowed, version=self._version, prefix=self._prefix)
         return Answer(200, json.dumps(document, ensure_ascii=False).encode() + b"\n")
 
-    async def _call(self, command: Command, arguments: dict[str, Any], client: Client, *, local: bool) -> Answer:
-        caller = Caller("http", str(client))
+    async def _call(self, command: Command, arguments: dict[str, Any], caller: Caller, *, local: bool) -> Answer:
         try:
             result = await self._registry.call(command.name, arguments, caller=caller, call=Call(caller, local=local))
         except CommandError as exc:
             raise _refusal(exc) from exc
+        if result.notes:  # a part of an answer must not look like the whole
+            raise _refusal(CommandError("; ".join(result.notes), result.code))
         return Answer(200, _pieces(result))
+
+    async def _elsewhere(
+        self, node: str, command: Command, arguments: dict[str, Any], caller: Caller, *, local: bool
+    ) -> Answer:
+        """What another node answers; the caller's rights here have been looked at."""
+        if self._nodes is None or node not in self._nodes.names():
+            raise Refused(404, f"no node called '{node:.80}' is up", code=NOT_REACHABLE)
+        try:
+            text = await self._nodes.fetch(node, command.name, arguments, caller, local=local)
+        except CommandError as exc:
+            raise _refusal(exc) from exc
+        return Answer(200, text.encode("utf-8", "replace"))
 
 
 def _pieces(result: Result) -> Iterator[bytes]:
@@ -100,15 +120,18 @@ def _refusal(exc: CommandError) -> Refused:
     return Refused(status, exc.text, code=exc.code)
 
 
-def _local(request: web.BaseRequest) -> bool:
+def _asked(request: web.BaseRequest) -> tuple[bool, str | None]:
+    """The query parameters: this node's part alone, and which node is to answer."""
     query = request.rel_url.query
     for name in query:
-        if name != "local":
-            raise Refused(400, "the only query parameter is local; arguments go into the body", code=USAGE)
-    values = query.getall("local", ["false"])
+        if name not in ("local", "node"):
+            raise Refused(400, "the query parameters are local and node; arguments go into the body", code=USAGE)
+    values, nodes = query.getall("local", ["false"]), query.getall("node", [])
     if len(values) != 1 or values[0] not in ("true", "false"):
         raise Refused(400, "local is true or false", code=USAGE)
-    return values[0] == "true"
+    if len(nodes) > 1:
+        raise Refused(400, "node is one node's name", code=USAGE)
+    return values[0] == "true", nodes[0] if nodes else None
 
 
 async def _arguments(request: web.BaseRequest) -> dict[str, Any]:

@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from xmppd.access import Access as Rules
 from xmppd.admin.api_tokens import ApiTokens
+from xmppd.admin.nodes import Nodes
 from xmppd.admin.registry import Registry
 from xmppd.c2s.tls import Certificates
 from xmppd.config import Config, HttpListen
@@ -24,16 +26,20 @@ class Node(Protocol):
     """The server, as far as HTTP shows it."""
 
     config: Config
+    access: Rules
     version: str
     storage: Storage
     spool: Spool
     sessions: SessionManager
     registry: Registry
-    api_tokens: ApiTokens
     certificates: Certificates
     counters: Counters
     lag: LoopLag
 
+    @property
+    def nodes(self) -> Nodes: ...
+    @property
+    def api_tokens(self) -> ApiTokens: ...
     @property
     def status(self) -> str: ...
     def uptime(self) -> float: ...
@@ -49,7 +55,7 @@ class HttpServers:
         self._requests: dict[tuple[str, int], int] = {}
         self._listeners: list[HttpListener] = []
         self._ready = Ready(lambda: node.status, node.storage.ping, self._listening)
-        self._access = Access(lambda: node.config, node.api_tokens)
+        self._access = Access(lambda: node.config, node.access, node.api_tokens)
         self._metrics = MetricsPage(
             Sources(
                 node=node.config.node,

@@ -19,7 +19,7 @@ _REFUSALS: Final = {
     "415": "the body is not application/json",
     "429": "too many tokens that nobody knows came from this address",
     "500": "the command failed; the cause is in the log",
-    "503": "not possible now: the database is away, or the node starts or stops",
+    "503": "not possible now: the database is away, the node starts or stops, or another node did not answer",
 }
 
 
@@ -42,7 +42,7 @@ def describe(commands: Iterable[Command], *, version: str, prefix: str) -> dict[
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
             "schemas": {"Error": _error()},
             "responses": {f"E{status}": _refusal(text) for status, text in _REFUSALS.items()},
-            "parameters": {"local": _local()},
+            "parameters": {"local": _local(), "node": _node()},
         },
     }
 
@@ -58,7 +58,7 @@ def _operation(command: Command) -> dict[str, Any]:
         "operationId": path_of(command),
         "summary": command.doc,
         "tags": list(command.tags),
-        "parameters": [{"$ref": "#/components/parameters/local"}],
+        "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in ("local", "node")],
         "requestBody": _body(command),
         "responses": {"200": _content("done", shape_schema(command.result)), **refusals},
     }
@@ -130,4 +130,13 @@ def _local() -> dict[str, Any]:
         "in": "query",
         "description": "true: this node's part of the answer; otherwise answers are the cluster's",
         "schema": {"type": "boolean", "default": False},
+    }
+
+
+def _node() -> dict[str, Any]:
+    return {
+        "name": "node",
+        "in": "query",
+        "description": "the node that is to answer, one of those that are up; this one where it is not given",
+        "schema": {"type": "string"},
     }

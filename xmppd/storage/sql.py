@@ -4,14 +4,17 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import Dialect, Insert, Integer, Table, TextClause, bindparam, text
+from sqlalchemy import Dialect, Insert, Integer, Row, Table, TextClause, bindparam, delete, select, text
 from sqlalchemy.dialects import mysql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ColumnElement
 from sqlalchemy.types import TypeEngine
 
 from xmppd.storage.tables import Stamp
+
+User = tuple[str, str]  # server_host, username
 
 
 class db_now(ColumnElement[float]):
@@ -54,12 +57,38 @@ def upsert(table: Table, dialect: Dialect) -> Insert:
     return my.on_duplicate_key_update({name: my.inserted[name] for name in others})
 
 
-def by_host(keys: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+def by_host(keys: Iterable[User]) -> dict[str, list[str]]:
     """(host, username) pairs sorted into one `IN (…)` per host, which both databases answer from the key."""
     hosts: dict[str, list[str]] = {}
     for host, username in keys:
         hosts.setdefault(host, []).append(username)
     return hosts
+
+
+async def read_per_user(connection: AsyncConnection, table: Table, users: Iterable[User]) -> dict[User, Row[Any]]:
+    """The whole rows of a table that has one for each user, of those that have one."""
+    found: dict[User, Row[Any]] = {}
+    for host, names in by_host(users).items():
+        query = select(table).where(table.c.server_host == host, table.c.username.in_(names))
+        found.update({(host, row.username): row for row in await connection.execute(query)})
+    return found
+
+
+async def write_per_user(
+    connection: AsyncConnection, table: Table, changes: Iterable[tuple[User, Mapping[str, Any] | None]]
+) -> None:
+    """Write a table that has one row for each user, keyed by server_host and username: the other columns, or None for
+    no row. The last change to a user counts."""
+    latest = dict(changes)
+    rows = [
+        {"server_host": host, "username": username, **values}
+        for (host, username), values in latest.items()
+        if values is not None
+    ]
+    if rows:
+        await connection.execute(upsert(table, connection.dialect), rows)
+    for host, names in by_host([user for user, values in latest.items() if values is None]).items():
+        await connection.execute(delete(table).where(table.c.server_host == host, table.c.username.in_(names)))
 
 
 def limited_update(table: str, changes: str, where: str, types: Mapping[str, TypeEngine[Any]]) -> dict[str, TextClause]:

@@ -27,6 +27,8 @@ HOST_BYTES: Final = 255
 PART_BYTES: Final = 1023  # RFC 7622 3.3, 3.4: a localpart or resourcepart
 BARE_BYTES: Final = PART_BYTES + 1 + HOST_BYTES
 FULL_BYTES: Final = BARE_BYTES + 1 + PART_BYTES
+NODE_NAME_BYTES: Final = 320  # 64 in front of the @, 253 behind it
+ADDRESS_BYTES: Final = 320
 
 
 class Utf8(TypeDecorator[str]):
@@ -176,15 +178,48 @@ spool = _core(
     Index("spool_free", "free_since"),
 )
 
+cluster = _core(  # one row: which cluster this database belongs to
+    "cluster",
+    Column("name", Utf8(16), primary_key=True),  # always "cluster"
+    Column("cluster_id", fixed_bytes(16), nullable=False),
+    Column("database_id", fixed_bytes(16), nullable=False),  # do two nodes look at the same database?
+    Column("created_at", Stamp, nullable=False),
+    Column("revision", BigInteger, nullable=False),  # grows with every change of the members
+)
+
+node = _core(  # every node that has ever served from this database
+    "node",
+    Column("node_id", fixed_bytes(16), primary_key=True),
+    Column("name", Utf8(NODE_NAME_BYTES), nullable=False),  # a label, may change
+    Column("address", Utf8(ADDRESS_BYTES), nullable=False),  # host:port under which the others reach it; "" unknown
+    Column("state", Utf8(16), nullable=False),  # single, member, removed
+    Column("incarnation", BigInteger, nullable=False),
+    Column("version", Utf8(64), nullable=False),
+    Column("hosts_hash", fixed_bytes(32), nullable=False),
+    Column("joined_at", Stamp),
+    Column("left_at", Stamp),
+    Column("left_by", Utf8(NODE_NAME_BYTES)),
+    Column("left_why", Utf8(255)),
+    Column("instance", fixed_bytes(16)),  # the process that serves as this node; null: none
+    Column("place", fixed_bytes(32)),  # the data folder it serves from, as a hash
+    Column("last_seen_at", Stamp),
+    Column("lease_until", Stamp),  # by the database's clock; past or null: it does not run
+    Column("wanted_at", Stamp),  # when somebody last wanted to reach it
+    Index("node_name", "name"),
+)
+
 __all__ = [
+    "ADDRESS_BYTES",
     "BARE_BYTES",
     "FULL_BYTES",
     "HOST_BYTES",
+    "NODE_NAME_BYTES",
     "PART_BYTES",
     "Stamp",
     "Utf8",
     "account",
     "account_secret",
+    "cluster",
     "db_lock",
     "fixed_bytes",
     "host_column",
@@ -193,6 +228,7 @@ __all__ = [
     "long_text",
     "metadata",
     "module_table",
+    "node",
     "setting",
     "short_bytes",
     "spool",

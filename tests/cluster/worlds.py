@@ -1,0 +1,159 @@
+"""Several nodes without sockets on one database: the worlds of tests/modules, joined by links in memory."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.memory_net import MemoryLinks, Net
+from tests.modules.friends import Friends
+from tests.modules.world import Place
+from xmppd.cluster.interfaces import Kind, Links, Peer
+from xmppd.cluster.replica import Replica
+from xmppd.cluster.tables import Owner, SessionTable
+from xmppd.storage import Storage
+
+NAMES = ("one", "two", "three")
+
+
+def replicate(table: SessionTable, links: Links, owner: Owner) -> Replica:
+    """Carry a table from and to the other nodes."""
+    loop = asyncio.get_running_loop()
+    replica = Replica(links, owner, [table], call_soon=loop.call_soon, call_later=loop.call_later)
+    replica.start()
+    return replica
+
+
+class Wires(Net):
+    """Links with a delay: what one node sends to another arrives in order, at a pace of its own. Frames are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames: Counter[Kind] = Counter()
+        self.delay: Callable[[], float] | None = None  # seconds
+        self.held: set[tuple[str, str]] = set()  # (from, to): nothing arrives until it is let go
+        self._arrivals: dict[tuple[str, str], float] = {}
+        self._waiting: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
+
+    def carry(self, sender: MemoryLinks, target: Peer, kind: Kind, body: bytes) -> None:
+        self.frames[kind] += 1
+        way = (sender.me.name, target.name)
+        if way in self.held:
+            self._waiting.setdefault(way, []).append((sender, target, kind, body))
+        else:
+            loop = asyncio.get_running_loop()
+            now = loop.time()
+            at = max(now + self.delay() if self.delay else now, self._arrivals.get(way, 0.0) + 1e-6)
+            if self.delay is None and at <= now:
+                super().carry(sender, target, kind, body)
+            else:
+                self._arrivals[way] = at
+                loop.call_at(at, super().carry, sender, target, kind, body)
+
+    def hold(self, sender: str, target: str) -> None:
+        """Let nothing from one node to another arrive for now."""
+        self.held.add((sender, target))
+
+    def let_go(self, sender: str, target: str) -> None:
+        """Let all arrive that was held."""
+        self.held.discard((sender, target))
+        for sending, peer, kind, body in self._waiting.pop((sender, target), []):
+            super().carry(sending, peer, kind, body)
+
+
+class Cluster:
+    """Nodes by number, from 0."""
+
+    def __init__(self) -> None:
+        self.net = Wires()
+        self.worlds: list[Friends] = []
+        self.storages: list[Storage] = []
+        self.replicas: list[Replica] = []
+
+    def __getitem__(self, index: int) -> Friends:
+        return self.worlds[index]
+
+    async def add(self, url: str, folder: Path, *, strict: bool = False) -> Friends:
+        """One more node, with a storage of its own on the same database."""
+        name = NAMES[len(self.worlds)]
+        storage = Storage(url, data_dir=folder, commit_interval=0.001)
+        await storage.open()
+        self.storages.append(storage)
+        links, calls = self.net.add(name)
+        world = Friends(storage, Place(f"xmppd@{name}", self.net.owner(name), links, calls), strict=strict)
+        self.replicas.append(replicate(world.table, links, self.net.owner(name)))
+        self.worlds.append(world)
+        return world
+
+    def node(self, index: int) -> bytes:
+        return self.net.node(NAMES[index])
+
+    def owner(self, index: int) -> Owner:
+        return self.net.owner(NAMES[index])
+
+    async def load(self, **modules: Any) -> None:
+        """The same modules on all nodes."""
+        for world in self.worlds:
+            await world.load(**modules)
+
+    async def synced(self) -> None:
+        """Until every node that lives has the rows of all others it sees."""
+        await self.net.until(
+            lambda: all(
+                replica.synced(node)
+                for world, replica in zip(self.worlds, self.replicas, strict=True)
+                if world.place is not None and world.place.name.partition("@")[2] in self.net.nodes
+                for node in world.place.links.peers
+            )
+        )
+
+    async def calm(self) -> None:
+        """Until nothing is on its way between nodes and no stanza waits on one."""
+        quiet = 0
+        while quiet < 3:
+            before = sum(self.net.frames.values())
+            for world in self.worlds:
+                await world.quiet()
+                await world.place.calls.barrier() if world.place else None
+            for _ in range(5):
+                await asyncio.sleep(0)
+            after = sum(self.net.frames.values())
+            # The barriers themselves: a question and an answer for each pair.
+            barriers = 2 * len(self.worlds) * (len(self.worlds) - 1)
+            quiet = quiet + 1 if after - before <= barriers else 0
+
+    def sweep(self) -> None:
+        for world in self.worlds:
+            world.sweep()
+
+    def alone_again(self) -> None:
+        """End every session, so that another test can be run in the same place."""
+        for world in self.worlds:
+            for session in list(world.manager.local()):
+                session.close(clean=True)  # type: ignore[attr-defined]
+
+    async def close(self) -> None:
+        self.net.held.clear()
+        for replica in self.replicas:
+            replica.stop()
+        for world in self.worlds:
+            await world.close()
+        await self.net.close()
+        for storage in self.storages:
+            await storage.close()
+
+
+@asynccontextmanager
+async def cluster(count: int, url: str, folder: Path, *, strict: bool = False) -> AsyncIterator[Cluster]:
+    """That many nodes which see each other."""
+    made = Cluster()
+    try:
+        for _ in range(count):
+            await made.add(url, folder, strict=strict)
+        await made.net.all_up()
+        await made.synced()
+        yield made
+    finally:
+        await made.close()

@@ -1,0 +1,375 @@
+"""Stanzas for sessions of other nodes: one frame per stanza and node, and what became of it comes back.
+
+Bodies of the frames (integers big-endian, texts UTF-8 and separated by NUL, XML neutral as in protocol/stanza.py):
+
+    STANZA    flags u8, number u32, length of the texts u32; type, id, to, from, resource...; XML
+              flags: 0x03 kind (0 message, 1 presence, 2 iq), 0x0c nodes it has come from, 0x10 a copy
+    PRESENCE  length of the texts u32; type, id, from, bare JID...; XML without `to`
+    OUTCOMES  how many are safe u32, went wrong u32, found nobody u32; their numbers u32 each; JSON list of the
+              copies that were refused: [number, condition, type, text, application]
+
+The node of the sender waits for the outcome of what has a number: chat and normal messages, and IQ requests. It keeps
+the stanza until then, and when the other node goes down first, the stanza is routed again: it arrives at least once.
+Everything else (presence, headlines, errors, IQ answers) has number 0 and is safe when it is queued on the link, which
+repeats it until the other node has it; it is lost only with that node.
+
+The receiving node decides what becomes of a stanza, tells the sender if it cannot be delivered, and passes it on where
+its session has moved meanwhile. Only where several nodes get *copies* of one message nobody but the sender's node can
+decide: such a copy is delivered or not, and no more.
+"""
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from struct import Struct, pack, unpack_from
+from typing import Any, Final, Protocol
+
+from xmppd.cluster.interfaces import Calls, Kind, Links, Peer
+from xmppd.delivery import ERROR, SAFE, Bounce, Outcome, Pending, Record, Settled, as_stanza_error
+from xmppd.errors import CallRefused, NodeUnreachable, StanzaError
+from xmppd.protocol.jid import JID, parse
+from xmppd.protocol.stanza import Stanza
+
+HOPS: Final = 2  # links a stanza may cross; then it is delivered on that node, kept, or sent back
+_KINDS: Final = ("message", "presence", "iq")
+_KIND_BITS: Final = 0x03
+_HOP_SHIFT: Final = 2
+_HOP_BITS: Final = 0x03
+_COPY: Final = 0x10
+_HEAD: Final = Struct("!BII")  # of STANZA
+_LENGTH: Final = Struct("!I")
+_COUNTS: Final = Struct("!III")  # of OUTCOMES
+_USERS: Final = 500  # in one PRESENCE frame
+_LAST_NUMBER: Final = 0xFFFFFFFF
+_BEHIND: Final = 10_000  # stanzas of one sender that wait for an earlier one; more are refused
+_HANDOVER: Final = 2.0  # seconds for another node to end a session whose resource was bound here
+
+_KICK: Final = "sessions.kick"
+_HAND_OVER: Final = "sessions.hand_over"
+
+
+class Users(Protocol):
+    """The session manager as the forwarder sees it."""
+
+    def arrived(self, stanza: Stanza, resources: Sequence[str]) -> Outcome:
+        """Deliver what another node has sent to some resources of a user. Raises StanzaError."""
+        ...
+
+    def arrived_copy(self, stanza: Stanza, resources: Sequence[str]) -> Outcome | None:
+        """The same for one of several copies; None when none of the resources is there. Raises StanzaError."""
+        ...
+
+    def spread(self, stanza: Stanza, users: Sequence[JID]) -> None:
+        """Give a presence to the available resources that users have on this node."""
+        ...
+
+    def reroute(self, records: list[Record]) -> None: ...
+
+    def kick_here(self, jid: JID, reason: str, condition: str) -> int:
+        """End the session of a full JID, or all of a bare one, as far as they are on this node."""
+        ...
+
+    def yield_to(self, jid: JID, bound_at: int) -> None:
+        """A session of that full JID was bound later on another node: end ours, if it is still there."""
+        ...
+
+
+class Forwarded(Stanza):
+    """A stanza that has come from another node: `hops` links it has crossed."""
+
+    __slots__ = ("hops",)
+
+    hops: int  # type: ignore[misc]
+
+    @classmethod
+    def again(cls, stanza: Stanza) -> "Forwarded":
+        """The stanza as if it had crossed one more link."""
+        made = cls(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
+        made.hops = stanza.hops + 1
+        return made
+
+
+class Copy(Pending):
+    """The outcome of one of several copies. When it ends as ERROR nobody has told the sender; `error` says why, None
+    that there was nobody to take it."""
+
+    __slots__ = ("error",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: StanzaError | None = None
+
+
+class Channel:
+    """One life of the link to a node: what waits for an outcome from there, and the outcomes that are to go there."""
+
+    __slots__ = ("error", "gone", "last", "node", "refused", "safe", "scheduled", "sent")
+
+    def __init__(self, node: bytes) -> None:
+        self.node = node
+        self.last = 0  # number
+        self.sent: dict[int, Record] = {}
+        self.safe: list[int] = []
+        self.error: list[int] = []
+        self.gone: list[int] = []
+        self.refused: list[tuple[int, StanzaError]] = []
+        self.scheduled = False
+
+
+Arrival = tuple[Channel, Forwarded, list[str], int, int]  # with its resources, number, and whether it is a copy
+
+
+class Forwarder:
+    """Between the session manager and the links; one per node. Fulfils the session manager's Remote."""
+
+    def __init__(
+        self,
+        links: Links,
+        calls: Calls,
+        users: Users,
+        *,
+        bounce: Bounce,
+        call_soon: Callable[[Callable[[], None]], object] | None = None,
+    ) -> None:
+        """`call_soon` runs something at the end of this turn of the loop; by default it is the running loop's."""
+        self._links = links
+        self._calls = calls
+        self._users = users
+        self._bounce = bounce
+        self._call_soon = call_soon or asyncio.get_running_loop().call_soon
+        self._channels = {node: Channel(node) for node in links.peers}
+        self._behind: dict[str, deque[Arrival]] = {}  # by sender: what waits for an earlier stanza to be decided
+        self.frames_sent = 0  # STANZA and PRESENCE frames since the start
+        self.frames_received = 0
+        self.rerouted = 0  # stanzas whose node went down before their outcome was known
+        links.on(Kind.STANZA, self._stanza)
+        links.on(Kind.PRESENCE, self._presence)
+        links.on(Kind.OUTCOMES, self._outcomes)
+        links.on_up(self._up)
+        links.on_down(self._down)
+        calls.on_cast(_KICK, self._kicked)
+        calls.on_call(_HAND_OVER, self._handed_over)
+
+    @property
+    def pending(self) -> int:
+        """Stanzas sent to other nodes of which nothing is known yet."""
+        return sum(len(channel.sent) for channel in self._channels.values())
+
+    def is_up(self, node: bytes) -> bool:
+        """Whether there is a link to a node."""
+        return node in self._channels
+
+    def _up(self, peer: Peer) -> None:
+        self._channels[peer.node] = Channel(peer.node)
+
+    def _down(self, peer: Peer, reason: str) -> None:
+        channel = self._channels.pop(peer.node, None)
+        if channel is None:
+            return
+        records, channel.sent = list(channel.sent.values()), {}
+        for record in records:
+            if isinstance(record.outcome, Copy):
+                record.outcome.settle(ERROR)  # whoever sent the copies decides what follows
+        self.rerouted += len(records)
+        self._users.reroute(records)
+
+    # -- to other nodes
+
+    def send(self, node: bytes, stanza: Stanza, resources: Sequence[str], *, copy: bool = False) -> Outcome | None:
+        """Send a stanza to some resources of its recipient, all of them on one node; None when that node is not up."""
+        channel = self._channels.get(node)
+        if channel is None:
+            return None
+        kind, type = stanza.kind, stanza.type
+        flags = stanza.hops + 1 << _HOP_SHIFT
+        if kind == "message":
+            wanted = type not in ("headline", "error")
+        elif kind == "iq":
+            flags |= 2
+            wanted = type in ("get", "set")
+        else:
+            flags |= 1
+            wanted = False
+        number = 0
+        if wanted:
+            number = channel.last = channel.last + 1 if channel.last < _LAST_NUMBER else 1
+            if copy:
+                flags |= _COPY
+        to, from_ = stanza.to, stanza.from_
+        assert to is not None
+        sender = "" if from_ is None else from_.full
+        texts = "\0".join((type, stanza.id, to.full, sender, *resources)).encode()
+        body = b"%b%b%b" % (_HEAD.pack(flags, number, len(texts)), texts, stanza.xml)
+        if not self._links.send(node, Kind.STANZA, body):
+            return None
+        self.frames_sent += 1
+        if not wanted:
+            return SAFE
+        stanza.forget_element()
+        outcome = Copy() if copy else Pending()
+        channel.sent[number] = Record(stanza, outcome)
+        return outcome
+
+    def spread(self, node: bytes, stanza: Stanza, users: Sequence[str]) -> None:
+        """Send one presence without `to` to users (bare JIDs), for their available resources on a node."""
+        head = f"{stanza.type}\0{stanza.id}\0{'' if stanza.from_ is None else stanza.from_.full}\0"
+        for first in range(0, len(users), _USERS):
+            texts = (head + "\0".join(users[first : first + _USERS])).encode()
+            if self._links.send(node, Kind.PRESENCE, _LENGTH.pack(len(texts)) + texts + stanza.xml):
+                self.frames_sent += 1
+
+    def kick(self, nodes: Sequence[bytes], jid: JID, reason: str, condition: str) -> None:
+        """End sessions on other nodes with a stream error: the one of a full JID, or all of a bare one."""
+        self._calls.cast(_KICK, [jid.full, reason, condition], nodes)
+
+    async def hand_over(self, node: bytes, jid: JID, bound_at: int) -> None:
+        """Wait until a node has ended its session of a full JID that was bound here, and every node has heard of it, so
+        that what is said of the new one comes behind. Where that node does not answer nothing is waited for."""
+        with suppress(NodeUnreachable, CallRefused):
+            await self._calls.call(node, _HAND_OVER, [jid.full, bound_at], timeout=_HANDOVER)
+
+    # -- from other nodes
+
+    def _stanza(self, peer: Peer, body: bytes) -> None:
+        flags, number, length = _HEAD.unpack_from(body)
+        end = _HEAD.size + length
+        type, id, to, sender, *resources = body[_HEAD.size : end].decode().split("\0")
+        from_ = parse(sender) if sender else None
+        stanza = Forwarded(_KINDS[flags & _KIND_BITS], type, id, parse(to), from_, body[end:])
+        stanza.hops = flags >> _HOP_SHIFT & _HOP_BITS
+        self.frames_received += 1
+        arrival = (self._channels[peer.owner.member], stanza, resources, number, flags & _COPY)
+        if self._behind and sender in self._behind:
+            self._queue(self._behind[sender], arrival)
+            return
+        outcome = self._take(*arrival)
+        if isinstance(outcome, Pending) and not outcome.decided:
+            self._behind[sender] = deque()
+            outcome.when_decided(partial(self._go_on, sender))
+
+    def _queue(self, waiting: "deque[Arrival]", arrival: "Arrival") -> None:
+        if len(waiting) < _BEHIND:
+            waiting.append(arrival)
+            return
+        channel, stanza, _, number, _ = arrival
+        error = StanzaError("resource-constraint", "too many messages wait for this recipient")
+        self._refuse(channel, stanza, number, arrival[4], error)
+
+    def _go_on(self, sender: str) -> None:
+        """The stanza that held back the others of this sender is decided."""
+        waiting = self._behind[sender]
+        while waiting:
+            outcome = self._take(*waiting.popleft())
+            if isinstance(outcome, Pending) and not outcome.decided:
+                outcome.when_decided(partial(self._go_on, sender))
+                return
+        del self._behind[sender]
+
+    def _take(
+        self, channel: Channel, stanza: Forwarded, resources: list[str], number: int, copy: int
+    ) -> Outcome | None:
+        """Deliver, and see to it that the sender's node hears of the outcome."""
+        try:
+            outcome = self._users.arrived_copy(stanza, resources) if copy else self._users.arrived(stanza, resources)
+        except Exception as exc:
+            self._refuse(channel, stanza, number, copy, as_stanza_error(exc))
+            return None
+        if not number:
+            pass
+        elif outcome is None:
+            channel.gone.append(number)
+            self._report(channel)
+        elif isinstance(outcome, Pending):
+            outcome.then(partial(self._settled, channel, number))
+        else:
+            self._settled(channel, number, outcome)
+        return outcome
+
+    def _refuse(self, channel: Channel, stanza: Stanza, number: int, copy: int, error: StanzaError) -> None:
+        if copy:
+            channel.refused.append((number, error))
+            self._report(channel)
+            return
+        outcome = self._bounce(stanza, error)
+        if number:
+            self._settled(channel, number, outcome)
+
+    def _presence(self, peer: Peer, body: bytes) -> None:
+        (length,) = _LENGTH.unpack_from(body)
+        end = _LENGTH.size + length
+        type, id, sender, *users = body[_LENGTH.size : end].decode().split("\0")
+        self.frames_received += 1
+        presence = Stanza("presence", type, id, None, parse(sender) if sender else None, body[end:])
+        self._users.spread(presence, [parse(user) for user in users])
+
+    # -- outcomes
+
+    def _settled(self, channel: Channel, number: int, outcome: Outcome) -> None:
+        if isinstance(outcome, Pending):
+            outcome.then(partial(self._settled, channel, number))
+            return
+        (channel.safe if outcome is SAFE else channel.error).append(number)
+        if not channel.scheduled:
+            self._report(channel)
+
+    def _report(self, channel: Channel) -> None:
+        """With all the others of this turn of the loop."""
+        if not channel.scheduled:
+            channel.scheduled = True
+            self._call_soon(partial(self._flush, channel))
+
+    def _flush(self, channel: Channel) -> None:
+        channel.scheduled = False
+        safe, channel.safe = channel.safe, []
+        error, channel.error = channel.error, []
+        gone, channel.gone = channel.gone, []
+        refused, channel.refused = channel.refused, []
+        if self._channels.get(channel.node) is not channel:
+            return  # that link is gone, and the sender's node routes them again
+        counts = len(safe), len(error), len(gone)
+        body = pack(f"!III{sum(counts)}I", *counts, *safe, *error, *gone)
+        if refused:
+            body += json.dumps([_refusal(*each) for each in refused]).encode()
+        self._links.send(channel.node, Kind.OUTCOMES, body)
+
+    def _outcomes(self, peer: Peer, body: bytes) -> None:
+        sent = self._channels[peer.owner.member].sent
+        safe, error, gone = _COUNTS.unpack_from(body)
+        total = safe + error + gone
+        numbers = unpack_from(f"!{total}I", body, _COUNTS.size)
+        result: Settled = SAFE
+        for index, number in enumerate(numbers):
+            if index == safe:
+                result = ERROR  # those that found nobody too
+            record = sent.pop(number, None)
+            if record is not None:
+                record.outcome.settle(result)
+        rest = body[_COUNTS.size + 4 * total :]
+        for number, *why in json.loads(rest) if rest else ():
+            record = sent.pop(number, None)
+            if record is not None:
+                if isinstance(record.outcome, Copy):
+                    record.outcome.error = _error(*why)
+                record.outcome.settle(ERROR)
+
+    # -- sessions
+
+    def _kicked(self, peer: Peer, payload: Any) -> None:
+        jid, reason, condition = payload
+        self._users.kick_here(parse(jid), reason, condition)
+
+    async def _handed_over(self, peer: Peer, payload: Any) -> None:
+        jid, bound_at = payload
+        self._users.yield_to(parse(jid), bound_at)
+        await self._calls.barrier(timeout=_HANDOVER)
+
+
+def _refusal(number: int, error: StanzaError) -> list[object]:
+    return [number, error.condition, error.type, error.text, error.application.decode()]
+
+
+def _error(condition: str, type: str, text: str, application: str) -> StanzaError:
+    return StanzaError(condition, text, type=type, application=application.encode())
