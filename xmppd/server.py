@@ -23,9 +23,9 @@ from xmppd.admin.api_tokens import ApiTokens
 from xmppd.admin.registry import Registry
 from xmppd.admin.socket import ControlSocket
 from xmppd.auth import Auth
-from xmppd.c2s.connection import Flusher
 from xmppd.c2s.session import Parts
 from xmppd.c2s.sweeper import RecordSweeper
+from xmppd.c2s.ticks import Ticks
 from xmppd.c2s.tls import Certificates
 from xmppd.check import own_certfiles, validator
 from xmppd.cluster.cookies import Cookies
@@ -321,7 +321,7 @@ class Server:
             self.iqs.add("core", target, "set", ns.SESSION, "session", lambda request: None, anonymous=True)
         self.auth = Auth(self.accounts, self.config, limits=LoginLimits(lambda: self.config.login_limits))
         self.accountant = Accountant(self.auth, self.accounts, self.sessions, self.hooks)
-        self.flusher = Flusher(loop)
+        self.ticks = Ticks(loop)
         self.sweeper = RecordSweeper(loop)
         self.parts = Parts(
             self.config.node,

@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +73,7 @@ def imports_in(source: str, file: Path) -> Iterator[Import]:
                 yield Import(file, node.lineno, ".".join((*module, alias.name)), node.level)
 
 
+@cache
 def imports_of(file: Path) -> list[Import]:
     return list(imports_in(file.read_text(), file))
 
