@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # From the bottom to the top: a room may use its own row and every row before it.
 LAYERS = (
     {"errors", "protocol"},
-    {"events", "hooks", "config", "log", "metrics", "notify"},
+    {"events", "hooks", "config", "log", "log_limits", "metrics", "notify"},
     {"storage", "cluster", "identity"},
     {"spool", "delivery", "outbox", "login_limits", "auth", "access", "shaper"},
     {"iq", "router", "local_router", "session_manager", "s2s_manager", "forward", "nodes", "removals"},
