@@ -527,11 +527,11 @@ class SessionManager:
         return self._table.count(host)
 
     def infos(self, host: str | None = None, user: str | None = None) -> list[SessionInfo]:
-        """All sessions, of one host or one of its users, sorted by JID."""
+        """All sessions of this node, of one host or one of its users, sorted by JID."""
         if user is not None and host is not None:
             rows: Iterable[SessionRow] = self._table.rows(f"{user}@{host}").values()
         else:
-            rows = (row for row in self._table.all() if host is None or row.jid.domain == host)
+            rows = (row for row in self._table.own_sessions() if host is None or row.jid.domain == host)
         return [row.session.info() for row in sorted(rows, key=lambda row: row.jid.full) if row.session is not None]
 
     def kick(

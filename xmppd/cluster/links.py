@@ -6,14 +6,15 @@ on a simulated network.
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from math import inf
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from xmppd.cluster.frames import FrameError, Header, read_header, relayed, strange_version
 from xmppd.cluster.interfaces import Kind, Peer, Transport
-from xmppd.cluster.link import DOWN_KINDS, Down, Event, Incompatible, Link, Local, Settings, State, Up, Way
+from xmppd.cluster.link import Link
+from xmppd.cluster.link_status import LinkCounters, LinkStatus, status_of
+from xmppd.cluster.link_types import Down, Event, Incompatible, Local, Settings, State, Up, Way
 from xmppd.cluster.tables import Owner
 from xmppd.log import get_logger
 from xmppd.metrics import add
@@ -21,6 +22,7 @@ from xmppd.metrics import add
 MAX_HOPS: Final = 2
 _PAUSE: Final = 0.5  # seconds a timer may be late before it means that this process stood still
 _MAX_KIND: Final = 127
+_SHORTEST: Final = 0.001  # seconds of a timer: event loops count in milliseconds
 
 _log = get_logger("cluster")
 
@@ -37,54 +39,6 @@ class Timers(Protocol):
     def time(self) -> float: ...
     def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer: ...
     def call_soon(self, callback: Callable[[], None], /) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class LinkStatus:
-    """One link as an operator sees it."""
-
-    node: bytes  # UUID
-    peer: Peer | None  # as it last said; None: never heard of
-    state: str  # up, down, disconnected
-    rtt_ms: float | None
-    epoch: str  # our session and theirs
-    up_since: float | None  # seconds since 1970
-    via: bytes | None  # the node our packets go through
-    queue_frames: int  # that wait or are not acknowledged
-    queue_bytes: int
-    sent_frames: int
-    sent_bytes: int
-    sent_packets: int
-    received_frames: int
-    received_bytes: int
-    received_packets: int
-    retransmitted: int  # batches
-    duplicates: int  # batches
-
-
-class LinkCounters:
-    """What happened on all links since the start."""
-
-    __slots__ = (
-        "downs",
-        "foreign",
-        "handler_failures",
-        "incompatible",
-        "malformed",
-        "relayed",
-        "unknown_frames",
-        "ups",
-    )
-
-    def __init__(self) -> None:
-        self.ups = 0
-        self.downs = dict.fromkeys(DOWN_KINDS, 0)
-        self.malformed = 0  # packets that could not be read at all; what a link refused stands with the link
-        self.foreign = 0  # packets of another cluster, of no member, for nobody we know
-        self.incompatible = 0  # packets of nodes with which we have no version in common
-        self.relayed = 0  # packets of others passed on
-        self.unknown_frames = 0  # of a kind nobody here handles
-        self.handler_failures = 0
 
 
 class LinkSet:
@@ -252,30 +206,8 @@ class LinkSet:
 
     def status(self) -> list[LinkStatus]:
         """All members by name, whether they are up or not."""
-        found = [self._status(link) for link in self._links.values()]
+        found = [status_of(link) for link in self._links.values()]
         return sorted(found, key=lambda status: (status.peer.name if status.peer else "", status.node))
-
-    def _status(self, link: Link) -> LinkStatus:
-        up, counts = link.state is State.UP, link.counts
-        return LinkStatus(
-            node=link.node,
-            peer=link.peer,
-            state=link.state.value,
-            rtt_ms=link.rtt * 1000 if up and link.rtt else None,
-            epoch=link.epoch,
-            up_since=link.up_since if up else None,
-            via=link.via if up else None,
-            queue_frames=link.queue_frames,
-            queue_bytes=link.queue_bytes,
-            sent_frames=counts.sent_frames,
-            sent_bytes=counts.sent_bytes,
-            sent_packets=counts.sent_packets,
-            received_frames=counts.received_frames,
-            received_bytes=counts.received_bytes,
-            received_packets=counts.received_packets,
-            retransmitted=counts.retransmitted,
-            duplicates=counts.duplicates,
-        )
 
     # What the transport brings
 
@@ -467,7 +399,7 @@ class LinkSet:
             self._timer = None
         self._due = due
         if due < inf and not self._stopped:
-            self._timer = self._loop.call_later(max(0.0, due - self._loop.time()), self._tick)
+            self._timer = self._loop.call_later(max(_SHORTEST, due - self._loop.time()), self._tick)
 
     def _tick(self) -> None:
         now = self._loop.time()
