@@ -94,7 +94,7 @@ class Node:
 
         nothing: Callable[..., None] = lambda *_: None  # noqa: E731
         links = SimpleNamespace(
-            on_up=nothing, on_down=nothing, attach=nothing, detach=nothing, set_members=nothing, stop=nothing, queued=0,
+            on_up=nothing, on_down=nothing, attach=nothing, detach=nothing, set_members=nothing, stop=nothing, queued=0, farewells=0,
             peers={},
         )  # fmt: skip
         self.cluster = Cluster(
@@ -104,7 +104,7 @@ class Node:
             engine=self.engine,  # type: ignore[arg-type]
             links=links,  # type: ignore[arg-type]
             calls=SimpleNamespace(on_call=nothing, on_cast=nothing, cast=nothing),  # type: ignore[arg-type]
-            replica=SimpleNamespace(start=nothing, stop=nothing, on_synced=[]),  # type: ignore[arg-type]
+            replica=SimpleNamespace(start=nothing, stop=nothing, on_synced=[], on_exchanged=[]),  # type: ignore[arg-type]
             hooks=Hooks(),
             spawn=lambda work, name: asyncio.get_running_loop().create_task(work),
             removed=note("removed"),
