@@ -80,7 +80,7 @@ class Presence(Module[Config]):
             route=self.route,
             log=self.log,
         )
-        self._renewal = Renewal(self.nodes, self.sessions, show=self._show_on, know=self._know)
+        self._renewal = Renewal(self.nodes, self.sessions, show=self._show_on, know=self._know, log=self.log)
 
     async def start(self) -> None:
         self.switch(StanzaDelivering, self.server.routing.iq_needs_presence)
@@ -362,7 +362,7 @@ class Presence(Module[Config]):
 
     @hook(NodeSynced)
     def renew(self, event: NodeSynced) -> None:
-        self.spawn(self._renewal.run(event.node), name="presence for a node that is back")
+        self.spawn(self._renewal.run(event.node, event.name), name="presence for a node that is back")
 
     @from_node(SEEN)
     def say_seen(self, node: bytes, payload: None) -> None:

@@ -27,6 +27,8 @@ LostByUser = Mapping[str, Mapping[str, LostSession]]  # bare JID -> full JID -> 
 
 
 class Log(Protocol):
+    def info(self, phrase: str, /, **fields: Any) -> None: ...
+
     def warning(self, phrase: str, /, **fields: Any) -> None: ...
 
 
@@ -79,6 +81,8 @@ class Losses:
             self._under_way.pop(number, None)
         await self._unknown(work)
         await self._guarded(work)
+        if work.sessions:
+            self._log.info("contacts told of lost sessions", sessions=work.sessions, told=work.told)
 
     def finish(self) -> None:
         """Tell all that is left, now: the tasks are gone."""
@@ -129,6 +133,8 @@ class _Work:
         self._now = now
         self._lost: dict[str, dict[str, LostSession]] = {}
         self._said: dict[str, Stanza] = {}
+        self.sessions = 0
+        self.told = 0
         self.unknown: list[Session] = []
         self.guarded: dict[str, list[tuple[LostSession, Session]]] = {}
         self.steps = self._steps(lost)
@@ -140,6 +146,7 @@ class _Work:
                 yield
             else:
                 self._lost.setdefault(session.jid.bare, {})[session.jid.full] = session
+                self.sessions += 1
         if not self._lost:
             return
         for local in sliced(self._losses._sessions.local(), slice_):
@@ -194,4 +201,5 @@ class _Work:
         said = self._said.get(lost.jid.full)
         if said is None:
             said = self._said[lost.jid.full] = build("presence", {"from": lost.jid.full, "type": "unavailable"})
+        self.told += 1
         self._losses._route(said.addressed(session.jid))

@@ -11,6 +11,7 @@ from typing import Final, Protocol
 from xmppd.errors import CallRefused, NodeUnreachable, StorageError
 from xmppd.module_api import Nodes, Session, Sessions
 
+from .losses import Log
 from .slices import Slice, sliced
 
 _WINDOW: Final = 500  # presences on their way at a time: a link's queue has an end
@@ -35,14 +36,16 @@ class Renewal:
         *,
         show: Show,
         know: Callable[[Session], Awaitable[None]],
+        log: Log,
     ) -> None:
         self._nodes = nodes
         self._sessions = sessions
         self._show = show
         self._know = know
+        self._log = log
         self._current: dict[bytes, object] = {}
 
-    async def run(self, node: bytes) -> None:
+    async def run(self, node: bytes, name: str) -> None:
         """Show everybody here to those on a node."""
         token = self._current[node] = object()
         slice_ = Slice()
@@ -52,19 +55,22 @@ class Renewal:
                 await asyncio.sleep(0)
             elif resource.priority is not None:
                 users.add(resource.jid.bare)
-        sent = 0
+        sent = shown = 0
         for session in sliced(self._sessions.local() if users else (), slice_):
             if self._current.get(node) is not token:
                 return
             if session is None:
                 await asyncio.sleep(0)
                 continue
-            sent += await self._one(session, users, node)
+            frames = await self._one(session, users, node)
+            sent, shown = sent + frames, shown + bool(frames)
             if sent >= _WINDOW:
                 sent = 0
                 if not await self._taken(node):
                     return
         del self._current[node]
+        if shown:
+            self._log.info("sessions shown to a node", node=name, sessions=shown)
 
     async def _one(self, session: Session, users: set[str], node: bytes) -> int:
         try:
