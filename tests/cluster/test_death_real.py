@@ -20,6 +20,15 @@ HEALED = 3.0  # seconds from the end of a cut until nobody notices it any more
 CONVERGED = "converged: yes"
 
 
+def story(node: ClusterNode, *lines: str) -> None:
+    """What the operator of a node has read, in this order."""
+    at = 0
+    for line in lines:
+        found = node.log.find(line, at)
+        assert found >= 0, f"{node.name} did not say {line!r} (in that order)"
+        at = found
+
+
 class Field:
     """Three nodes with wires that can be cut, and one person on each."""
 
@@ -40,8 +49,7 @@ class Field:
         which = nodes or tuple(self.cluster)
         names = sorted(node.name for node in which)
         return all(
-            sorted(node.quick("list_cluster").splitlines()) == names
-            and CONVERGED in node.quick("cluster_status")
+            sorted(node.quick("list_cluster").splitlines()) == names and CONVERGED in node.quick("cluster_status")
             for node in which
         )
 
@@ -121,6 +129,8 @@ async def test_after_a_kill_every_contact_hears_once_within_a_second(field):
     for person in (romeo, nurse):
         assert person.seen(juliet)[before[person.name] :] == ["unavailable", "available"]
     await scene.accounts()
+    for node in (scene.cluster[1], scene.cluster[2]):
+        story(node, "node down node=xmppd@node01", "contacts told of lost sessions sessions=1 told=1")
 
 
 async def test_a_node_that_is_cut_off_in_silence_and_comes_back(field):
@@ -144,6 +154,15 @@ async def test_a_node_that_is_cut_off_in_silence_and_comes_back(field):
     for person in (romeo, nurse):
         assert person.seen(juliet)[before[person.name] :] == ["unavailable", "available"]
     await scene.accounts()
+    await asyncio.sleep(0.2)
+    story(
+        scene.cluster[0],
+        "node down node=xmppd@node02",
+        "stanzas routed again node=xmppd@node02",
+        "node up node=xmppd@node02",
+        "tables synced node=xmppd@node02",
+        "sessions shown to a node node=xmppd@node02",
+    )
 
 
 async def test_a_cut_between_two_of_three_nobody_notices(field):

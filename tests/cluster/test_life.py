@@ -94,8 +94,8 @@ class Node:
 
         nothing: Callable[..., None] = lambda *_: None  # noqa: E731
         links = SimpleNamespace(
-            on_up=nothing, on_down=nothing, attach=nothing, detach=nothing, set_members=nothing, stop=nothing, queued=0, farewells=0,
-            peers={},
+            on_up=nothing, on_down=nothing, attach=nothing, detach=nothing, set_members=nothing, stop=nothing, queued=0,
+            farewells=0, peers={},
         )  # fmt: skip
         self.cluster = Cluster(
             Myself(ME, "xmppd@node01", "127.0.0.1:1", b"i" * 16, "1.0", 1, ("localhost",), False, b"m" * 16),
@@ -191,7 +191,7 @@ async def test_an_engine_that_does_not_start_is_tried_again_and_the_node_lives_o
     await node.cluster.stop()
 
 
-async def test_a_lease_that_cannot_be_renewed_is_not_claimed_to_be_held(start):
+async def test_a_lease_that_cannot_be_renewed_is_not_claimed_to_be_held(start, caplog):
     node = await start("member")
     await beats(node)
     node.store.away = True
@@ -202,6 +202,7 @@ async def test_a_lease_that_cannot_be_renewed_is_not_claimed_to_be_held(start):
 
     assert node.cluster.lease_until == held
     assert node.engine.runs
+    assert [record.msg for record in caplog.records].count("members not readable") == 1
     node.store.away = False
     await until(lambda: node.cluster.lease_until > held)
 
