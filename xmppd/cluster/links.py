@@ -356,11 +356,11 @@ class LinkSet:
         add(self.counters.downs, kind)
         self._up.pop(link.node, None)
         self._peers.pop(link.node, None)
-        fields: dict[str, object] = {"node": peer.name, "id": link.node.hex()}
+        id, seconds = link.node.hex(), round(lasted, 1)
         if kind in ("goodbye", "local"):
-            _log.info("node down", reason=reason, lasted_s=round(lasted, 1), **fields)
+            _log.info("node down", node=peer.name, id=id, reason=reason, lasted_s=seconds)
         else:
-            _log.warning("node down", reason=reason, lasted_s=round(lasted, 1), **fields)
+            _log.warning("node down", node=peer.name, id=id, reason=reason, lasted_s=seconds)
         self._each(self._on_down, peer, reason)
 
     def _each(self, handlers: list[Callable[..., None]], *arguments: Any) -> None:
