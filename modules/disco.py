@@ -102,7 +102,7 @@ class Disco(Module[Config]):
         await self._must_be_entitled(request)
         if _has_node(request):
             return await self._node(request, "items")
-        present = [s.jid.full for s in self.sessions.sessions(request.target) if s.priority is not None]
+        present = [each.jid.full for each in self.sessions.resources(request.target) if each.priority is not None]
         return _items([(jid, "") for jid in sorted(present)])
 
     async def _node(self, request: IqRequest, kind: str) -> bytes:

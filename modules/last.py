@@ -116,8 +116,7 @@ class Last(Module[object]):
             future.add_done_callback(self._stored)
 
     def _is_online(self, user: JID) -> bool:
-        here = self.sessions.sessions(user)
-        return self.sessions.is_available(user) or any(session.priority is not None for session in here)
+        return any(resource.priority is not None for resource in self.sessions.resources(user))
 
     def _submit(self, seen: Seen) -> "asyncio.Future[None]":
         return self.storage.batcher.submit(KIND, seen)

@@ -14,6 +14,7 @@ import pytest
 from tests import alone, mariadb
 from tests.databases import Databases
 from tests.harness import ports
+from tests.harness.cluster import RealCluster
 from tests.harness.scene import Scene
 from tests.harness.server import Server, options
 
@@ -125,6 +126,33 @@ async def fresh(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterator[
             else:
                 scene.node.kill()
         scene.node.judge()
+
+
+@pytest.fixture
+def real_cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., RealCluster]]:
+    """`real_cluster(n, **options)`: n nodes as processes that share a database (tests/harness/cluster.py). Unless told
+    otherwise they are started, joined and in step."""
+    made: list[RealCluster] = []
+
+    def make(count: int, *, start: bool = True, join: bool = True, **changes: Any) -> RealCluster:
+        folder = tmp_path / f"cluster{len(made)}"
+        folder.mkdir()
+        cluster = RealCluster(folder, count, **changes)
+        made.append(cluster)
+        request.node.stash.setdefault(_SERVERS, []).extend(cluster.nodes)
+        if start:
+            cluster.start()
+            if join:
+                cluster.join()
+                cluster.converged()
+        return cluster
+
+    yield make
+    for cluster in made:
+        cluster.end()
+    for cluster in made:
+        for node in cluster:
+            node.judge()
 
 
 @pytest.fixture

@@ -8,7 +8,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from xmppd.errors import ConfigError, DataFolderInUse, XmppdError
+from xmppd.errors import (
+    ConfigError,
+    DataFolderInUse,
+    NodeIdTaken,
+    NodeNameTaken,
+    NodeRemoved,
+    WrongDatabase,
+    XmppdError,
+)
+
+# docs/exit-codes.md
+EXIT_CODES: dict[type[XmppdError], int] = {
+    ConfigError: 10,
+    DataFolderInUse: 16,
+    NodeIdTaken: 16,
+    WrongDatabase: 24,
+    NodeRemoved: 25,
+    NodeNameTaken: 28,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,11 +50,13 @@ def main(argv: list[str] | None = None) -> int:
         loaded = config.load(arguments.config, overrides=overrides, node=arguments.name)
         if arguments.check or arguments.dump_config:
             return _look(loaded, dump=arguments.dump_config)
+        if arguments.new_identity:
+            return _new_identity(loaded.data_dir)
         log.setup_from(loaded)
         again = uvloop.run(_serve(Server, loaded))
     except XmppdError as exc:
         print(f"xmppd: {exc}", file=sys.stderr)
-        return {ConfigError: 10, DataFolderInUse: 16}.get(type(exc), 1)  # docs/exit-codes.md
+        return next((code for kind, code in EXIT_CODES.items() if isinstance(exc, kind)), 1)
     except KeyboardInterrupt:
         return 130
     if again:
@@ -61,6 +81,15 @@ def _look(loaded: Any, *, dump: bool) -> int:
     return 0
 
 
+def _new_identity(data_dir: Path) -> int:
+    """A copied data folder, or one of a removed node, becomes that of a new node."""
+    from xmppd.identity import new_identity
+
+    old, new = new_identity(data_dir)
+    print(f"{data_dir}: node id {old} is now {new}; the node has never joined anything")
+    return 0
+
+
 async def _serve(server: Any, loaded: Any) -> bool:
     again: bool = await server(loaded).run()
     return again
@@ -74,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     look = parser.add_mutually_exclusive_group()
     look.add_argument("--check", action="store_true", help="validate the configuration, start nothing; 0, or 10")
     look.add_argument("--dump-config", action="store_true", help="print every value and where it came from")
+    look.add_argument(
+        "--new-identity", action="store_true", help="make a copied data folder, or a removed node's, one of a new node"
+    )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     return parser
 

@@ -5,40 +5,30 @@ import hashlib
 import secrets
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 from xmppd.cluster import survey
 from xmppd.cluster.addresses import join
 from xmppd.cluster.calls import NodeCalls
-from xmppd.cluster.claim import claim
+from xmppd.cluster.claim import claim, removed
 from xmppd.cluster.cluster import LEASE, Cluster, Myself
 from xmppd.cluster.engine import Engine
-from xmppd.cluster.link import Settings
+from xmppd.cluster.link_types import Settings
 from xmppd.cluster.links import LinkSet
-from xmppd.cluster.membership import Membership
+from xmppd.cluster.membership import REMOVED, Membership
 from xmppd.cluster.replica import Replica
 from xmppd.cluster.tables import Owner, RouteTable, SessionTable
 from xmppd.config import Config
 from xmppd.config.types import host_port
+from xmppd.errors import NodeRemoved, StorageUnavailable, XmppdError
 from xmppd.hooks import Hooks
 from xmppd.identity import DataFolder, machine
 from xmppd.storage import Storage
 from xmppd.storage.members import Members, NodeRow, Registration
 
 PROTOCOL: Final = 1  # of hellos and link frames: one step apart is understood
+OPEN: Final = 5.0  # seconds for the database at the start of a node that can do without
 _ANYWHERE: Final = ("0.0.0.0", "::")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """This node's place among those that use its database."""
-
-    me: Myself
-    owner: Owner
-    members: Members
-    membership: Membership
-    claim: Callable[[], Any]
 
 
 def advertised(config: Config) -> str:
@@ -49,41 +39,83 @@ def advertised(config: Config) -> str:
     return join(config.node.partition("@")[2] if host in _ANYWHERE else host, port)
 
 
-async def take_place(config: Config, folder: DataFolder, storage: Storage, version: str) -> Place:
-    """Become the one process that serves as this node. Raises as `xmppd.cluster.claim.claim`."""
-    node = uuid.UUID(folder.node_id).bytes
-    me = Myself(
-        node,
-        config.node,
-        advertised(config),
-        secrets.token_bytes(16),
-        version,
-        PROTOCOL,
-        config.hosts,
-        storage.node_local,
-        machine(),
-    )
-    members, membership = Members(storage), Membership(node, folder)
-    place = folder.place
+class Place:
+    """This node's place among those that use its database: its row there, and what it knows of the others."""
 
-    def registration() -> Registration:
-        hosts_hash = hashlib.sha256("\n".join(sorted(me.hosts)).encode()).digest()
-        return Registration(
-            node, me.name, me.address, folder.incarnation, version, hosts_hash, me.instance, place
-        )  # fmt: skip
+    def __init__(self, config: Config, folder: DataFolder, storage: Storage, version: str) -> None:
+        node = uuid.UUID(folder.node_id).bytes
+        self.me = Myself(
+            node,
+            config.node,
+            advertised(config),
+            secrets.token_bytes(16),
+            version,
+            PROTOCOL,
+            config.hosts,
+            storage.node_local,
+            machine(),
+        )
+        self.members = Members(storage)
+        self.membership = Membership(node, folder)
+        self._folder = folder
+        self._storage = storage
+        self._owner: Owner | None = None
 
-    async def register() -> NodeRow:
-        row = await members.register(registration(), lease=LEASE)
-        if row.incarnation > folder.incarnation:  # the folder is a backup
-            folder.advance(row.incarnation)
-            row = await members.register(registration(), lease=LEASE)
+    @property
+    def owner(self) -> Owner:
+        """The same for the whole life of the process."""
+        if self._owner is None:
+            self._owner = Owner(self.me.node, 0, self._folder.incarnation)
+        return self._owner
+
+    async def open(self) -> StorageUnavailable | None:
+        """Open the database and become the one process that serves as this node.
+
+        A node that has been here before serves without the database, which then is returned as the reason; `claim` is
+        for later. Raises as `claim`, and StorageError from the opening.
+        """
+        try:
+            async with asyncio.timeout(None if self.known is None else OPEN):
+                await self._storage.open()
+            await self.claim()
+        except (StorageUnavailable, TimeoutError) as exc:
+            if self.known is None:
+                raise
+            if self.membership.state == REMOVED:
+                raise NodeRemoved(removed(self.membership.copy.removed)) from exc
+            return exc if isinstance(exc, StorageUnavailable) else StorageUnavailable(f"no answer in {OPEN:g} s")
+        return None
+
+    @property
+    def known(self) -> bytes | None:
+        """The cluster id that this node remembers; None before it has ever seen its database."""
+        return self.membership.copy.cluster or None
+
+    async def claim(self) -> None:
+        """Raises as `xmppd.cluster.claim.claim`."""
+        await claim(self.membership, self.members, self._register, where=self._storage.where)
+
+    async def claim_late(self) -> None:
+        """Open the database if it is not open yet, and claim. Raises StorageUnavailable while it is away."""
+        if not self._storage.is_open:
+            await self._storage.open()
+        await self.claim()
+
+    async def _register(self) -> NodeRow:
+        row = await self.members.register(self._registration(), lease=LEASE)
+        if row.incarnation > self._folder.incarnation:  # the folder is a backup: others have seen later runs
+            self._folder.advance(row.incarnation)
+            if self._owner is not None:
+                raise XmppdError("the data folder is older than what the database knows of this node: start it again")
+            row = await self.members.register(self._registration(), lease=LEASE)
         return row
 
-    async def take() -> None:
-        await claim(membership, members, register, where=storage.where)
-
-    await take()
-    return Place(me, Owner(node, 0, folder.incarnation), members, membership, take)
+    def _registration(self) -> Registration:
+        me, folder = self.me, self._folder
+        hosts_hash = hashlib.sha256("\n".join(sorted(me.hosts)).encode()).digest()
+        return Registration(
+            me.node, me.name, me.address, folder.incarnation, me.version, hosts_hash, me.instance, folder.place
+        )
 
 
 def build(
@@ -94,7 +126,7 @@ def build(
     tables: tuple[RouteTable, SessionTable],
     hooks: Hooks,
     spawn: Callable[..., Any],
-    removed: Callable[[], None],
+    leave: Callable[[], None],
     ousted: Callable[[], None],
 ) -> Cluster:
     """All parts of the cluster layer, wired and at rest."""
@@ -122,7 +154,7 @@ def build(
         replica=replica,
         hooks=hooks,
         spawn=spawn,
-        removed=removed,
+        removed=leave,
         ousted=ousted,
         claim=place.claim,
     )

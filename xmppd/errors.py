@@ -95,8 +95,12 @@ class CommandError(XmppdError):
         self.code = code
 
 
-class NodeIdInUse(XmppdError):
-    """Another process serves as this very node: the data folder was copied. `last_seen` by the database's clock."""
+class NodeIdTaken(XmppdError):
+    """Another process serves as this very node: the data folder was copied."""
+
+
+class NodeIdInUse(NodeIdTaken):
+    """It did so when this one started. `last_seen` by the database's clock."""
 
     def __init__(self, name: str, address: str, last_seen: float, lease_left: float) -> None:
         where = f"{name} at {address}" if address else name

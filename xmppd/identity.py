@@ -5,6 +5,7 @@
     node_id          the node's UUID, for the life of its data
     incarnation      how often it has been started: what an earlier run left behind can be told apart
     .xmppd.cookie    the cluster's secret
+    .xmppd.cookie.also   others that are accepted while the cookie is changed on all nodes
     members.json     a copy of the cluster's members, for a start without the database
     ready.json       there while the node serves: how to reach it
 
@@ -20,7 +21,7 @@ import secrets
 import socket
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +30,9 @@ from typing import Any, Final, Self
 from xmppd.errors import DataFolderInUse, XmppdError
 
 COOKIE: Final = ".xmppd.cookie"
+ALSO: Final = ".xmppd.cookie.also"
 MEMBERS: Final = "members.json"
-_WRITTEN: Final = ("incarnation", "node_id", COOKIE, MEMBERS, "pid", "ready.json")
+_WRITTEN: Final = ("incarnation", "node_id", COOKIE, ALSO, MEMBERS, "pid", "ready.json")
 MIN_COOKIE: Final = 20  # characters; ours has 64, people copy shorter ones
 MAX_COOKIE: Final = 1024
 MAX_INCARNATION: Final = 2**62  # fits a signed column; nobody starts that often
@@ -48,11 +50,14 @@ _REMEDIES: Final = {
 class DataFolder:
     """An opened data folder; get one with `open`. Close it last of all: until then nobody else can start here."""
 
-    def __init__(self, path: Path, lock: int, incarnation: int, node_id: str, cookie: str, warnings: list[str]) -> None:
+    def __init__(
+        self, path: Path, lock: int, incarnation: int, node_id: str, cookies: tuple[str, ...], warnings: list[str]
+    ) -> None:
         self.path = path
         self.incarnation = incarnation
         self.node_id = node_id
-        self.cookie = cookie
+        self.cookie, *others = cookies
+        self.also_trusted = tuple(others)  # cookies that are accepted as well
         self.warnings = tuple(warnings)  # for the log, once there is one
         self._lock: int | None = lock
 
@@ -70,12 +75,12 @@ class DataFolder:
                 _remove(folder / left)
             incarnation = _next_incarnation(folder)
             node_id = _node_id(folder)
-            cookie = _cookie(folder)
+            cookies = (_cookie(folder), *_also(folder))
             _replace(folder / "pid", f"{os.getpid()}\n")
         except BaseException:
             os.close(lock)
             raise
-        return cls(folder, lock, incarnation, node_id, cookie, warnings)
+        return cls(folder, lock, incarnation, node_id, cookies, warnings)
 
     def write_ready(self, info: Mapping[str, Any]) -> None:
         """Tell scripts that the node serves, and how to reach it; whole at once."""
@@ -92,6 +97,21 @@ class DataFolder:
             _replace(self.path / "incarnation", f"{beyond + 1}\n")
             self.incarnation = beyond + 1
         return self.incarnation
+
+    def write_cookies(self, cookie: str, also_trusted: Iterable[str] = ()) -> None:
+        """Keep another cookie, and others that are to be accepted as well. XmppdError: one that cannot be a cookie."""
+        others = tuple(other for other in dict.fromkeys(also_trusted) if other != cookie)
+        for each in (cookie, *others):
+            check_cookie(each)
+        # in this order a start in between accepts one more than it must, never one less
+        known = dict.fromkeys((*others, self.cookie, *self.also_trusted))
+        _replace(self.path / ALSO, "".join(f"{each}\n" for each in known), 0o400)
+        _replace(self.path / COOKIE, f"{cookie}\n", 0o400)
+        if others:
+            _replace(self.path / ALSO, "".join(f"{each}\n" for each in others), 0o400)
+        else:
+            _remove(self.path / ALSO)
+        self.cookie, self.also_trusted = cookie, others
 
     def read_members(self) -> str | None:
         """What `write_members` wrote last; None if there is nothing, or nothing that can be read."""
@@ -250,14 +270,33 @@ def _cookie(folder: Path) -> str:
     if about.st_uid not in (os.geteuid(), 0):
         raise XmppdError(f"{path} belongs to another user ({about.st_uid}); chown {os.geteuid()} {path}")
     cookie = text.strip()
-    if not MIN_COOKIE <= len(cookie) <= MAX_COOKIE:
+    try:
+        check_cookie(cookie)
+    except XmppdError as exc:
         raise XmppdError(
-            f"{path} must hold {MIN_COOKIE} to {MAX_COOKIE} characters, not {len(cookie)}: copy it from another node "
-            "of the cluster; on the first node delete it to have a new one made"
-        )
-    if not (cookie.isascii() and cookie.isprintable() and " " not in cookie):
-        raise XmppdError(f"{path} must hold printable ASCII characters without blanks")
+            f"{path}: {exc}: copy it from another node of the cluster; on the first one delete it to get a new one"
+        ) from None
     return cookie
+
+
+def check_cookie(cookie: str) -> None:
+    """Raises XmppdError for what cannot be one."""
+    if not MIN_COOKIE <= len(cookie) <= MAX_COOKIE:
+        raise XmppdError(f"a cookie must hold {MIN_COOKIE} to {MAX_COOKIE} characters, not {len(cookie)}")
+    if not (cookie.isascii() and cookie.isprintable() and " " not in cookie):
+        raise XmppdError("a cookie must hold printable ASCII characters without blanks")
+
+
+def _also(folder: Path) -> tuple[str, ...]:
+    """Left by a change of the cookie that is under way, or was broken off."""
+    found = []
+    for cookie in (_read(folder / ALSO) or "").split():
+        try:
+            check_cookie(cookie)
+        except XmppdError:
+            continue
+        found.append(cookie)
+    return tuple(found)
 
 
 def _read(path: Path) -> str | None:
@@ -291,11 +330,11 @@ def _create(path: Path, text: str, mode: int) -> str:
     return text
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, text: str, mode: int = 0o600) -> None:
     """Write a file so that a reader, or a start after a power cut, finds the old text or the new one."""
     beside = path.with_name(f"{path.name}.new")
     with _named(path, "write this file"):
-        _write(beside, text, 0o600)
+        _write(beside, text, mode)
         os.replace(beside, path)
         _sync(path.parent)
 

@@ -78,6 +78,7 @@ class Counters:
         "cut_off",
         "login_failures",
         "logins",
+        "silent",
         "stalled",
         "stanza_errors",
         "stanzas",
@@ -90,6 +91,7 @@ class Counters:
         self.accepted = 0  # connections
         self.cut_off = 0  # connections of peers that read too slowly
         self.tls_failures = 0
+        self.silent = 0  # connections that ended without ever having begun a stream in time
         self.logins: dict[str, int] = {}  # by mechanism
         self.login_failures: dict[str, int] = {}  # by SASL condition, or `limited`
         self.stream_errors: dict[str, int] = {}  # by condition, sent by us

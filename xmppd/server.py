@@ -18,21 +18,24 @@ from typing import Any, Final
 from xmppd import clustering, log, signals
 from xmppd.access import Access, AccessRules
 from xmppd.accountant import Accountant
-from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
-from xmppd.admin.cluster_commands import ClusterCommands
-from xmppd.admin.commands import register_core
-from xmppd.admin.registry import Registry, commands_of
+from xmppd.admin import nodes as admin_nodes
+from xmppd.admin.api_tokens import ApiTokens
+from xmppd.admin.registry import Registry
 from xmppd.admin.socket import ControlSocket
 from xmppd.auth import Auth
-from xmppd.c2s.connection import Flusher
 from xmppd.c2s.session import Parts
 from xmppd.c2s.sweeper import RecordSweeper
+from xmppd.c2s.ticks import Ticks
 from xmppd.c2s.tls import Certificates
 from xmppd.check import own_certfiles, validator
+from xmppd.cluster.cookies import Cookies
 from xmppd.cluster.tables import Route, RouteTable, SessionTable
+from xmppd.commanding import Commanding
 from xmppd.config import Config
 from xmppd.delivery import Gate
+from xmppd.errors import NodeIdTaken, StorageUnavailable, XmppdError
 from xmppd.events import ServerStarted
+from xmppd.forward import Forwarder
 from xmppd.hooks import Hooks
 from xmppd.identity import DataFolder
 from xmppd.iq import IqDispatcher, IqHandlers
@@ -42,9 +45,11 @@ from xmppd.login_limits import LoginLimits
 from xmppd.metrics import Counters, LoopLag
 from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
+from xmppd.nodes import NodeHandlers, Nodes
 from xmppd.notify import Notifier
-from xmppd.protocol import ns, stream
+from xmppd.protocol import ns
 from xmppd.reload import Plan, Reloader
+from xmppd.removals import Removals
 from xmppd.router import Router
 from xmppd.s2s_manager import S2SManager
 from xmppd.serving import Listeners
@@ -53,9 +58,9 @@ from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 _log = get_logger("xmppd.server")
-_COLLECT_EVERY: Final = 5.0  # seconds
-_COLLECT_ABANDONED: Final = 500  # parsers, about 6 MiB
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
+_DATABASE_AGAIN: Final = 1.0  # seconds between two attempts to open one that was away at the start
+_SUM_UP: Final = 10.0  # seconds between two looks at what the log has left out
 _SYNC: Final = 3.0  # seconds a start waits for the tables of the other nodes
 _GC_THRESHOLDS: Final = (50_000, 20, 50)
 
@@ -79,6 +84,7 @@ class Server:
         self._status = "starting"
         self._stopping = asyncio.Event()
         self._restart = False
+        self._failure: XmppdError | None = None  # why it had to stop
         self._tasks: set[asyncio.Task[None]] = set()  # each ends by itself, soon
         self._services: set[asyncio.Task[None]] = set()  # each goes on until it is cancelled
         self.access = Access(AccessRules(config))
@@ -122,6 +128,14 @@ class Server:
         """Seconds."""
         return time.monotonic() - self._started
 
+    @property
+    def nodes(self) -> admin_nodes.Nodes:
+        return self.commanding.nodes
+
+    @property
+    def api_tokens(self) -> ApiTokens:
+        return self.commanding.api_tokens
+
     def features(self) -> list[str]:
         return self.loader.features()
 
@@ -163,7 +177,10 @@ class Server:
             self._status = "stopping"
             self._tell_systemd_that_we_stop()
             _log.info("stopping", node=self.node)
+        log.sum_up(all=True)
         _log.info("stopped", node=self.node)
+        if self._failure is not None:
+            raise self._failure
         return self._restart
 
     def stop(self) -> None:
@@ -231,15 +248,17 @@ class Server:
             pool_timeout=database.pool.timeout,
             commit_interval=database.commit_interval,
         )
-        await self.storage.open()
         try:
             self.accounts = Accounts(self.storage)
             self.spool = Spool(self.storage)
-            self._place = await clustering.take_place(self.config, self.folder, self.storage, self.version)
+            self._place = clustering.Place(self.config, self.folder, self.storage, self.version)
+            away = await self._place.open()
             self.owner = self._place.owner
-            freed = await self.spool.free_stale(self.owner.member, self.owner.incarnation)
-            if freed:
-                _log.info("messages of an earlier run are free again", messages=freed)
+            if away is None:
+                await self._free_stale()
+            else:
+                _log.warning("serving without the database", database=self.storage.where, error=away)
+                self.spawn_service(self._await_database(), name="database at the start")
             yield
         finally:
             try:
@@ -248,6 +267,30 @@ class Server:
                     await self.storage.close()
             except TimeoutError:
                 _log.warning("writes given up", database=self.storage.where)
+
+    async def _free_stale(self) -> None:
+        freed = await self.spool.free_stale(self.owner.member, self.owner.incarnation)
+        if freed:
+            _log.info("messages of an earlier run are free again", messages=freed)
+
+    async def _await_database(self) -> None:
+        """It was away at the start: open it when it is back, and find out whether this node may serve from it."""
+        while True:
+            await asyncio.sleep(_DATABASE_AGAIN)
+            try:
+                await self._place.claim_late()
+                await self._free_stale()
+            except StorageUnavailable as exc:
+                _log.debug("database still away", error=exc)
+            except XmppdError as exc:
+                return self._fail(exc)
+            else:
+                return _log.info("database is back", database=self.storage.where)
+
+    def _fail(self, why: XmppdError) -> None:
+        """Stop, and end the process with what that error is worth."""
+        self._failure = why
+        self.stop()
 
     @contextlib.asynccontextmanager
     async def _routing_parts(self) -> AsyncIterator[None]:
@@ -280,7 +323,7 @@ class Server:
             self.iqs.add("core", target, "set", ns.SESSION, "session", lambda request: None, anonymous=True)
         self.auth = Auth(self.accounts, self.config, limits=LoginLimits(lambda: self.config.login_limits))
         self.accountant = Accountant(self.auth, self.accounts, self.sessions, self.hooks)
-        self.flusher = Flusher(loop)
+        self.ticks = Ticks(loop)
         self.sweeper = RecordSweeper(loop)
         self.parts = Parts(
             self.config.node,
@@ -301,6 +344,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _cluster(self) -> AsyncIterator[None]:
+        """Everything is there before the first link comes up: the modules, which hear each other, are started first."""
         self.cluster = clustering.build(
             self.config,
             self.folder,
@@ -308,14 +352,28 @@ class Server:
             tables=(self.routes, self.table),
             hooks=self.hooks,
             spawn=self.spawn,
-            removed=self.stop,
-            ousted=self.stop,
+            leave=self.stop,
+            ousted=self._ousted,
         )
-        await self.cluster.start()
+        links, calls = self.cluster.links, self.cluster.calls
+        self.cookies = Cookies(self.cluster, self.folder, external=self.config.cluster.nats_url is not None)
+        self.forwarder = Forwarder(links, calls, self.sessions, bounce=self.router.bounce)
+        self.sessions.connect(self.forwarder)
+        self._node_handlers = NodeHandlers()
+        self._node_handlers.connect(calls, self.spawn)
+        Removals(calls, self.accounts, self.hooks, self.spawn)
         try:
             yield
         finally:
             await self.cluster.stop()
+
+    def _ousted(self) -> None:
+        self._fail(
+            NodeIdTaken(
+                f"another process took the node id of {self.node} while this one could not reach the database: if its "
+                "data folder is a copy of ours, `xmppd --new-identity` makes it a node of its own"
+            )
+        )
 
     @contextlib.asynccontextmanager
     async def _modules(self) -> AsyncIterator[None]:
@@ -328,23 +386,17 @@ class Server:
             validate=lambda kind, options, path: validator(self.config)(kind, options, path),
             access=self.access,
             paths=self.config.module_paths,
+            nodes=self._node_handlers,
         )
-        register_core(
-            self.registry,
-            server=self,
-            accounts=self.accounts,
-            auth=self.accountant,
-            sessions=self.sessions,
-            router=self.router,
-            loader=self.loader,
-        )
-        self.api_tokens = ApiTokens(self.storage, lambda: self.config.api_tokens)
-        self.registry.register("core", commands_of(ApiTokenCommands(self.api_tokens)))
-        self.registry.register("core", commands_of(ClusterCommands(self.cluster, self._info)))
+        self.commanding = Commanding(self, self._info)
         try:
             await self.loader.start(self.config.modules)
+            await self.cluster.engine.set_cookies(self.folder.cookie, self.folder.also_trusted)
+            await self.commanding.start()
+            await self.cluster.start()
             yield
         finally:
+            await self.commanding.close()
             await self.loader.stop()
 
     def _info(self) -> tuple[str, int, int, int]:
@@ -366,11 +418,14 @@ class Server:
             route=self.router.route,
             spawn=self.spawn_service,
             service=self.loader.service,
+            nodes=Nodes(name, self.cluster.links, self.cluster.calls, self.sessions.nodes_of),
         )
 
     @contextlib.asynccontextmanager
     async def _control(self) -> AsyncIterator[None]:
-        self.control = ControlSocket(self.config.data_dir / "xmppd.sock", self.registry, node=self.node)
+        self.control = ControlSocket(
+            self.config.data_dir / "xmppd.sock", self.registry, node=self.node, nodes=self.commanding.nodes
+        )
         await self.control.start()
         try:
             yield
@@ -411,24 +466,12 @@ class Server:
         self._status = "started"
         ready = {"node": self.node, "pid": os.getpid(), "hosts": list(self.hosts), "listen": self._listeners.addresses}
         self.folder.write_ready(ready)
-        self.spawn_service(self._collect(), name="collect abandoned parsers")
         waiting = self.hooks.notify(ServerStarted())
         if waiting is not None:
             self.spawn(_await(waiting), name="server started")
+        self.spawn_service(_sum_up(), name="what the log left out")
         self._notifier.ready(self._condition()[1])
         _log.info("serving", node=self.node, hosts=",".join(self.hosts), database=self.storage.where)
-
-    async def _collect(self) -> None:
-        """Streams that were cut in the middle of a stanza leave cycles with much memory and few objects, which would
-        not make the collector run."""
-        collected = stream.abandoned
-        while True:
-            await asyncio.sleep(_COLLECT_EVERY)
-            if stream.abandoned - collected >= _COLLECT_ABANDONED:
-                collected = stream.abandoned
-                began = time.perf_counter()
-                gc.collect()
-                _log.debug("abandoned parsers collected", ms=int((time.perf_counter() - began) * 1000))
 
     # -- what systemd sees
 
@@ -456,11 +499,19 @@ class Server:
         """Put a new configuration into effect: what cannot fail."""
         if plan.config.loglevel != self.config.loglevel:
             log.set_level(plan.config.loglevel)
+        log.limit(plan.config.log_burst_limit_count, plan.config.log_burst_limit_window_time)
         self.config = plan.config
         self.access.rules = plan.access
         self.auth.config = plan.config
         self.sessions.strict = plan.config.routing.profile == "rfc6121"
         self._listeners.shape()
+
+
+async def _sum_up() -> None:
+    """What was left out of the log is told of even when nothing else is logged any more."""
+    while True:
+        await asyncio.sleep(_SUM_UP)
+        log.sum_up()
 
 
 async def _await(waiting: Any) -> None:

@@ -7,10 +7,11 @@ from typing import Any, Final, Protocol
 
 from xmppd.access import Access
 from xmppd.auth import Auth
-from xmppd.c2s.connection import Flusher, Settings
+from xmppd.c2s.connection import Settings
 from xmppd.c2s.listener import ClientListener
 from xmppd.c2s.negotiation import Rules
 from xmppd.c2s.session import Parts
+from xmppd.c2s.ticks import Ticks
 from xmppd.config import HttpListen
 from xmppd.config.schema import C2SListen
 from xmppd.http.node import HttpServers
@@ -26,7 +27,7 @@ class Node(HttpNode, Protocol):
     access: Access
     auth: Auth
     parts: Parts
-    flusher: Flusher
+    ticks: Ticks
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]: ...
 
@@ -94,7 +95,7 @@ class Listeners:
             auth=node.auth,
             tls=node.certificates,
             parts=lambda: node.parts,
-            flusher=node.flusher,
+            ticks=node.ticks,
             spawn=node.spawn,
         )
         address = await listener.open()
@@ -109,7 +110,7 @@ def _settings(listen: C2SListen) -> Settings:
             size=listen.pre_auth_max_stanza_size,
             depth=listen.max_depth,
             elements=listen.pre_auth_max_elements,
-            names=listen.max_novel_names,
+            names=min(listen.max_novel_names, listen.pre_auth_max_elements),
             total=listen.pre_auth_max_elements,
         ),
         after=Limits(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 from xml.sax.saxutils import escape
 
 from xmppd.errors import StanzaError, StorageError
@@ -36,6 +36,7 @@ from xmppd.module_api import (
     Rescode,
     Session,
     command,
+    from_node,
     hook,
     string,
 )
@@ -46,7 +47,7 @@ from .motd import Motd, Store, motd, motd_seen
 
 _PATHS: Final = ("all", "online", "motd", "motd/update", "motd/delete")
 _PIECE: Final = 500  # recipients between two turns of the loop, or accounts read at once
-_REMEMBERED: Final = 10.0  # seconds until a message of the day that another node has set is seen here
+_REMEMBERED: Final = 10.0  # seconds until one that another node has set is seen here, if its word of it was lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +111,36 @@ class Announce(Module[Config]):
         if path.startswith("motd"):
             new = await self._store.set(host, text.xml)
             self._motds[host] = (self.clock(), new)
+            self.nodes.cast("motd", host)
             if path == "motd":
-                self.spawn(self._to_online(host, text, new), name="message of the day")
+                self._everywhere(host, text, new)
         elif path == "online":
-            self.spawn(self._to_online(host, text), name="announcement")
+            self._everywhere(host, text)
         else:
             self.spawn(self._to_all(host, text), name="announcement")
 
     async def _delete(self, host: str) -> bool:
         self._motds[host] = (self.clock(), None)
-        return await self._store.delete(host)
+        deleted = await self._store.delete(host)
+        self.nodes.cast("motd", host)
+        return deleted
 
     # -- sending
+
+    def _everywhere(self, host: str, text: Stanza, new: Motd | None = None) -> None:
+        self.nodes.cast("online", [host, text.xml.decode(), None if new is None else new.id.hex()])
+        self.spawn(self._to_online(host, text, new), name="announcement")
+
+    @from_node("online")
+    def send_too(self, node: bytes, news: list[Any]) -> None:
+        host, text, shown = news[0], Stanza.from_bytes(news[1].encode()), news[2]
+        new = None if shown is None else Motd(bytes.fromhex(shown), text.xml)
+        self.spawn(self._to_online(host, text, new), name="announcement")
+
+    @from_node("motd")
+    def look_again(self, node: bytes, host: str) -> None:
+        """Another node has set, or deleted, the message of the day."""
+        self._motds.pop(host, None)
 
     async def _to_online(self, host: str, text: Stanza, new: Motd | None = None) -> None:
         """Every session of this node, with whatever priority."""

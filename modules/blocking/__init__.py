@@ -31,6 +31,7 @@ from xmppd.events import (
     SessionClosed,
     SubscriptionReceiving,
     UserDeleted,
+    UserForgotten,
 )
 from xmppd.module_api import (
     SAFE,
@@ -45,6 +46,7 @@ from xmppd.module_api import (
     Tuple,
     between,
     command,
+    from_node,
     hook,
     iq,
     string,
@@ -113,7 +115,7 @@ class Blocking(Module[Config]):
         return await self._lists.get(user)
 
     def invalidate(self, user: JID) -> None:
-        """Another node has changed this list: load it again if it is kept here."""
+        """Somebody else may have changed this list: load it again if it is kept here."""
         self._lists.invalidate(user)
         if self.sessions.sessions(user):
             self._load_until_known({user})
@@ -278,15 +280,33 @@ class Blocking(Module[Config]):
                 changed = await self._store.change(change)
             except (StorageError, asyncio.CancelledError):
                 self.invalidate(user)  # the answer to a COMMIT may have been lost
+                self.nodes.cast("changed", [user.full, [], ""])
                 self._tell_successor(user)
                 raise
             self._lists.keep(user, changed.items)
+            self.nodes.cast("changed", [user.full, sorted(changed.items - changed.before), push.decode()])
             self._tell_successor(user)
-            for session in self.sessions.sessions(user):
-                if _INTERESTED in session.state:
-                    attrs = {"type": "set", "id": f"block-{next(self._pushes)}", "to": session.jid.full}
-                    session.send(build("iq", attrs | {"from": user.bare}, push))
+            self._push_here(user, push)
         return changed
+
+    def _push_here(self, user: JID, push: bytes) -> None:
+        for session in self.sessions.sessions(user):
+            if _INTERESTED in session.state:
+                attrs = {"type": "set", "id": f"block-{next(self._pushes)}", "to": session.jid.full}
+                session.send(build("iq", attrs | {"from": user.bare}, push))
+
+    @from_node("changed")
+    def learn(self, node: bytes, news: list[Any]) -> None:
+        """To all nodes: one that is just loading that list must not keep what was there before."""
+        user, added, push = parse(news[0]), news[1], news[2]
+        self._lists.widen(user, frozenset(added))
+        self.invalidate(user)
+        if push:
+            self._push_here(user, push.encode())
+
+    @hook(UserForgotten)
+    def forget_here(self, event: UserForgotten) -> None:
+        self._lists.drop(event.user)
 
     def _tell_successor(self, user: JID) -> None:
         """This change was under way when the module was reloaded: the new one may have read the list before it."""

@@ -1,7 +1,7 @@
 """The block lists of the users who have a session on this node.
 
 Everything that loads or changes a user's list on this node happens in that user's turn. What other nodes do comes in by
-`invalidate`; until the list is loaded again, the one that is known stays in force.
+`widen` and `invalidate`; until the list is loaded again, the one that is known stays in force.
 """
 
 import asyncio
@@ -71,6 +71,13 @@ class Lists:
             self._kept[user.bare] = fresh
             self._changed(user)
         return fresh
+
+    def widen(self, user: JID, items: frozenset[str]) -> None:
+        """Another node has added these: they are in force at once, whatever else has changed."""
+        kept = self._kept.get(user.bare)
+        if kept is not None:
+            self._kept[user.bare] = BlockedJids(user, kept.items | items)
+            self._changed(user)
 
     def invalidate(self, user: JID) -> None:
         """The database may have something newer: another node said so, or the end of a transaction is not known."""

@@ -7,10 +7,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Final, cast
+from typing import Annotated, Any, Final, cast
 
 from xmppd.errors import CommandError, JidError, StanzaError, StorageError
-from xmppd.events import HANDLED, DiscoNodeAsking, Handled, MessageUndeliverable, SessionBecameAvailable, SessionClosed
+from xmppd.events import (
+    HANDLED,
+    DiscoNodeAsking,
+    Handled,
+    MessageUndeliverable,
+    SessionAppeared,
+    SessionBecameAvailable,
+    SessionClosed,
+)
 from xmppd.module_api import (
     SAFE,
     AccessRules,
@@ -26,12 +34,13 @@ from xmppd.module_api import (
     Session,
     between,
     command,
+    from_node,
     hook,
     integer,
     iq,
 )
 from xmppd.protocol import ns
-from xmppd.protocol.jid import JID, make
+from xmppd.protocol.jid import JID, make, parse
 from xmppd.protocol.stanza import Stanza, delay_element, with_child
 
 from .flush import RETRY_FIRST, RETRY_LONGEST, Chores, Flush, KeptMessage
@@ -40,6 +49,7 @@ from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, r
 
 DEFAULT_QUOTA: Final = 100  # where no rule counts, as in ejabberd
 _AT_ONCE: Final = 200  # sessions looked up together
+_REMEMBERED: Final = 10.0  # seconds for which it is remembered that a message was stored for somebody
 _RETRIEVES: Final = "offline"  # in a session's state: it looks through the messages by itself
 _FETCH: Final = f"{{{ns.OFFLINE}}}fetch"
 _PURGE: Final = f"{{{ns.OFFLINE}}}purge"
@@ -63,6 +73,9 @@ class Offline(Module[Config]):
         self._retrieval = Retrieval(self.spool, self._blocklist, self._is_here)
         # Messages that are being stored, by bare JID: a login waits for them, or a later message would overtake them.
         self._storing: dict[str, set[asyncio.Future[None]]] = {}
+        self._stopped = False
+        self._stored_lately: dict[str, float] = {}  # bare JID -> when; the oldest first
+        self._retrieving_elsewhere: dict[str, set[bytes]] = {}  # bare JID -> nodes with such a session
 
     @classmethod
     def check_options(cls, config: Config, access: AccessRules) -> Iterator[str]:
@@ -75,6 +88,9 @@ class Offline(Module[Config]):
         takers = [session for session in takers if not self._is_retrieving(session.user)]
         if takers:
             self.spawn(self._catch_up(takers), name="messages from before")
+
+    async def stop(self) -> None:
+        self._stopped = True
 
     async def _catch_up(self, takers: list[Session]) -> None:
         """Deliver what was stored while the module did not run, or was just being delivered when it was reloaded."""
@@ -139,6 +155,7 @@ class Offline(Module[Config]):
         error = stored.exception()
         if error is None:
             kept.set_result(None)
+            self._remember(user)
             self._wake(user)
         elif isinstance(error, NoAccount):
             kept.set_exception(StanzaError("service-unavailable"))
@@ -172,7 +189,10 @@ class Offline(Module[Config]):
         if flush is not None:
             flush.end()
         if _RETRIEVES in event.session.state:
-            self._wake(event.session.user)  # what it has left goes to those who have not asked
+            user = event.session.user
+            if not any(_RETRIEVES in session.state for session in self.sessions.sessions(user)):
+                self.nodes.cast("retrieves", [user.bare, False])
+            self._wake(user)  # what it has left goes to those who have not asked
 
     async def _flush(self, session: Session) -> bool:
         """Send what is kept for the user; False when the database could not give it."""
@@ -199,14 +219,65 @@ class Offline(Module[Config]):
         """No message waits in the spool while its recipient is available: it may have become so meanwhile."""
         if not self.sessions.is_available(user) or self._is_retrieving(user):
             return
-        takers = [s for s in self.sessions.sessions(user) if s.priority is not None and s.priority >= 0]
+        takers = self._takers(user)
         if not takers:
-            return  # on another node
+            self.nodes.cast("wake", user.full, self.nodes.of(user))
+            return
         session = max(takers, key=lambda taker: taker.priority or 0)
         if session in self._flushes:
             self._flushes[session].again = True
         else:
             self._retry(session, pause=0)
+
+    # -- users who are on other nodes
+
+    def _remember(self, user: JID) -> None:
+        """They may just have become available on another node that looked before this was stored, while that node's
+        word of it is still on its way."""
+        if not self.nodes.others:
+            return
+        now = self.clock()
+        if not self._stored_lately:
+            self.switch(SessionAppeared, True)
+            asyncio.get_running_loop().call_later(_REMEMBERED, self._forget_old)
+        self._stored_lately.pop(user.bare, None)
+        self._stored_lately[user.bare] = now
+
+    def _forget_old(self) -> None:
+        if self._stopped:
+            return  # the handlers are another one's now
+        before = self.clock() - _REMEMBERED
+        while self._stored_lately and next(iter(self._stored_lately.values())) <= before:
+            del self._stored_lately[next(iter(self._stored_lately))]
+        if self._stored_lately:
+            asyncio.get_running_loop().call_later(_REMEMBERED / 2, self._forget_old)
+        else:
+            self.switch(SessionAppeared, False)
+
+    @hook(SessionAppeared, switched=True)
+    def poke(self, event: SessionAppeared) -> None:
+        """Its node looks again."""
+        if event.user.bare in self._stored_lately:
+            self.nodes.cast("wake", event.user.full, (event.node,))
+
+    @from_node("wake")
+    def wake(self, node: bytes, user: str) -> None:
+        """Something was stored for a user who is here."""
+        jid = parse(user)
+        if self._takers(jid):
+            self._wake(jid)
+
+    @from_node("retrieves")
+    def note_retrieving(self, node: bytes, news: list[Any]) -> None:
+        """A session on that node looks for itself, or no longer."""
+        user, on = news
+        nodes = self._retrieving_elsewhere.setdefault(user, set())
+        (nodes.add if on else nodes.discard)(node)
+        if not nodes:
+            del self._retrieving_elsewhere[user]
+
+    def _takers(self, user: JID) -> list[Session]:
+        return [s for s in self.sessions.sessions(user) if s.priority is not None and s.priority >= 0]
 
     def _retry(self, session: Session, pause: float = RETRY_FIRST) -> None:
         async def retry() -> None:
@@ -287,12 +358,16 @@ class Offline(Module[Config]):
             if session.jid == jid:
                 if session.priority is None or session.priority < 0:
                     session.state[_RETRIEVES] = True
+                    self.nodes.cast("retrieves", [session.user.bare, True])
                 return session
         return None
 
     def _is_retrieving(self, user: JID) -> bool:
         """XEP-0013 2.2: while one of the user's sessions looks for itself, none is sent them."""
-        return any(_RETRIEVES in session.state for session in self.sessions.sessions(user))
+        if any(_RETRIEVES in session.state for session in self.sessions.sessions(user)):
+            return True
+        elsewhere = self._retrieving_elsewhere.get(user.bare)
+        return elsewhere is not None and not elsewhere.isdisjoint(self.nodes.of(user))
 
     def _is_here(self, session: Session) -> bool:
         return any(session is other for other in self.sessions.sessions(session.user))

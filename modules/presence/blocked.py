@@ -39,6 +39,14 @@ class Blocks:
         known = self.known(user)
         return await self._service().blocklist(user) if known is None else known
 
+    async def newest(self, user: JID) -> Blocklist:
+        """Not an old one that is still in force while another node's change is being loaded. StorageUnavailable."""
+        try:
+            service = self._service()
+        except LookupError:
+            return NOBODY
+        return await service.blocklist(user)
+
     def blocks(self, user: JID, other: JID) -> bool:
         """Whether a user who is here blocks somebody; everybody is blocked where it is not known."""
         known = self.known(user)

@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from tests.cluster.memory_net import Net
-from tests.cluster.worlds import PlainReplica
+from tests.cluster.worlds import replicate
 from tests.golden.memory import Loader
 from tests.modules.world import HOST, Place, World
 from xmppd.admin.api_tokens import ApiTokenCommands, ApiTokens
@@ -57,7 +57,7 @@ class Node(World):
     def __init__(self, storage: Storage, net: Net, name: str) -> None:
         self.links, self.calls = net.add(name)
         super().__init__(storage, Place(name, net.owner(name), self.links, self.calls))
-        PlainReplica(self.table, self.links)
+        self.replica = replicate(self.table, self.links, net.owner(name))
         self.name = name
         self.part = ServerPart(name)
         self.modules = Loader()
@@ -74,8 +74,8 @@ class Node(World):
         self.nodes = Nodes(name=name, member=self.owner.member, links=self.links, calls=self.calls, table=self.table)
         self.registry.connect(self.nodes)
         self.speaker = Speaker(self.registry, self.calls, self.spawn)
-        watch = Watch(node=name, hooks=self.hooks)
-        watch.connect(self.links, self.calls, self.table)
+        self.watch = Watch(node=name, hooks=self.hooks)
+        self.watch.connect(self.links, self.calls, self.table)
         self.puppets = Puppets(hooks=self.hooks, table=self.table, bind=self._bind)
         self.puppets.connect(self.calls)
         selftest = SelfTest(
@@ -87,7 +87,7 @@ class Node(World):
             puppets=self.puppets,
             nodes=self.nodes,
         )
-        for source in (WatchCommands(watch), SelfTestCommands(selftest)):
+        for source in (WatchCommands(self.watch), SelfTestCommands(selftest)):
             self.registry.register("core", commands_of(source))
 
     def _bind(self, jid: JID, carrier: Puppet) -> Session:
@@ -95,6 +95,7 @@ class Node(World):
 
     async def close(self) -> None:
         self.puppets.close()
+        self.replica.stop()
         await super().close()
 
     async def run(self, *argv: str, local: bool = False, **more: Any) -> Result:

@@ -75,7 +75,7 @@ class Net:
     """Nodes by name. A pair that is cut is joined through a third node that sees both, if there is one."""
 
     def __init__(self) -> None:
-        self.nodes: dict[str, tuple[MemoryLinks, NodeCalls]] = {}
+        self.nodes: dict[str, tuple[Any, NodeCalls]] = {}
         self._ids: dict[str, uuid.UUID] = {}
         self._incarnations: dict[str, int] = {}
         self._cuts: set[frozenset[str]] = set()
@@ -87,11 +87,14 @@ class Net:
         node = self._ids.setdefault(name, uuid.uuid4())
         self._incarnations[name] = self._incarnations.get(name, 0) + 1
         owner = Owner(node.bytes, 0, self._incarnations[name])
-        links = MemoryLinks(self, Peer(owner, name, VERSION, 1))
+        links = self.make_links(owner, name)
         calls = NodeCalls(links)
         self.nodes[name] = (links, calls)
-        asyncio.get_running_loop().call_soon(self._look)
+        asyncio.get_running_loop().call_soon(self.look)
         return links, calls
+
+    def make_links(self, owner: Owner, name: str) -> MemoryLinks:
+        return MemoryLinks(self, Peer(owner, name, VERSION, 1))
 
     def owner(self, name: str) -> Owner:
         return self.nodes[name][0].me.owner
@@ -103,7 +106,7 @@ class Net:
     def cut(self, one: str, other: str) -> None:
         """Nothing goes between these two directly any more."""
         self._cuts.add(frozenset((one, other)))
-        asyncio.get_running_loop().call_soon(self._look)
+        asyncio.get_running_loop().call_soon(self.look)
 
     def heal(self, one: str | None = None, other: str | None = None) -> None:
         """The cut between two, or all cuts, end."""
@@ -111,7 +114,7 @@ class Net:
             self._cuts.clear()
         else:
             self._cuts.discard(frozenset((one, other)))
-        asyncio.get_running_loop().call_soon(self._look)
+        asyncio.get_running_loop().call_soon(self.look)
 
     def kill(self, name: str) -> None:
         """The process is gone, without a word."""
@@ -148,7 +151,7 @@ class Net:
         if found is not None and found[0].me is target:
             found[0].receive(sender.me, kind, body)
 
-    def _look(self) -> None:
+    def look(self) -> None:
         for links, _ in list(self.nodes.values()):
             for other, _ in list(self.nodes.values()):
                 if links is other:

@@ -102,7 +102,10 @@ class Link:
 
     def _deliver(self, end: SimLinks) -> None:
         kind, body = self.frames[end].popleft()
-        end.handlers[kind](self.other(end).me, body)
+        try:
+            end.handlers[kind](self.other(end).me, body)
+        except Exception as exc:  # as links do: the frame is lost
+            end.net.crashes.append(exc)
 
 
 class SimNet:
@@ -111,6 +114,7 @@ class SimNet:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
+        self.crashes: list[Exception] = []  # of handlers
         self.processes: dict[bytes, SimLinks] = {}
         self._links: dict[frozenset[bytes], Link] = {}
         self._separate: set[frozenset[bytes]] = set()

@@ -4,15 +4,16 @@ import asyncio
 
 import pytest
 
+from tests.cluster.link_net import LinkNet
 from tests.cluster.memory_net import Net
 from xmppd.cluster import calls as module
 from xmppd.cluster.interfaces import Kind
 from xmppd.errors import CallRefused, CommandError, NodeUnreachable
 
 
-@pytest.fixture
-async def net():
-    async with Net() as net:
+@pytest.fixture(params=[Net, LinkNet])
+async def net(request):
+    async with request.param() as net:
         yield net
 
 

@@ -3,11 +3,14 @@
 import asyncio
 import socket
 import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
 from tests.cluster.nats_nodes import COOKIE, mesh, until
-from xmppd.cluster import probe as probes
+from xmppd.cluster import pki
+from xmppd.cluster.addresses import join
 from xmppd.cluster.probe import Finding
 
 
@@ -101,62 +104,58 @@ async def test_an_address_that_swallows_everything(make_node):
     assert found.finding is Finding.TIMEOUT
 
 
+@asynccontextmanager
+async def service(greeting: bytes, linger: float, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """Something that listens, says this, and closes some seconds after the first byte it gets; its address."""
+    done = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ended = asyncio.Event()
+        done.append(ended)
+        try:
+            writer.write(greeting)
+            await reader.read(1)
+            await asyncio.sleep(linger)
+        except OSError:
+            pass
+        finally:
+            writer.transport.abort()
+            ended.set()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    async with server:
+        yield join(*server.sockets[0].getsockname()[:2])
+        for ended in done:
+            await asyncio.wait_for(ended.wait(), 5)
+
+
 @pytest.mark.parametrize("greeting", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", b"INFO {}\r\n"])
 async def test_another_service(make_node, greeting):
-    async def serve(reader, writer):
-        writer.write(greeting)
-        await reader.read(1)
-        await asyncio.sleep(0.05)
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        found = await make_node().engine.probe(f"127.0.0.1:{port}", timeout=1)
+    async with service(greeting, 0.05) as address:
+        found = await make_node().engine.probe(address)
 
     assert found.finding is Finding.NOT_A_NODE
     assert "cluster.listen" in found.text
 
 
 async def test_a_service_that_says_nothing_at_all(make_node):
-    async def serve(reader, writer):
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        found = await make_node().engine.probe(f"127.0.0.1:{port}", timeout=0.3)
+    async with service(b"", 1.0) as address:
+        found = await make_node().engine.probe(address, timeout=0.3)
 
     assert found.finding is Finding.NOT_A_NODE
 
 
-async def test_a_web_server_with_a_certificate_is_no_node_of_another_cookie(make_node, tmp_path):
-    from xmppd.cluster import pki
-
-    class Foreign:
-        pass
-
+async def test_a_web_server_with_a_certificate_is_no_node_of_another_cookie(make_node, tmp_path, monkeypatch):
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    original, pki.ORGANIZATION = pki.ORGANIZATION, "somebody else"
-    try:
-        pki.authority.cache_clear()
-        certificate, key = pki.leaf(pki.authority("x" * 32), b"\0" * 16)
-    finally:
-        pki.ORGANIZATION = original
-        pki.authority.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(pki, "ORGANIZATION", "somebody else")
+        certificate, key = pki.leaf(pki.authority("the cookie of nobody else at all"), b"\0" * 16)
     file = tmp_path / "web.pem"
     file.write_bytes(certificate + key)
     context.load_cert_chain(file)
 
-    async def serve(reader, writer):
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        found = await make_node().engine.probe(f"127.0.0.1:{port}", timeout=1)
+    async with service(b"", 0.05, context) as address:
+        found = await make_node().engine.probe(address, timeout=1)
 
     assert found.finding is Finding.NOT_A_NODE
 
@@ -165,7 +164,7 @@ async def test_no_key_stays_behind(make_node):
     one, two = make_node(), make_node()
     await one.start()
 
-    await two.engine.probe(one.address)
+    assert (await two.engine.probe(one.address)).ok
 
     assert list((two.folder / "nats").iterdir()) == []
 
@@ -179,4 +178,3 @@ async def test_a_look_disturbs_nobody(make_node):
 
     assert one.suspected == []
     assert one.engine.refused == 0
-    assert probes.Finding.OK.value == "ok"

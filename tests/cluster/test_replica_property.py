@@ -124,6 +124,7 @@ class World:
 
     def check(self):
         self.cluster.check()
+        assert self.cluster.net.crashes == []
         for row in self.bound:  # who lost its address lost it once, and to somebody later
             assert row.session.ended <= 1
             if row.session.ended:

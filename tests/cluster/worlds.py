@@ -5,58 +5,25 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from struct import Struct
 from typing import Any
 
 from tests.cluster.memory_net import MemoryLinks, Net
 from tests.modules.friends import Friends
 from tests.modules.world import Place
 from xmppd.cluster.interfaces import Kind, Links, Peer
+from xmppd.cluster.replica import Replica
 from xmppd.cluster.tables import Owner, SessionTable
 from xmppd.storage import Storage
 
 NAMES = ("one", "two", "three")
-_DELTA = Struct("!HHH")
-_GONE = 0xFFFF
 
 
-class PlainReplica:
-    """Session rows on every node, with nothing that repairs them."""
-
-    def __init__(self, table: SessionTable, links: Links) -> None:
-        self._table = table
-        self._links = links
-        table.announce = self._changed
-        links.on(Kind.DELTA, self._delta)
-        links.on_up(self._up)
-        links.on_down(lambda peer, reason: table.drop(peer.owner))
-
-    def _changed(self, number: int, group: str, item: bytes, value: bytes | None) -> None:
-        self._links.send_all(Kind.DELTA, _pack(group, item, value))
-
-    def _up(self, peer: Peer) -> None:
-        self._table.begin(peer.owner)
-        for row in list(self._table.own_rows()):
-            self._links.send(peer.node, Kind.DELTA, _pack(*row))
-
-    def _delta(self, peer: Peer, body: bytes) -> None:
-        group, item, value = _unpack(body)
-        if value is None:
-            self._table.delete(peer.owner, group, item)
-        else:
-            self._table.put(peer.owner, group, item, value)
-
-
-def _pack(group: str, item: bytes, value: bytes | None) -> bytes:
-    name = group.encode()
-    return _DELTA.pack(len(name), len(item), _GONE if value is None else len(value)) + name + item + (value or b"")
-
-
-def _unpack(body: bytes) -> tuple[str, bytes, bytes | None]:
-    name, item, value = _DELTA.unpack_from(body)
-    at = _DELTA.size
-    rest = body[at + name + item :]
-    return body[at : at + name].decode(), body[at + name : at + name + item], None if value == _GONE else rest
+def replicate(table: SessionTable, links: Links, owner: Owner) -> Replica:
+    """Carry a table from and to the other nodes."""
+    loop = asyncio.get_running_loop()
+    replica = Replica(links, owner, [table], call_soon=loop.call_soon, call_later=loop.call_later)
+    replica.start()
+    return replica
 
 
 class Wires(Net):
@@ -75,13 +42,15 @@ class Wires(Net):
         way = (sender.me.name, target.name)
         if way in self.held:
             self._waiting.setdefault(way, []).append((sender, target, kind, body))
-        elif self.delay is None:
-            super().carry(sender, target, kind, body)
         else:
             loop = asyncio.get_running_loop()
-            at = max(loop.time() + self.delay(), self._arrivals.get(way, 0.0) + 1e-6)
-            self._arrivals[way] = at
-            loop.call_at(at, super().carry, sender, target, kind, body)
+            now = loop.time()
+            at = max(now + self.delay() if self.delay else now, self._arrivals.get(way, 0.0) + 1e-6)
+            if self.delay is None and at <= now:
+                super().carry(sender, target, kind, body)
+            else:
+                self._arrivals[way] = at
+                loop.call_at(at, super().carry, sender, target, kind, body)
 
     def hold(self, sender: str, target: str) -> None:
         """Let nothing from one node to another arrive for now."""
@@ -101,6 +70,7 @@ class Cluster:
         self.net = Wires()
         self.worlds: list[Friends] = []
         self.storages: list[Storage] = []
+        self.replicas: list[Replica] = []
 
     def __getitem__(self, index: int) -> Friends:
         return self.worlds[index]
@@ -113,7 +83,7 @@ class Cluster:
         self.storages.append(storage)
         links, calls = self.net.add(name)
         world = Friends(storage, Place(f"xmppd@{name}", self.net.owner(name), links, calls), strict=strict)
-        PlainReplica(world.table, links)
+        self.replicas.append(replicate(world.table, links, self.net.owner(name)))
         self.worlds.append(world)
         return world
 
@@ -127,6 +97,17 @@ class Cluster:
         """The same modules on all nodes."""
         for world in self.worlds:
             await world.load(**modules)
+
+    async def synced(self) -> None:
+        """Until every node that lives has the rows of all others it sees."""
+        await self.net.until(
+            lambda: all(
+                replica.synced(node)
+                for world, replica in zip(self.worlds, self.replicas, strict=True)
+                if world.place is not None and world.place.name.partition("@")[2] in self.net.nodes
+                for node in world.place.links.peers
+            )
+        )
 
     async def calm(self) -> None:
         """Until nothing is on its way between nodes and no stanza waits on one."""
@@ -148,13 +129,15 @@ class Cluster:
             world.sweep()
 
     def alone_again(self) -> None:
-        """Forget every session and account, so that another test can be run in the same place."""
+        """End every session, so that another test can be run in the same place."""
         for world in self.worlds:
             for session in list(world.manager.local()):
                 session.close(clean=True)  # type: ignore[attr-defined]
 
     async def close(self) -> None:
         self.net.held.clear()
+        for replica in self.replicas:
+            replica.stop()
         for world in self.worlds:
             await world.close()
         await self.net.close()
@@ -170,6 +153,7 @@ async def cluster(count: int, url: str, folder: Path, *, strict: bool = False) -
         for _ in range(count):
             await made.add(url, folder, strict=strict)
         await made.net.all_up()
+        await made.synced()
         yield made
     finally:
         await made.close()

@@ -88,7 +88,8 @@ class RealCluster:
         name = changes.pop("name", f"xmppd@node0{number}")
         merged = {**self._changes, **changes}
         merged["cluster"] = {"hosts": {f"node0{n}": "127.0.0.1" for n in range(1, 10)}, **merged.get("cluster", {})}
-        node = ClusterNode(self.folder / f"node{number}", name, port, changes.pop("database", self.database), merged)
+        database = merged.pop("database", self.database)
+        node = ClusterNode(self.folder / f"node{number}", name, port, database, merged)
         node.set_cookie(self.cookie)
         self.nodes.append(node)
         return node

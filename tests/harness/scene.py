@@ -109,10 +109,15 @@ class Scene:
     def asked(self, *argv: str) -> str:
         return self.node.asked(*argv)
 
-    async def end(self) -> None:
-        """Log out the clients and remove the accounts."""
+    async def leave(self) -> None:
+        """Log out the clients."""
         for client in self._clients:
             await client.leave()
+        self._clients.clear()
+
+    async def end(self) -> None:
+        """Log out the clients and remove the accounts. Of several nodes of a cluster all `leave` first."""
+        await self.leave()
         node = self.node
         if node.process is None or node.process.poll() is not None:
             return

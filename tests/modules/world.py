@@ -189,7 +189,7 @@ class World:
         self.tasks: set[asyncio.Task[None]] = set()
         self.with_records: list[Session] = []
         self.version, self.hosts, self.started_at = "1.2.3", (HOST,), self.clock() - 100
-        routes = RouteTable()
+        routes = self.routes = RouteTable()
         self.router = Router(routes, self.hooks, self.spawn)
         self.router.connect(S2SManager(self.router.bounce))
         gate = Gate(self.hooks, self.spawn, self.router.bounce)

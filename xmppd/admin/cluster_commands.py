@@ -8,10 +8,11 @@ from xmppd.admin.registry import Arg, Call, UsageError, command
 from xmppd.admin.results import Answer, List, Restuple, Scalar, Tuple, integer, string
 from xmppd.cluster import join, survey
 from xmppd.cluster.cluster import Cluster
+from xmppd.cluster.cookies import Cookies
 from xmppd.cluster.interfaces import Peer
 from xmppd.cluster.membership import MEMBER
 from xmppd.cluster.refusals import NO_SUCH_NODE, NOT_CONVERGED, Refusal
-from xmppd.errors import StorageError, XmppdError
+from xmppd.errors import CommandError, StorageError, XmppdError
 
 NODE: Final = Arg("node")
 PING: Final = 2.0  # seconds
@@ -121,7 +122,7 @@ class ClusterCommands:
         """Nodes may have started or stopped since we looked last; without the database it is as we know it."""
         try:
             await self._cluster.refresh()
-        except (StorageError, TimeoutError):
+        except StorageError:
             pass
 
     @command(
@@ -301,3 +302,52 @@ def _columns(rows: Sequence[Sequence[Any]]) -> list[str]:
         "  " + "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+
+
+class CookieCommands:
+    """The cluster's secret; only whoever controls the node by its socket may see or change it."""
+
+    def __init__(self, cookies: Cookies) -> None:
+        self._cookies = cookies
+
+    @command(
+        "cookie show",
+        result=Scalar("cookie"),
+        tags=("cluster",),
+        scope="node",
+        doc="Show the cookie, to be given to a node that is to join: xmppctl cookie show | ssh B xmppctl cookie set -",
+    )
+    def show(self, call: Call) -> str:
+        _only_here(call)
+        return self._cookies.cookie
+
+    @command(
+        "cookie set",
+        args=(Arg("cookie", secret=True, never_argv=True),),
+        result=Restuple(),
+        tags=("cluster",),
+        scope="node",
+        doc="Give this node, which is no member yet, the cookie of the cluster it shall join, from standard input",
+    )
+    async def set(self, cookie: str, call: Call) -> str:
+        _only_here(call)
+        await self._cookies.set(cookie)
+        return "This node has the cookie now"
+
+    @command(
+        "cookie rotate",
+        args=(Arg("cookie", secret=True, never_argv=True, optional=True),),
+        result=Restuple(),
+        tags=("cluster",),
+        scope="node",
+        doc="Change the cookie of all members to a random one, or with - to one from standard input; no link drops",
+    )
+    async def rotate(self, call: Call, cookie: str = "") -> str:
+        _only_here(call)
+        await self._cookies.rotate(cookie or None, call.progress)
+        return "All members have the new cookie"
+
+
+def _only_here(call: Call) -> None:
+    if call.caller.via not in ("ctl", "test"):
+        raise CommandError("the cookie is shown and changed through the control socket alone")

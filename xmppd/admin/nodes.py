@@ -6,6 +6,7 @@ session, and read their configuration when they start.
 """
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ log = get_logger("admin")
 UNANSWERED: Final = 29
 NOT_REACHABLE: Final = 3
 
+MAX_FETCHED: Final = 64 << 20  # characters of another node's answer, which is collected here
+_REFUSAL: Final = '{"status": "error", '
 _PASSED_ON: Final = ("argv", "command", "args", "json", "secret", "local", "finite")
 
 
@@ -61,8 +64,8 @@ class Nodes:
             return await here()
         args = {arg.name: values[arg.parameter] for arg in spec.args if arg.parameter in values}
         asked = {"command": spec.name, "args": args}
-        order = sorted(chosen, key=lambda node: (node != self._member, self._name(node)))
-        names = [self._name(node) for node in order]
+        order = sorted(chosen, key=lambda node: (node != self._member, self.name_of(node)))
+        names = [self.name_of(node) for node in order]
         parts = [_here(here) if node == self._member else self._there(node, spec, asked, call.caller) for node in order]
         return _merged(spec, dict(zip(names, await asyncio.gather(*parts), strict=True)))
 
@@ -78,9 +81,12 @@ class Nodes:
             self._member
         }
 
-    def _name(self, node: bytes) -> str:
+    def name_of(self, node: bytes) -> str:
+        """The name of a node that is up, by its UUID; of any other its UUID."""
         peer = self._links.peers.get(node)
-        return self.name if peer is None else peer.name
+        if peer is None:
+            return self.name if node == self._member else node.hex()
+        return peer.name
 
     async def _there(self, node: bytes, spec: Command, asked: dict[str, Any], caller: Caller) -> Any:
         try:
@@ -97,7 +103,7 @@ class Nodes:
         except CommandError as exc:
             return _Failed(exc.text, exc.code)
         except (ValueError, KeyError, IndexError, StopIteration, TypeError) as exc:
-            log.error("answer of another node not understood", exc=exc, command=spec.name, node=self._name(node))
+            log.error("answer of another node not understood", exc=exc, command=spec.name, node=self.name_of(node))
             return _Failed("its answer was not understood", UNANSWERED)
 
     async def relay(self, node: str, frame: Frame, caller: Caller, send: Send, ask: Ask) -> None:
@@ -118,6 +124,35 @@ class Nodes:
             await send(refusal(CommandError(text, NOT_REACHABLE), asked.get("json") is True))
         except CallRefused as exc:
             await send(refusal(CommandError(exc.text, exc.code), asked.get("json") is True))
+
+    async def fetch(self, node: str, command: str, args: Mapping[str, Any], caller: Caller, *, local: bool) -> str:
+        """What another node answers to a command, as `Result.json` would give it. Raises CommandError."""
+        if node not in self.names():
+            raise CommandError(f"not_found: no node called '{node:.80}' is up", NOT_REACHABLE)
+        parts: list[str] = []
+        notes: list[str] = []
+        size = 0
+
+        async def send(frame: Frame) -> None:
+            nonlocal size
+            size += len(frame.get("out", ""))
+            if size > MAX_FETCHED:
+                raise CommandError(f"the answer is longer than {MAX_FETCHED} characters; ask {node} itself")
+            parts.append(frame.get("out", ""))
+            notes.extend(frame.get("err", "").splitlines())
+
+        async def ask(name: str) -> str | None:
+            return None
+
+        asked: Frame = {"command": command, "args": args, "json": True, "local": local, "finite": True}
+        await self.relay(node, asked, caller, send, ask)
+        answer = "".join(parts)
+        if answer.startswith(_REFUSAL):
+            told = json.loads(answer)
+            raise CommandError(told["message"], told["code"])
+        if notes:
+            raise CommandError("; ".join(notes), UNANSWERED)
+        return answer
 
     async def _pass_on(self, node: str, asked: Frame, caller: Caller, send: Send) -> str | None:
         """The name of a secret that is needed first, else None."""

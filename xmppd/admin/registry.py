@@ -77,6 +77,7 @@ class Arg:
     type: ArgType = "string"
     secret: bool = False
     optional: bool = False  # only behind all others; the handler's default stands in
+    never_argv: bool = False  # a secret of the whole cluster: refused on a command line, where `ps` shows it
 
     @property
     def parameter(self) -> str:

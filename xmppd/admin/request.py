@@ -99,6 +99,9 @@ async def _with_secret(spec: Any, args: list[str], secret: object, ask: Ask) -> 
         args.insert(places[0], secret)
         return args
     for place in places:
+        if place < len(args) and args[place] != "-" and spec.args[place].never_argv:
+            name = spec.args[place].name
+            raise UsageError(f"the {name} is never given on the command line, where `ps` shows it: write - and type it")
         if place >= len(args) or args[place] != "-":
             continue
         if not isinstance(secret, str):

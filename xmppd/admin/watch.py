@@ -92,6 +92,7 @@ class Watch:
         self._casting: list[Event] = []
         self._listening = False
         self._names: dict[bytes, str] = {}  # of nodes that are up or were
+        self._sinks: list[Callable[[Event], None]] = []
 
     def connect(self, links: Links, calls: Calls, table: SessionTable) -> None:
         """Hand in the other nodes."""
@@ -125,6 +126,14 @@ class Watch:
             self._watchers.remove(watcher)
             self._changed()
 
+    def publish(self, sink: Callable[[Event], None], on: bool) -> None:
+        """Give this node's own events to a sink, from now on or no more."""
+        if on:
+            self._sinks.append(sink)
+        else:
+            self._sinks.remove(sink)
+        self._changed()
+
     # -- who wants to know
 
     def _changed(self) -> None:
@@ -132,7 +141,7 @@ class Watch:
         if self._calls is not None and wants != self._listening:
             self._calls.cast(_WANT, wants)
         self._listening = wants
-        needed = wants or bool(self._wanted_by)
+        needed = wants or bool(self._wanted_by or self._sinks)
         if needed == self._hooks.wants_of(_OWNER):
             return
         if needed:
@@ -164,7 +173,7 @@ class Watch:
         self._own(self._event("session_closed", self._node, event.session.jid.full))
 
     def _own(self, event: Event) -> None:
-        self._show(event)
+        self._seen(event)
         if self._wanted_by:
             if not self._casting:
                 asyncio.get_running_loop().call_soon(self._cast)
@@ -191,6 +200,11 @@ class Watch:
         if len(some) == BATCH:
             asyncio.get_running_loop().call_soon(self._vanished, owner, rows)
 
+    def _seen(self, event: Event) -> None:
+        for sink in self._sinks:
+            sink(event)
+        self._show(event)
+
     def _show(self, event: Event) -> None:
         for watcher in self._watchers:
             watcher.tell(event)
@@ -199,12 +213,12 @@ class Watch:
         self._names[peer.node] = peer.name
         if self._listening and self._calls is not None:
             self._calls.cast(_WANT, True, [peer.node])
-        self._show(self._event("node_up", peer.name, "", f"xmppd {peer.version}"))
+        self._seen(self._event("node_up", peer.name, "", f"xmppd {peer.version}"))
 
     def _down(self, peer: Peer, reason: str) -> None:
         self._wanted_by.discard(peer.node)
         self._changed()
-        self._show(self._event("node_down", peer.name, "", reason))
+        self._seen(self._event("node_down", peer.name, "", reason))
 
 
 class WatchCommands:

@@ -46,7 +46,10 @@ class Carrier(Protocol):
 
     name: str  # c2s, c2s_tls ...: as operators see it
     peer: tuple[str, int]  # the client's address
-    last_heard: float  # time.monotonic() of the last sign of life, within a second; ahead of now: not listened to
+
+    @property
+    def last_heard(self) -> float:
+        """time.monotonic() of the last sign of life, within a second; ahead of now: not listened to."""
 
     def write(self, data: bytes) -> None:
         """Queue bytes; they leave with everything else of this loop tick."""

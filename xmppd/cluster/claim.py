@@ -37,7 +37,7 @@ async def claim(membership: Membership, store: Store, register: Callable[[], Awa
     if copy.state == REMOVED:
         if ours:
             raise NodeRemoved(removed(copy.removed))
-        log.warning("removed from the cluster, serving alone", **_fields(copy.removed))
+        log.warning("removed from the cluster, serving alone", by=copy.removed.by if copy.removed else "")
     row = await _register(register)
     pulse_nodes = await store.all()
     membership.take(identity, pulse_nodes, 0)
@@ -70,9 +70,3 @@ def removed(departure: Departure | None) -> str:
         f"this node was removed from the cluster by {by} at {when}{f' ({why})' if why else ''} and does not serve from "
         "its database any more. To join again start it once with `xmppd --new-identity`, which makes it a new node"
     )
-
-
-def _fields(departure: Departure | None) -> dict[str, object]:
-    if departure is None:
-        return {"by": "", "at": ""}
-    return {"by": departure.by, "at": time.strftime("%F %T", time.gmtime(departure.at))}

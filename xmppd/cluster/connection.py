@@ -69,11 +69,13 @@ class Connection:
         self._on_stuck = on_stuck
         self._client: Client | None = None
         self._handlers: dict[str, Handler] = {}
+        self._queues: dict[str, str] = {}
         self._present: dict[str, Subscription] = {}  # of the present client
         self._subscribing = asyncio.Lock()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._up = asyncio.Event()
+        self._stopping = False
         self._kick = asyncio.Event()
 
     @property
@@ -97,17 +99,20 @@ class Connection:
 
     async def stop(self) -> None:
         """Close it for good."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        task, self._task = self._task, None
+        self._stopping = True
+        while task is not None and not task.done():
+            task.cancel()  # more than once: the library swallows it in some places
+            await asyncio.wait([task], timeout=0.5)
 
-    async def handle(self, subject: str, handler: Handler | None) -> None:
-        """Who gets what comes to a subject, on this connection and all later ones. None: nobody any more."""
+    async def handle(self, subject: str, handler: Handler | None, *, queue: str = "") -> None:
+        """Who gets what comes to a subject, on this connection and all later ones. None: nobody any more. Of all that
+        share a `queue`, one gets each message."""
         if handler is None:
             self._handlers.pop(subject, None)
         else:
             self._handlers[subject] = handler
+            self._queues[subject] = queue
         client = self.client
         if client is None:
             return
@@ -140,8 +145,12 @@ class Connection:
 
     async def _keep(self) -> None:
         first, pause = True, _FIRST_PAUSE
-        while True:
-            client = await self._connect()
+        while not self._stopping:
+            try:
+                client = await self._connect()
+            except Exception as exc:  # a fault of the library must not end this task
+                log.error("nats connection failed", exc=exc)
+                client = None
             if client is None:
                 self._kick.clear()
                 try:
@@ -161,7 +170,8 @@ class Connection:
             finally:
                 self._client = None
                 await _discard(client)
-            self._on_lost()
+            if not self._stopping:
+                self._on_lost()
 
     async def _connect(self) -> Client | None:
         for server in self._servers():
@@ -213,16 +223,18 @@ class Connection:
                         continue
                     present[subject] = await client.subscribe(
                         subject,
+                        queue=self._queues.get(subject, ""),
                         cb=handler,
                         pending_msgs_limit=_PENDING_MESSAGES,
                         pending_bytes_limit=_PENDING_BYTES,
                     )
-                await client.flush(_CONNECT_TIMEOUT)
+                for _ in range(2):  # the first ping may overtake what the library has not written yet
+                    await client.flush(_CONNECT_TIMEOUT)
 
     async def _watch(self, client: Client) -> None:
         """Returns when the connection is of no use any more."""
         missed = 0
-        while client.is_connected:
+        while client.is_connected and not self._stopping:
             try:
                 async with asyncio.timeout(_PING):
                     await self._changed.wait()

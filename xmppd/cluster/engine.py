@@ -37,6 +37,7 @@ _PEERS: Final = 1000
 
 log = get_logger("cluster")
 
+Hear = Callable[[str, str, bytes], None]  # subject, where an answer goes ("": nowhere), data
 HelloHandler = Callable[[bytes], Awaitable[bytes | None]]
 
 
@@ -100,6 +101,7 @@ class Engine:
         self._connection: Connection | None = None
         self._targets: dict[bytes, str] = {}
         self._hellos: dict[str, HelloHandler] = {}
+        self._heard: dict[str, tuple[Hear, str]] = {}  # by subject, with the queue
         self._tasks: set[asyncio.Task[None]] = set()
         self._complained: dict[str, float] = {}
         self._changing = asyncio.Lock()
@@ -237,6 +239,22 @@ class Engine:
             if self._child is not None:
                 await self._child.reload()
 
+    # --------------------------------------------------------------------------------------------- observers
+
+    async def hear(self, subject: str, handler: Hear | None, *, queue: str = "") -> None:
+        """Who hears what comes to a subject, which may hold `*` and `>`, also after a reconnection or a new start.
+        None: nobody any more. Of all nodes that give the same `queue`, one hears each message."""
+        if handler is None:
+            self._heard.pop(subject, None)
+        else:
+            self._heard[subject] = handler, queue
+        if self._connection is not None:
+            await self._connection.handle(subject, None if handler is None else _calling(handler), queue=queue)
+
+    def publish(self, subject: str, data: bytes) -> bool:
+        """Say something to whoever listens; False when it is lost because we are not connected or too much waits."""
+        return self._connection is not None and self._connection.publish(subject, data)
+
     # ------------------------------------------------------------------------------------ before membership
 
     async def serve(self, subject: str, handler: HelloHandler) -> None:
@@ -346,6 +364,8 @@ class Engine:
             await connection.handle(subjects.packets(self._cluster, self._node), self._take)
         for subject in self._hellos:
             await connection.handle(subject, self._hello)
+        for subject, (handler, queue) in self._heard.items():
+            await connection.handle(subject, _calling(handler), queue=queue)
         if self._options.nats_url is None:
             await connection.handle(nats_config.DISCONNECTED, self._client_gone)
 
@@ -378,8 +398,12 @@ class Engine:
         self._suspect(node)
 
     def _suspect(self, node: bytes | None) -> None:
-        if node is not None and node != self._node:
+        if node is None or node == self._node:
+            return
+        try:
             self.on_suspect(node)
+        except Exception as exc:
+            log.error("suspicion failed", exc=exc)
 
     def _said(self, said: Said) -> None:
         match said:
@@ -444,12 +468,25 @@ class Engine:
 
     def _gap(self) -> None:
         self.gaps += 1
-        self.on_gap()
+        try:
+            self.on_gap()
+        except Exception as exc:
+            log.error("gap not handled", exc=exc)
 
     def _spawn(self, work: Any, name: str) -> None:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _calling(handler: Hear) -> Callable[[Msg], Awaitable[None]]:
+    async def heard(message: Msg) -> None:
+        try:
+            handler(message.subject, message.reply, message.data)
+        except Exception as exc:
+            log.error("observer's message failed", subject=message.subject, exc=exc)
+
+    return heard
 
 
 __all__ = ["Engine", "EngineState", "Observer", "ObserverPort", "Options", "Probe", "RouteState"]

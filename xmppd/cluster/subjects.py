@@ -16,6 +16,31 @@ def hello(name: str) -> str:
     return f"{_ROOT}.hello.{name.lower().encode().hex()}"
 
 
+def event(cluster: bytes, kind: str) -> str:
+    """Where observers hear of events; `kind` is one, or `>`."""
+    return f"{_ROOT}.{cluster.hex()}.events.{kind}"
+
+
+def tables(cluster: bytes, observer: str) -> str:
+    """Where an observer, or `*` for all, asks for rows."""
+    return f"{_ROOT}.{cluster.hex()}.tables.{observer}"
+
+
+def api(cluster: bytes, observer: str) -> str:
+    """Where an observer, or `*` for all, calls commands."""
+    return f"{_ROOT}.{cluster.hex()}.api.{observer}"
+
+
+def about(observer: str) -> str:
+    """Where an observer, or `*` for all, asks which cluster this is."""
+    return f"{_ROOT}.about.{observer}"
+
+
+def inbox(observer: str) -> str:
+    """The subjects below which an observer takes answers; nobody else may listen there."""
+    return f"_INBOX.{observer}.>"
+
+
 def node_of(text: str) -> bytes | None:
     """The UUID that a server or a client bears as its name; None for all others."""
     try:

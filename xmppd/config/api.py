@@ -1,4 +1,4 @@
-"""Who may call which admin command over HTTP: `api_permissions` and `api_tokens`, in ejabberd's words.
+"""Who may call which admin command over HTTP, or as an observer: `api_permissions`, `api_tokens`; ejabberd's words.
 
     api_tokens: {grafana: 2bb80d53...}                    # SHA-256 of the token, 64 hexadecimal digits
     api_permissions:
@@ -38,6 +38,7 @@ class Who:
     token: tuple[str, ...] = ()
     acl: tuple[str, ...] = ()
     ip: tuple[IPv4Network | IPv6Network, ...] = ()
+    observer: tuple[str, ...] = ()
 
 
 def _some(value: object) -> list[object]:
@@ -51,6 +52,13 @@ def token_name(value: object) -> str:
     raise ValueError("expected a name of letters, digits, _ . - (40 at most)")
 
 
+def observer_name(value: object) -> str:
+    """The name of an observer; ValueError for what cannot be one."""
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,40}", value, re.ASCII) and value != "xmppd":
+        return value
+    raise ValueError("expected a name of letters, digits, _ and - (40 at most) other than xmppd")
+
+
 def _acl_name(value: object) -> str:
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", value, re.ASCII):
         return value
@@ -62,12 +70,13 @@ def _one(value: object) -> Who:
         return value
     if isinstance(value, str):
         return Who(acl=(_acl_name(value),))
-    if not isinstance(value, Mapping) or not value or not value.keys() <= {"token", "acl", "ip"}:
-        raise ValueError("expected token, acl or ip, such as {token: grafana}")
+    if not isinstance(value, Mapping) or not value or not value.keys() <= {"token", "acl", "ip", "observer"}:
+        raise ValueError("expected token, acl, ip or observer, such as {token: grafana}")
     return Who(
         tuple(token_name(item) for item in _some(value.get("token", []))),
         tuple(_acl_name(item) for item in _some(value.get("acl", []))),
         tuple(parse_network(item) for item in _some(value.get("ip", []))),
+        tuple(observer_name(item) for item in _some(value.get("observer", []))),
     )
 
 
@@ -127,6 +136,7 @@ def _from(value: object) -> object:
 
 Whos = Annotated[tuple[Who, ...], PlainValidator(_who), PlainSerializer(_who_data, when_used="json")]
 Pattern = Annotated[str, PlainValidator(pattern)]
+ObserverName = Annotated[str, PlainValidator(observer_name)]
 TokenName = Annotated[str, PlainValidator(token_name)]
 TokenHash = Annotated[
     bytes, PlainValidator(_hash), PlainSerializer(lambda value: value.hex(), return_type=Any, when_used="json")
@@ -138,7 +148,7 @@ class ApiPermission(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), serialize_by_alias=True)
 
-    from_: Annotated[tuple[Annotated[Literal["http"], BeforeValidator(_from)], ...], several] = Field(
+    from_: Annotated[tuple[Annotated[Literal["http", "observer"], BeforeValidator(_from)], ...], several] = Field(
         default=("http",), alias="from"
     )
     who: Whos

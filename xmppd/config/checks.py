@@ -1,13 +1,14 @@
 """What no single option can know: names that must exist elsewhere, values that contradict each other."""
 
 from collections.abc import Callable, Iterable, Iterator
+from ipaddress import ip_address
 from typing import Final
 
 from .per_host import HostConfig, Rules, host_config
 from .problems import key, suggest
 from .rules import BUILT_IN_ACLS, INFINITY
 from .schema import SCRAM_MECHANISMS, AppendHostOptions, C2SListen, Schema
-from .types import format_size
+from .types import format_size, host_port
 
 Problem = tuple[str, str]  # path, words
 Check = Callable[[Schema], Iterator[Problem]]
@@ -112,6 +113,29 @@ def _api_permissions(config: Schema) -> Iterator[Problem]:
                 yield f"api_permissions.{key(name)}.who", _unknown("acl", acl, known)
 
 
+def _observers(config: Schema) -> Iterator[Problem]:
+    observers = config.cluster.observers
+    if observers.listen is None:
+        return
+    if config.cluster.nats_url is not None:
+        yield (
+            "cluster.observers.listen",
+            "with nats_url observers connect to that NATS cluster, whose users are its own",
+        )
+    host, port = host_port(observers.listen)
+    if port == 0:
+        yield "cluster.observers.listen", "expected a port from 1 to 65535, got 0"
+    if observers.certfile is None and not _loopback(host):
+        yield "cluster.observers.certfile", f"secrets would go to {host} in clear: name a certificate with its key"
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _shaper_names(config: Schema) -> Iterator[Problem]:
     known = ["none", "infinity", *config.shaper]
     for prefix, own, _ in _scopes(config):
@@ -179,6 +203,7 @@ CHECKS: Final[tuple[tuple[frozenset[str], Check], ...]] = (
     (frozenset({"listen", "access_rules", "shaper_rules", *_BY_HOST}), listener_rules),
     (frozenset({"acl", "access_rules", "shaper_rules", *_BY_HOST}), _acl_names),
     (frozenset({"acl", "api_permissions"}), _api_permissions),
+    (frozenset({"cluster"}), _observers),
     (frozenset({"access_rules", "shaper_rules", *_BY_HOST}), _limits),
     (frozenset({"shaper", "shaper_rules", *_BY_HOST}), _shaper_names),
     (frozenset({"hosts", "auth_method", "auth_scram", "disable_sasl_mechanisms", *_BY_HOST}), _mechanisms),

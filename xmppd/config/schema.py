@@ -27,7 +27,7 @@ from pydantic import (
 from xmppd.errors import JidError
 from xmppd.protocol.jid import make
 
-from .api import ApiPermission, TokenHash, TokenName
+from .api import ApiPermission, ObserverName, TokenHash, TokenName
 from .hosts import normalise_host
 from .includes import Include, parse_includes
 from .rules import AccessRules, ShaperRules
@@ -60,7 +60,6 @@ MECHANISMS: Final = (
 
 # Validated, but nothing acts on them yet. `listen[]` stands for each listener; a name covers what is below it.
 NO_EFFECT_YET: Final = (
-    "cluster",
     "database.read",
     "listen[].trusted_proxies",
     "listen[].use_proxy_protocol",
@@ -268,6 +267,21 @@ class Database(Options):
     commit_interval: Annotated[Duration, lasting(0, 1)] = 0.01
 
 
+class Observer(Options):
+    """A program that is no node: its secret is the first line of a file."""
+
+    secret_file: Word
+    may: Annotated[tuple[Literal["events", "tables", "api"], ...], several] = ("events", "tables")
+
+
+class Observers(Options):
+    """Programs that look at the cluster, and call commands, over NATS (docs/cluster-protocol.md)."""
+
+    listen: HostPort | None = None
+    certfile: Word | None = None
+    users: Annotated[Mapping[ObserverName, Observer], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))
+
+
 class Cluster(Options):
     """How the nodes of a cluster find and watch each other."""
 
@@ -277,6 +291,7 @@ class Cluster(Options):
     peer_timeout: Annotated[Duration, lasting(1, 600)] = 6.0
     nats_url: Word | None = Field(default=None, repr=False)
     nats_server: Word | None = None
+    observers: Observers = Field(default_factory=Observers)
 
 
 class Routing(Options):
@@ -348,6 +363,8 @@ class Schema(Options):
     loglevel: LogLevel = "info"
     log_file: AbsolutePath | None = None
     log_format: LogFormat = "text"
+    log_burst_limit_count: Annotated[int, between(10, 1_000_000)] = 500
+    log_burst_limit_window_time: Annotated[Duration, lasting(1, 86400)] = 60.0
     certfiles: Annotated[tuple[AbsolutePath, ...], several] = ()
     listen: tuple[Listen, ...] = Field(
         default_factory=lambda: (

@@ -133,7 +133,8 @@ class Access:
         """An HTTP client has an address and no JID, so of an acl its `ip` counts."""
         address = "" if client.address is None else str(client.address)
         return (
-            (not who.token or client.token in who.token)
+            not who.observer
+            and (not who.token or client.token in who.token)
             and (not who.ip or (client.address is not None and any(client.address in network for network in who.ip)))
             and (not who.acl or any(self._rules.in_acl(name, None, address) for name in who.acl))
         )

@@ -9,11 +9,9 @@ from typing import Any, Final
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from xmppd.admin.nodes import NOT_REACHABLE, UNANSWERED
+from xmppd.admin.nodes import NOT_REACHABLE, UNANSWERED, Nodes
 from xmppd.admin.registry import USAGE, Call, Caller, Command, InternalError, Registry
-from xmppd.admin.request import Frame
 from xmppd.admin.results import Result
-from xmppd.admin.socket import Elsewhere
 from xmppd.errors import CommandError, StorageUnavailable
 from xmppd.http.access import Access, Client, unauthorized
 from xmppd.http.answers import Answer, Refused, only_reads
@@ -24,12 +22,10 @@ _log = get_logger("xmppd.http")
 
 MAX_BODY: Final = 1 << 20
 READ: Final = 10.0  # seconds for the body to arrive
-MAX_PASSED_ON: Final = 64 << 20  # characters of another node's answer, which is collected here
 DESCRIPTION: Final = "openapi.json"
 
 # By exit code (docs/exit-codes.md); all other refusals are 400.
 _STATUS: Final = {3: 503, 13: 404, 14: 409, 15: 503, UNANSWERED: 503}
-_ERROR: Final = b'{"status": "error", '
 # ejabberd's commands begin a refusal with these words.
 _WORDS: Final = {"conflict": 409, "not_found": 404, "unknown virtual host": 404, "cannot_register: unknown": 404}
 
@@ -40,9 +36,7 @@ class Api:
     name = "api"
     exact = False
 
-    def __init__(
-        self, registry: Registry, access: Access, *, version: str, prefix: str, nodes: Elsewhere | None = None
-    ) -> None:
+    def __init__(self, registry: Registry, access: Access, *, version: str, prefix: str, nodes: Nodes) -> None:
         self._registry = registry
         self._nodes = nodes
         self._access = access
@@ -64,7 +58,7 @@ class Api:
             raise Refused(405, "commands are called with POST", Allow="POST")
         local, node = _asked(request)
         arguments, caller = await _arguments(request), Caller("http", str(client))
-        if node is not None and (self._nodes is None or node != self._nodes.names()[0]):
+        if node is not None and node != self._nodes.name:
             return await self._elsewhere(node, command, arguments, caller, local=local)
         return await self._call(command, arguments, caller, local=local)
 
@@ -97,31 +91,13 @@ class Api:
         self, node: str, command: Command, arguments: dict[str, Any], caller: Caller, *, local: bool
     ) -> Answer:
         """What another node answers; the caller's rights here have been looked at."""
-        if self._nodes is None or node not in self._nodes.names():
+        if node not in self._nodes.names():
             raise Refused(404, f"no node called '{node:.80}' is up", code=NOT_REACHABLE)
-        parts: list[bytes] = []
-        notes, size = "", 0
-
-        async def send(frame: Frame) -> None:
-            nonlocal notes, size
-            size += len(frame.get("out", ""))
-            if size > MAX_PASSED_ON:
-                raise Refused(503, f"the answer is longer than {MAX_PASSED_ON} characters; ask {node} itself")
-            parts.append(frame.get("out", "").encode("utf-8", "replace"))
-            notes += frame.get("err", "")
-
-        async def ask(name: str) -> str | None:
-            return None
-
-        asked: Frame = {"command": command.name, "args": arguments, "json": True, "local": local, "finite": True}
-        await self._nodes.relay(node, asked, caller, send, ask)
-        if notes:
-            raise _refusal(CommandError(notes.strip().replace("\n", "; "), UNANSWERED))
-        answer = b"".join(parts)
-        if answer.startswith(_ERROR):
-            told = json.loads(answer)
-            raise _refusal(CommandError(told["message"], told["code"]))
-        return Answer(200, answer)
+        try:
+            text = await self._nodes.fetch(node, command.name, arguments, caller, local=local)
+        except CommandError as exc:
+            raise _refusal(exc) from exc
+        return Answer(200, text.encode("utf-8", "replace"))
 
 
 def _pieces(result: Result) -> Iterator[bytes]:

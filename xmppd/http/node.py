@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from xmppd.access import Access as Rules
 from xmppd.admin.api_tokens import ApiTokens
+from xmppd.admin.nodes import Nodes
 from xmppd.admin.registry import Registry
-from xmppd.admin.socket import Elsewhere
 from xmppd.c2s.tls import Certificates
 from xmppd.config import Config, HttpListen
 from xmppd.http.access import Access
@@ -32,12 +32,14 @@ class Node(Protocol):
     spool: Spool
     sessions: SessionManager
     registry: Registry
-    nodes: Elsewhere
-    api_tokens: ApiTokens
     certificates: Certificates
     counters: Counters
     lag: LoopLag
 
+    @property
+    def nodes(self) -> Nodes: ...
+    @property
+    def api_tokens(self) -> ApiTokens: ...
     @property
     def status(self) -> str: ...
     def uptime(self) -> float: ...

@@ -17,6 +17,7 @@ from lxml.etree import _Element
 from xmppd.errors import StanzaError, StreamError
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, parse
+from xmppd.protocol.libxml import read
 
 MESSAGE: Final = f"{{{ns.CLIENT}}}message"
 PRESENCE: Final = f"{{{ns.CLIENT}}}presence"
@@ -186,7 +187,7 @@ class Stanza:
 
 def _parse_neutral(xml: bytes) -> _Element:
     try:
-        wrapper = etree.fromstring(_WRAP % xml, _PARSER)
+        wrapper = read(_WRAP % xml)
     except etree.XMLSyntaxError as exc:
         raise ValueError(f"not well-formed: {exc.msg}") from exc
     if len(wrapper) != 1:

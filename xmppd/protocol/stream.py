@@ -3,14 +3,16 @@
 What is refused here, with the stream error that names it: document types, comments, processing instructions
 (RFC 6120 11.1), other encodings than UTF-8, wrong namespaces, and whatever goes over a limit.
 
-lxml's pull parser (libxml2) does the parsing. Seven things about it shape this file:
+lxml's pull parser (libxml2) does the parsing. Eight things about it shape this file:
 - An element is serialised *before* it is removed from the root, or libxml2 invents prefixes for it.
 - Each finished stanza is removed from the root, so memory stays flat; white space between stanzas never reaches the
   parser, where it would pile up as text of the root.
 - The root must not keep a text of its own while stanzas and what follows them are removed: libxml2 would take it for
   the text it wrote last, and go on at an offset that belongs to the other one, past the end of its memory.
-- It keeps every name it has ever seen for the life of the process, so names nobody knows are counted per stream. It
-  does so with runs of 16 to 59 blanks between two tags, too, and with the values of xml:id unless told otherwise.
+- It keeps every name it has seen as long as the stream lives (libxml.py sees to it that it is not longer), so names
+  nobody knows are counted per stream. It does so with runs of 16 to 59 blanks between two tags, too, and with the
+  values of xml:id unless told otherwise.
+- A parser that is given up inside its document has to be taken apart, or it waits for the collector.
 - It waits for ever at a NUL byte in a CDATA section.
 - It forgives what breaks the rules of namespaces: undeclared prefixes, two attributes of one name, namespaces that are
   no URI. Others do not: they would end the stream of the client that is sent such a stanza.
@@ -29,6 +31,7 @@ from lxml.etree import _Element
 from xmppd.errors import JidError, StreamError
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, parse
+from xmppd.protocol.libxml import NameTable, give_up
 from xmppd.protocol.names import KNOWN_NAMES
 from xmppd.protocol.stanza import DEFAULT_TYPES, KINDS, Stanza, is_namespace, neutral
 
@@ -45,12 +48,9 @@ _DECLARATION: Final = re.compile(rb"""<\?xml[ \t\r\n](?:[^?"']++|"[^"]*+"|'[^']*
 _ENCODING: Final = re.compile(rb"""[ \t\r\n]encoding[ \t\r\n]*=[ \t\r\n]*["']([^"']*)["']""")
 _TAG: Final = re.compile(rb"""<!\[CDATA\[(?:.*?\]\]>|.*)|<(?![!?])(?:[^<>"']++|"[^"]*+"|'[^']*+')*+>|<""", re.DOTALL)
 _BLANK_RUN: Final = re.compile(rb">([ \t\r\n]{16,59})(?=<)")
+_NAME_LENGTH: Final = 128
 _UNDECLARED_ENTITY: Final = 26  # libxml2's XML_ERR_UNDECLARED_ENTITY
 _PLAIN_NAMESPACES: Final = {None: ns.CLIENT, "stream": ns.STREAMS}
-
-
-# Parsers that were given up in the middle of a document since the start: work for the garbage collector.
-abandoned = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ class Limits:
     size: int  # bytes since the last finished stanza
     depth: int = 64  # elements inside each other, the stanza being the first
     elements: int = 10_000  # in one stanza
-    names: int = 1000  # different names of any kind that are not in KNOWN_NAMES, and long runs of blanks, per stream
+    names: int = 1000  # different names of any kind that are not in KNOWN_NAMES, and long runs of blanks, per stream;
+    # a name counts once for every _NAME_LENGTH bytes of it
     total: int | None = None  # elements in the whole stream (before authentication)
 
 
@@ -109,6 +110,7 @@ class Stream:
     """
 
     __slots__ = (
+        "_blanks",
         "_deepest",
         "_depth",
         "_elements",
@@ -120,20 +122,24 @@ class Stream:
         "_lang_attribute",
         "_limits",
         "_names",
+        "_novelty",
         "_parser",
         "_prolog",
         "_root",
         "_simple",
         "_stamp",
         "_suspect",
+        "_table",
         "_total",
     )
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._names: set[str | bytes] = set()
+        self._novelty = 0  # their number, long ones counted more than once
         self._stamp: _Stamp | None = None
         self._total = 0
+        self._blanks = 0
         self._begin()
 
     def restart(self) -> None:
@@ -142,8 +148,8 @@ class Stream:
         self._begin()
 
     def _begin(self) -> None:
-        self._parser = etree.XMLPullParser(events=_EVENTS, collect_ids=False)
-        self._iter = self._parser.read_events()
+        self._parser: etree.XMLPullParser | None = None  # until there is something for it: it costs 10 KiB
+        self._iter: Iterator[tuple[str, Any]] = iter(())
         self._root: _Element | None = None
         self._prolog: bytes | None = b""
         self._depth = 0
@@ -158,27 +164,16 @@ class Stream:
         self._lang_attribute = b""
 
     def release(self) -> None:
-        """The stream is over: let go of the parser.
-
-        A parser and its document refer to each other until the document is finished, and hold some 12 KiB that the
-        collector knows nothing of. Where the document cannot be finished, `abandoned` counts it.
-        """
-        global abandoned
+        """The stream is over: free the parser, with all that has come of an unfinished stanza."""
+        self._ended = True
+        parser, self._parser = self._parser, None
         root, self._root = self._root, None
-        if root is None:
+        if parser is None:
             return
-        try:
-            if self._depth == 1 and not self._held and not self._ended:
-                self._parser.feed(b"</stream:stream>")
-                self._depth = 0
-            for _ in self._iter:
-                pass
-            if self._depth == 0:
-                self._parser.close()
-                return
-        except etree.XMLSyntaxError:
-            pass
-        abandoned += 1
+        for action, item in self._iter:
+            if root is None and action == "start":
+                root = item
+        give_up(parser, root, self._table)
 
     def set_limits(self, limits: Limits) -> None:
         """Other limits from here on (after authentication)."""
@@ -201,7 +196,10 @@ class Stream:
         if not data:
             return []
         if data[0] in _BLANK_BYTES and not self._held and not self._prolog and self._depth < 2:
-            data = data.lstrip(_BLANKS)
+            stripped = data.lstrip(_BLANKS)
+            if (self._root is None or self._limits.total is not None) and self._blank(len(data) - len(stripped)):
+                return [_too_blank(self._limits.size)]
+            data = stripped
             if not data:
                 return []
         nul = data.find(0)
@@ -215,7 +213,13 @@ class Stream:
             return self._read(data)
         except StreamError as error:
             self._ended = True
-            return [error]
+            return [_bare(error)]
+
+    def _blank(self, count: int) -> bool:
+        """So much white space came before the header, or before authentication; is it too much?"""
+        self._blanks += count
+        self._ended = self._blanks > self._limits.size
+        return self._ended
 
     def _receive_nul(self, data: bytes, nul: int) -> list[Event]:
         events = self.receive(data[:nul])
@@ -250,23 +254,29 @@ class Stream:
         if b"<!" in data or b"<?" in data or (data[0] in b"!?" and self._held and self._held[-1] == 60):
             self._suspect = True
         failure: StreamError | None = None
+        parser = self._parser or self._new_parser()
         try:
-            self._parser.feed(data)
+            with self._table:
+                parser.feed(data)
         except etree.XMLSyntaxError as exc:
             failure = _syntax_error(exc)
             whole = False
         header_too = self._depth == 0
         out: list[Event] = []
+        item: Any = None  # an element, or for start-ns (prefix, uri)
         try:
-            item: Any  # an element, or for start-ns (prefix, uri)
             for action, item in self._iter:
                 if action == "start":
                     self._depth += 1
                     if item.tag not in KNOWN_NAMES:
                         self._novel_name(item.tag)
+                    novel = False
                     for name in item.keys():  # noqa: SIM118 -- iterating an element gives its children
                         if name not in KNOWN_NAMES:
-                            self._novel_attribute(name, item)
+                            self._novel_name(name)
+                            novel = True
+                    if novel:
+                        _look_for_twins(item)
                     self._elements += 1
                     if self._depth > self._deepest or self._elements > self._limits.elements:
                         self._too_much(out, item)
@@ -286,7 +296,9 @@ class Stream:
             if failure is not None:
                 raise failure
         except StreamError as error:
-            self._end(error, data, header_too, out)
+            self._end(_bare(error), data, header_too, out)
+            if self._root is None and type(item) is _Element:
+                self._root = item  # of another kind; to be released
             return out
         if self._exact:
             self._exact = False
@@ -295,8 +307,14 @@ class Stream:
             self._count_bytes(data, header_too, out)
         except StreamError as error:
             self._ended = True
-            out.append(error)
+            out.append(_bare(error))
         return out
+
+    def _new_parser(self) -> etree.XMLPullParser:
+        self._table = NameTable()
+        self._parser = parser = etree.XMLPullParser(events=_EVENTS, collect_ids=False)
+        self._iter = parser.read_events()
+        return parser
 
     def _end(self, error: StreamError, data: bytes, header_too: bool, out: list[Event]) -> None:
         """Let the error be the last event. A stanza that was finished before it may be too large: that comes first."""
@@ -441,7 +459,7 @@ class Stream:
         if prefix and prefix not in KNOWN_NAMES:
             self._novel(prefix)
         if uri not in KNOWN_NAMES:
-            if uri not in self._names and not is_namespace(uri):
+            if uri not in self._names and not self._is_namespace(uri):
                 raise StreamError("not-well-formed", f"{uri[:80]!r} is no URI")
             self._novel(uri)
 
@@ -450,15 +468,17 @@ class Stream:
             raise StreamError("not-well-formed", f"the prefix of {name} is not declared")
         self._novel(name)
 
-    def _novel_attribute(self, name: str, element: _Element) -> None:
-        self._novel_name(name)
-        if cast(list[str], element.keys()).count(name) > 1:
-            raise StreamError("not-well-formed", f"two attributes {name}")
+    def _is_namespace(self, uri: str) -> bool:
+        with self._table:
+            return is_namespace(uri)
 
     def _novel(self, name: str | bytes) -> None:
         names = self._names
+        if name in names:
+            return
         names.add(name)
-        if len(names) > self._limits.names:
+        self._novelty += 1 + len(name) // _NAME_LENGTH
+        if self._novelty > self._limits.names:
             raise StreamError("policy-violation", f"more than {self._limits.names} unknown names")
 
     def _count_bytes(self, data: bytes, header_too: bool, out: list[Event]) -> None:
@@ -549,6 +569,22 @@ def _unit_ends(data: bytes, depth: int) -> Iterator[int]:
             depth += 1
             if depth == 1:
                 yield end
+
+
+def _look_for_twins(element: _Element) -> None:
+    names = cast(list[str], element.keys())
+    if len(set(names)) != len(names):
+        raise StreamError("not-well-formed", f"two attributes {next(name for name in names if names.count(name) > 1)}")
+
+
+def _bare(error: StreamError) -> StreamError:
+    """Without the places it came through, which refer to the stream, and it to them: work for the collector."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
+
+
+def _too_blank(size: int) -> StreamError:
+    return StreamError("policy-violation", f"more than {size} bytes of white space")
 
 
 def _restricted() -> StreamError:

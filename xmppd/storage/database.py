@@ -75,6 +75,10 @@ class Storage:
         return isinstance(self._target, SqliteTarget)
 
     @property
+    def is_open(self) -> bool:
+        return self._engine is not None
+
+    @property
     def closed(self) -> bool:
         """True before `open` and from `close` on."""
         return self._engine is None or self.batcher.closed

@@ -1,0 +1,440 @@
+"""Joining and leaving with real processes that share one database."""
+
+import json
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.harness.cluster import ClusterNode, free_ports, until
+from tests.harness.scene import Scene
+from xmppd.cluster.membership import Copy
+
+ALREADY_JOINED, UNREACHABLE, WRONG_COOKIE, OTHER_HOSTS, SELF = 17, 18, 19, 21, 22
+OTHER_DATABASE, REMOVED, IN_USE, NO_SUCH_NODE, NOT_CONVERGED = 24, 25, 16, 27, 26
+
+
+def members(node: ClusterNode) -> list[str]:
+    return sorted(node.asked("list_cluster").splitlines())
+
+
+def refused(node: ClusterNode, code: int, *argv: str) -> str:
+    """What a command that must be refused with this code prints."""
+    done = node.ctl(*argv)
+    assert done.returncode == code, f"{argv}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def checks(node: ClusterNode, name: str) -> dict[str, str]:
+    """`test_node`: ok or fail, by the name of the check."""
+    done = node.ctl("test_node", name)
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    found = {row[0]: row[1] for row in rows}
+    assert done.returncode == (1 if "fail" in found.values() else 0), done.stdout
+    return found
+
+
+def listens(node: ClusterNode) -> bool:
+    """Whether its cluster port is open."""
+    wanted = f":{node.port_of_cluster:04X}"
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(line[1].endswith(wanted) and line[3] == "0A" for line in lines)
+
+
+async def test_a_node_that_never_joined_opens_no_port_and_runs_no_engine(real_cluster):
+    cluster = real_cluster(1)
+
+    assert not listens(cluster[0])
+    assert not (cluster[0].data_dir / "nats").exists()
+    assert members(cluster[0]) == ["xmppd@node01"]
+    assert cluster[0].ctl("cluster_status").returncode == 0
+
+
+async def test_joining_needs_no_command_on_the_other_node_and_cuts_off_no_client(real_cluster):
+    cluster = real_cluster(2, join=False)
+    first, second = Scene(cluster[0]), Scene(cluster[1])
+    romeo = await first.login("romeo")
+    juliet = await second.login("juliet")
+
+    done = cluster[1].ctl("join_cluster", "xmppd@node01")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "asking xmppd@node01 through the database to open its cluster port" in done.stderr
+    assert members(cluster[0]) == members(cluster[1]) == ["xmppd@node01", "xmppd@node02"]
+    romeo.send_message("juliet@localhost", "With love's light wings")
+    assert (await juliet.next_message()).body == "With love's light wings"
+    for scene in (first, second):
+        await scene.leave()
+    for scene in (first, second):
+        await scene.end()
+
+
+async def test_the_command_returns_when_the_tables_agree(real_cluster):
+    cluster = real_cluster(2, join=False)
+    scene = Scene(cluster[0])
+    await scene.login("romeo")
+
+    cluster[1].asked("join_cluster", "xmppd@node01")
+
+    assert cluster[1].asked("connected_users_number") == "1"
+    assert cluster[1].ctl("cluster_status").returncode == 0
+    status = json.loads(
+        cluster[1].asked("--json", "cluster_status") if False else cluster[1].ctl("--json", "cluster_status").stdout
+    )
+    assert status["converged"] == "yes"
+    assert {row["owner"] for row in status["tables"]} == {"xmppd@node01", "xmppd@node02"}
+    assert [
+        row["rows"] for row in status["tables"] if row["table"] == "session" and row["owner"] == "xmppd@node01"
+    ] == [1, 1]
+    await scene.end()
+
+
+async def test_several_nodes_join_at_once(real_cluster):
+    cluster = real_cluster(3, join=False)
+
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda node: node.ctl("join_cluster", "xmppd@node01"), cluster.nodes[1:]))
+
+    assert [each.returncode for each in done] == [0, 0], done
+    cluster.converged()
+
+
+async def test_two_nodes_join_each_other_at_once(real_cluster):
+    cluster = real_cluster(2, join=False)
+    pairs = [(cluster[0], "xmppd@node02"), (cluster[1], "xmppd@node01")]
+
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda pair: pair[0].ctl("join_cluster", pair[1]), pairs))
+
+    assert {each.returncode for each in done} <= {0, ALREADY_JOINED}, done
+    cluster.converged()
+
+
+async def test_the_other_side_may_ask_for_the_join(real_cluster):
+    cluster = real_cluster(2, join=False)
+
+    cluster[0].asked("join_cluster_here", "xmppd@node02")
+
+    cluster.converged()
+
+
+async def test_joining_again_is_refused_as_ejabberd_does(real_cluster):
+    cluster = real_cluster(2)
+
+    assert "already joined that running node" in refused(cluster[1], ALREADY_JOINED, "join_cluster", "xmppd@node01")
+    cluster[0].stop()
+    until(lambda: members(cluster[1]) == ["xmppd@node02"], "xmppd@node01 is still up")
+    assert "already joined that known node" in refused(cluster[1], ALREADY_JOINED, "join_cluster", "xmppd@node01")
+
+
+async def test_each_refusal_has_its_own_words_and_code(real_cluster):
+    cluster = real_cluster(2, join=False)
+    (nobody,) = free_ports(1)
+    alone = cluster.add(name="xmppd@alone", database=f"sqlite:///{cluster.folder}/alone.db")
+    alone.start()
+    before = [(node.data_dir / "members.json").read_text() for node in cluster]
+
+    assert "is this node itself" in refused(cluster[1], SELF, "join_cluster", "xmppd@node02")
+    text = refused(cluster[1], UNREACHABLE, "join_cluster", f"xmppd@127.0.0.1:{nobody}")
+    assert "no node of this name" in text
+    assert "cluster.hosts" in refused(cluster[1], UNREACHABLE, "join_cluster", "xmppd@there.is.no.such.host.invalid")
+    assert "share its database" in refused(alone, UNREACHABLE, "join_cluster", "xmppd@node01")
+
+    assert [(node.data_dir / "members.json").read_text() for node in cluster] == before
+    assert members(cluster[0]) == ["xmppd@node01"]
+
+
+async def test_another_cookie_is_refused(real_cluster):
+    cluster = real_cluster(2, start=False)
+    cluster[1].set_cookie("another cookie of more than twenty characters".replace(" ", "-"))
+    cluster.start()
+
+    text = refused(cluster[1], WRONG_COOKIE, "join_cluster", "xmppd@node01")
+
+    assert ".xmppd.cookie" in text
+    assert checks(cluster[1], "xmppd@node01") | {"version": ""} == {
+        "name": "ok", "tcp": "ok", "cookie": "fail", "version": "", "clock": "fail", "hosts": "fail", "database": "fail"
+    }  # fmt: skip
+    cluster[1].asked("cookie", "show")
+    given = cluster[1].ctl("cookie", "set", "-", stdin=cluster[0].asked("cookie", "show") + "\n")
+    assert given.returncode == 0, given.stdout
+    cluster[1].asked("join_cluster", "xmppd@node01")
+
+
+async def test_other_hosts_are_refused_and_named(real_cluster):
+    cluster = real_cluster(1, start=False)
+    cluster.add(hosts=["localhost", "example.net"])
+    cluster.start()
+
+    text = refused(cluster[1], OTHER_HOSTS, "join_cluster", "xmppd@node01")
+
+    assert "only here: example.net" in text
+    found = checks(cluster[1], "xmppd@node01")
+    assert [name for name, result in found.items() if result == "fail"] == ["hosts"]
+
+
+async def test_another_database_is_refused(real_cluster):
+    cluster = real_cluster(2)
+    alone = cluster.add(name="xmppd@alone", database=f"sqlite:///{cluster.folder}/alone.db")
+    alone.options["cluster"]["hosts"]["node01"] = f"127.0.0.1:{cluster[0].port_of_cluster}"
+    alone.configure(alone.options)
+    alone.start()
+
+    assert "another database" in refused(alone, OTHER_DATABASE, "join_cluster", "xmppd@node01")
+    found = checks(alone, "xmppd@node01")
+    assert [name for name, result in found.items() if result == "fail"] == ["database"]
+
+
+async def test_test_node_tells_what_is_wrong_one_thing_at_a_time(real_cluster):
+    cluster = real_cluster(2)
+
+    assert set(checks(cluster[1], "xmppd@node01").values()) == {"ok"}
+    assert next(iter(checks(cluster[1], "xmppd@there.is.no.such.host.invalid").items())) == ("name", "fail")
+    cluster[0].stop()
+    found = checks(cluster[1], "xmppd@node01")
+    assert (found["name"], found["tcp"]) == ("ok", "fail")
+
+
+async def test_nodes_ping_and_disconnect(real_cluster):
+    cluster = real_cluster(2)
+
+    assert cluster[0].asked("nodes") == "xmppd@node02"
+    assert cluster[0].asked("nodes", "--hidden") == ""
+    assert cluster[0].asked("ping", "xmppd@node02") == "pong"
+    cluster[0].asked("disconnect", "xmppd@node02", "--for", "2")
+    assert cluster[0].asked("nodes") == ""
+    assert cluster[0].asked("nodes", "--known") == "xmppd@node02"
+    assert refused(cluster[0], NOT_CONVERGED, "cluster_status")
+    cluster.converged()
+    cluster[1].kill()
+    until(lambda: cluster[0].asked("nodes") == "", "xmppd@node02 is still up")
+    assert refused(cluster[0], 1, "ping", "xmppd@node02") == "pang\n"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_nodes_come_back_in_any_order_without_a_command(real_cluster, order):
+    cluster = real_cluster(2)
+    for node in cluster:
+        node.stop()
+
+    for place in order:
+        began = time.monotonic()
+        cluster[place].start()
+        assert time.monotonic() - began < 15
+
+    cluster.converged()
+
+
+async def test_a_missing_peer_does_not_delay_a_start(real_cluster):
+    cluster = real_cluster(2)
+    for node in cluster:
+        node.kill()
+
+    cluster[0].start()
+
+    scene = Scene(cluster[0])
+    await scene.login("romeo")
+    await scene.end()
+
+
+async def test_a_killed_node_comes_back(real_cluster):
+    cluster = real_cluster(2)
+    cluster[1].kill()
+    until(lambda: members(cluster[0]) == ["xmppd@node01"], "xmppd@node02 is still up")
+
+    cluster[1].start()
+
+    cluster.converged()
+
+
+async def test_a_removed_node_stops_and_stays_removed_and_says_why(real_cluster):
+    cluster = real_cluster(3)
+
+    cluster[0].asked("leave_cluster", "xmppd@node03")
+
+    assert cluster[2].wait() == 0
+    assert "removed from the cluster by=xmppd@node01" in cluster[2].log
+    cluster.converged(cluster[0], cluster[1])
+    again = cluster[2].second_start()
+    assert again.returncode == REMOVED
+    assert "removed from the cluster by xmppd@node01 at 20" in again.stderr
+    assert "--new-identity" in again.stderr
+    assert refused(cluster[0], NO_SUCH_NODE, "leave_cluster", "xmppd@node03")
+
+
+async def test_a_node_that_does_not_run_can_be_removed_and_learns_it(real_cluster):
+    cluster = real_cluster(2)
+    cluster[1].kill()
+
+    cluster[0].asked("leave_cluster", "xmppd@node02")
+
+    again = cluster[1].second_start()
+    assert again.returncode == REMOVED, again.stderr
+    cluster.converged(cluster[0])
+
+
+async def test_a_node_can_remove_itself(real_cluster):
+    cluster = real_cluster(2)
+
+    cluster[1].asked("leave_cluster", "xmppd@node02")
+
+    assert cluster[1].wait() == 0
+    cluster.converged(cluster[0])
+
+
+async def test_a_removed_node_joins_again_as_a_new_one(real_cluster):
+    cluster = real_cluster(2)
+    old = cluster[1].node_id
+    cluster[0].asked("leave_cluster", "xmppd@node02")
+    cluster[1].wait()
+
+    done = cluster[1].main("--new-identity")
+
+    assert done.returncode == 0, done.stderr
+    assert cluster[1].node_id != old
+    cluster[1].start()
+    cluster[1].asked("join_cluster", "xmppd@node01")
+    cluster.converged()
+
+
+async def test_a_copied_data_folder_is_refused_while_the_first_one_serves(real_cluster):
+    cluster = real_cluster(2)
+
+    copy = cluster.copy_of(cluster[1])
+    done = copy.second_start()
+
+    assert done.returncode == IN_USE, done.stderr
+    assert "two nodes claim one node id: xmppd@node02" in done.stderr
+    cluster.converged(cluster[0], cluster[1])
+    assert copy.main("--new-identity").returncode == 0
+    copy.configure({**copy.options, "node": "xmppd@node03"})
+    copy.name = "xmppd@node03"
+    copy.start()
+    copy.asked("join_cluster", "xmppd@node01")
+    cluster.converged()
+
+
+async def test_another_database_than_the_clusters_is_not_served_from(real_cluster):
+    cluster = real_cluster(2)
+    cluster[1].stop()
+    cluster[1].configure({**cluster[1].options, "database": {"url": f"sqlite:///{cluster.folder}/other.db"}})
+
+    done = cluster[1].second_start()
+
+    assert done.returncode == OTHER_DATABASE, done.stderr
+    assert "belongs to the cluster" in done.stderr
+
+
+async def test_a_damaged_copy_of_the_members_is_made_anew_from_the_database(real_cluster):
+    cluster = real_cluster(2)
+    cluster[1].stop()
+    file = cluster[1].data_dir / "members.json"
+    file.write_text(file.read_text()[:100])
+
+    cluster[1].start()
+
+    cluster.converged()
+    assert Copy.parse(file.read_text()).state == "member"
+    assert "copy of the members is damaged" in cluster[1].log
+
+
+async def test_a_renamed_node_is_the_same_member(real_cluster):
+    cluster = real_cluster(2)
+    cluster[1].stop()
+    cluster[1].configure({**cluster[1].options, "node": "xmppd@node09"})
+    cluster[1].name = "xmppd@node09"
+
+    cluster[1].start()
+
+    cluster.converged()
+    assert cluster[0].asked("nodes", "--known") == "xmppd@node09"
+
+
+async def test_two_members_cannot_have_one_name(real_cluster):
+    cluster = real_cluster(2)
+    cluster[1].stop()
+    cluster[1].configure({**cluster[1].options, "node": "xmppd@node01"})
+
+    done = cluster[1].second_start()
+
+    assert done.returncode == 28, done.stderr
+
+
+async def test_a_stopped_process_that_was_suspended_finds_its_place_again(real_cluster):
+    cluster = real_cluster(2)
+    process = cluster[1].process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    until(lambda: members(cluster[0]) == ["xmppd@node01"], "xmppd@node02 is still up")
+
+    process.send_signal(signal.SIGCONT)
+
+    cluster.converged()
+
+
+async def test_the_cookie_is_changed_without_a_link_going_down(real_cluster):
+    cluster = real_cluster(3)
+    old = cluster[0].cookie
+
+    cluster[1].asked("cookie", "rotate")
+
+    new = {node.cookie for node in cluster}
+    assert len(new) == 1
+    assert new != {old}
+    assert not [node.name for node in cluster if "node down" in node.log]
+    for node in cluster:
+        assert not (node.data_dir / ".xmppd.cookie.also").exists()
+        node.stop()
+        node.start()
+    cluster.converged()
+
+
+async def test_the_cookie_is_not_taken_from_the_command_line(real_cluster):
+    cluster = real_cluster(1)
+
+    text = refused(cluster[0], 2, "cookie", "set", "a-cookie-that-everybody-sees-in-ps")
+
+    assert "standard input" in text or "never given on the command line" in text
+    assert cluster[0].cookie == cluster.cookie
+
+
+async def test_a_member_that_is_down_stops_a_change_of_the_cookie(real_cluster):
+    cluster = real_cluster(2)
+    cluster[1].kill()
+    until(lambda: members(cluster[0]) == ["xmppd@node01"], "xmppd@node02 is still up")
+
+    assert "not up: xmppd@node02" in refused(cluster[0], 1, "cookie", "rotate")
+    assert cluster[0].cookie == cluster[1].cookie
+
+
+def test_the_copy_of_the_members_is_read_back_as_it_was_written(tmp_path):
+    copy = Copy(b"c" * 16, b"d" * 16, "member")
+
+    assert Copy.parse(copy.text()) == copy
+    with pytest.raises(ValueError, match="checksum"):
+        Copy.parse(copy.text().replace("member", "single", 1))
+
+
+@pytest.mark.mariadb
+async def test_members_start_and_find_each_other_without_the_database(real_cluster, databases, tmp_path):
+    url = databases.empty("mariadb", tmp_path)
+    cluster = real_cluster(2, database=url)
+    server = databases._server()
+    for node in cluster:
+        node.stop()
+    server.stop()
+
+    cluster.start()
+
+    assert "serving without the database" in cluster[0].log
+    until(lambda: members(cluster[0]) == members(cluster[1]) == ["xmppd@node01", "xmppd@node02"], "no link")
+    server.start()
+    until(lambda: all("database is back" in node.log for node in cluster), "the database is not found again")
+    scene = Scene(cluster[0])
+    await scene.login("romeo")
+    await scene.end()
+    cluster.converged()
+    cluster.end()
+    databases.drop(url)
