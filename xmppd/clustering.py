@@ -13,7 +13,7 @@ from xmppd.cluster.calls import NodeCalls
 from xmppd.cluster.claim import claim, removed
 from xmppd.cluster.cluster import LEASE, Cluster, Myself
 from xmppd.cluster.engine import Engine
-from xmppd.cluster.link import Settings
+from xmppd.cluster.link_types import Settings
 from xmppd.cluster.links import LinkSet
 from xmppd.cluster.membership import REMOVED, Membership
 from xmppd.cluster.replica import Replica

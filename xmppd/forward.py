@@ -2,7 +2,7 @@
 
 Bodies of the frames (integers big-endian, texts UTF-8 and separated by NUL, XML neutral as in protocol/stanza.py):
 
-    STANZA    flags u8, number u32, length of the texts u32; type, id, to, from, resource...; XML
+    STANZA    flags u8, number u32, lengths of way and id u32; way: type, to, from, resource...; id; XML
               flags: 0x03 kind (0 message, 1 presence, 2 iq), 0x0c nodes it has come from, 0x10 a copy
     PRESENCE  length of the texts u32; type, id, from, bare JID...; XML without `to`
     OUTCOMES  how many are safe u32, went wrong u32, found nobody u32; their numbers u32 each; JSON list of the
@@ -39,7 +39,10 @@ _KIND_BITS: Final = 0x03
 _HOP_SHIFT: Final = 2
 _HOP_BITS: Final = 0x03
 _COPY: Final = 0x10
-_HEAD: Final = Struct("!BII")  # of STANZA
+_NUL: Final = "\0"
+_HEAD: Final = Struct("!BIII")  # of STANZA
+_WAYS: Final = 4096  # that are kept decoded
+_WAY_LENGTH: Final = 512  # bytes; longer ones are not kept
 _LENGTH: Final = Struct("!I")
 _COUNTS: Final = Struct("!III")  # of OUTCOMES
 _USERS: Final = 500  # in one PRESENCE frame
@@ -92,14 +95,29 @@ class Forwarded(Stanza):
         return made
 
 
-class Copy(Pending):
+class Sent(Pending):
+    """The outcome of a stanza that another node has."""
+
+    __slots__ = ("stanza",)
+
+    def __init__(self, stanza: Stanza) -> None:
+        # One for each message: spelled out, it takes half the time.
+        self.result = None
+        self._decided = True
+        self._failed = None
+        self._settlers = None
+        self._deciders = None
+        self.stanza = stanza
+
+
+class Copy(Sent):
     """The outcome of one of several copies. When it ends as ERROR nobody has told the sender; `error` says why, None
     that there was nobody to take it."""
 
     __slots__ = ("error",)
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, stanza: Stanza) -> None:
+        super().__init__(stanza)
         self.error: StanzaError | None = None
 
 
@@ -111,7 +129,7 @@ class Channel:
     def __init__(self, node: bytes) -> None:
         self.node = node
         self.last = 0  # number
-        self.sent: dict[int, Record] = {}
+        self.sent: dict[int, Sent] = {}
         self.safe: list[int] = []
         self.error: list[int] = []
         self.gone: list[int] = []
@@ -119,6 +137,7 @@ class Channel:
         self.scheduled = False
 
 
+Way = tuple[str, JID, JID | None, str, list[str]]  # type, to, from, from as text, resources
 Arrival = tuple[Channel, Forwarded, list[str], int, int]  # with its resources, number, and whether it is a copy
 
 
@@ -141,6 +160,7 @@ class Forwarder:
         self._bounce = bounce
         self._call_soon = call_soon or asyncio.get_running_loop().call_soon
         self._channels = {node: Channel(node) for node in links.peers}
+        self._ways: dict[bytes, Way] = {}
         self._behind: dict[str, deque[Arrival]] = {}  # by sender: what waits for an earlier stanza to be decided
         self.frames_sent = 0  # STANZA and PRESENCE frames since the start
         self.frames_received = 0
@@ -169,12 +189,12 @@ class Forwarder:
         channel = self._channels.pop(peer.node, None)
         if channel is None:
             return
-        records, channel.sent = list(channel.sent.values()), {}
-        for record in records:
-            if isinstance(record.outcome, Copy):
-                record.outcome.settle(ERROR)  # whoever sent the copies decides what follows
-        self.rerouted += len(records)
-        self._users.reroute(records)
+        unsettled, channel.sent = list(channel.sent.values()), {}
+        for sent in unsettled:
+            if isinstance(sent, Copy):
+                sent.settle(ERROR)  # whoever sent the copies decides what follows
+        self.rerouted += len(unsettled)
+        self._users.reroute([Record(sent.stanza, sent) for sent in unsettled])
 
     # -- to other nodes
 
@@ -201,23 +221,23 @@ class Forwarder:
         to, from_ = stanza.to, stanza.from_
         assert to is not None
         sender = "" if from_ is None else from_.full
-        texts = "\0".join((type, stanza.id, to.full, sender, *resources)).encode()
-        body = b"%b%b%b" % (_HEAD.pack(flags, number, len(texts)), texts, stanza.xml)
+        way = f"{type}\0{to.full}\0{sender}\0{_NUL.join(resources)}".encode()
+        id = stanza.id.encode()
+        body = b"%b%b%b%b" % (_HEAD.pack(flags, number, len(way), len(id)), way, id, stanza.xml)
         if not self._links.send(node, Kind.STANZA, body):
             return None
         self.frames_sent += 1
         if not wanted:
             return SAFE
         stanza.forget_element()
-        outcome = Copy() if copy else Pending()
-        channel.sent[number] = Record(stanza, outcome)
+        outcome = channel.sent[number] = Copy(stanza) if copy else Sent(stanza)
         return outcome
 
     def spread(self, node: bytes, stanza: Stanza, users: Sequence[str]) -> None:
         """Send one presence without `to` to users (bare JIDs), for their available resources on a node."""
         head = f"{stanza.type}\0{stanza.id}\0{'' if stanza.from_ is None else stanza.from_.full}\0"
         for first in range(0, len(users), _USERS):
-            texts = (head + "\0".join(users[first : first + _USERS])).encode()
+            texts = (head + _NUL.join(users[first : first + _USERS])).encode()
             if self._links.send(node, Kind.PRESENCE, _LENGTH.pack(len(texts)) + texts + stanza.xml):
                 self.frames_sent += 1
 
@@ -234,21 +254,32 @@ class Forwarder:
     # -- from other nodes
 
     def _stanza(self, peer: Peer, body: bytes) -> None:
-        flags, number, length = _HEAD.unpack_from(body)
-        end = _HEAD.size + length
-        type, id, to, sender, *resources = body[_HEAD.size : end].decode().split("\0")
-        from_ = parse(sender) if sender else None
-        stanza = Forwarded(_KINDS[flags & _KIND_BITS], type, id, parse(to), from_, body[end:])
+        flags, number, way_length, id_length = _HEAD.unpack_from(body)
+        at = _HEAD.size + way_length
+        end = at + id_length
+        way = body[_HEAD.size : at]
+        type, to, from_, sender, resources = self._ways.get(way) or self._decode(way)
+        stanza = Forwarded(_KINDS[flags & _KIND_BITS], type, body[at:end].decode(), to, from_, body[end:])
         stanza.hops = flags >> _HOP_SHIFT & _HOP_BITS
         self.frames_received += 1
-        arrival = (self._channels[peer.owner.member], stanza, resources, number, flags & _COPY)
+        channel = self._channels[peer.owner.member]
         if self._behind and sender in self._behind:
-            self._queue(self._behind[sender], arrival)
+            self._queue(self._behind[sender], (channel, stanza, resources, number, flags & _COPY))
             return
-        outcome = self._take(*arrival)
+        outcome = self._take(channel, stanza, resources, number, flags & _COPY)
         if isinstance(outcome, Pending) and not outcome.decided:
             self._behind[sender] = deque()
             outcome.when_decided(partial(self._go_on, sender))
+
+    def _decode(self, way: bytes) -> "Way":
+        """Those who talk to each other do so for a while."""
+        type, to, sender, *resources = way.decode().split(_NUL)
+        decoded = (type, parse(to), parse(sender) if sender else None, sender, resources)
+        if len(way) <= _WAY_LENGTH:
+            if len(self._ways) >= _WAYS:
+                self._ways.clear()
+            self._ways[way] = decoded
+        return decoded
 
     def _queue(self, waiting: "deque[Arrival]", arrival: "Arrival") -> None:
         if len(waiting) < _BEHIND:
@@ -300,7 +331,7 @@ class Forwarder:
     def _presence(self, peer: Peer, body: bytes) -> None:
         (length,) = _LENGTH.unpack_from(body)
         end = _LENGTH.size + length
-        type, id, sender, *users = body[_LENGTH.size : end].decode().split("\0")
+        type, id, sender, *users = body[_LENGTH.size : end].decode().split(_NUL)
         self.frames_received += 1
         presence = Stanza("presence", type, id, None, parse(sender) if sender else None, body[end:])
         self._users.spread(presence, [parse(user) for user in users])
@@ -344,16 +375,16 @@ class Forwarder:
         for index, number in enumerate(numbers):
             if index == safe:
                 result = ERROR  # those that found nobody too
-            record = sent.pop(number, None)
-            if record is not None:
-                record.outcome.settle(result)
+            outcome = sent.pop(number, None)
+            if outcome is not None:
+                outcome.settle(result)
         rest = body[_COUNTS.size + 4 * total :]
         for number, *why in json.loads(rest) if rest else ():
-            record = sent.pop(number, None)
-            if record is not None:
-                if isinstance(record.outcome, Copy):
-                    record.outcome.error = _error(*why)
-                record.outcome.settle(ERROR)
+            outcome = sent.pop(number, None)
+            if outcome is not None:
+                if isinstance(outcome, Copy):
+                    outcome.error = _error(*why)
+                outcome.settle(ERROR)
 
     # -- sessions
 

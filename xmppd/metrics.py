@@ -76,8 +76,12 @@ class Counters:
     __slots__ = (
         "accepted",
         "cut_off",
+        "given_back",
         "login_failures",
         "logins",
+        "open",
+        "refused",
+        "silent",
         "stalled",
         "stanza_errors",
         "stanzas",
@@ -88,8 +92,12 @@ class Counters:
     def __init__(self) -> None:
         self.stanzas = {kind: StanzaCount() for kind in KINDS}
         self.accepted = 0  # connections
+        self.open = 0  # connections of clients now
+        self.refused = 0  # connections there was no room for
         self.cut_off = 0  # connections of peers that read too slowly
+        self.given_back = 0  # times that freed memory was given back to the system
         self.tls_failures = 0
+        self.silent = 0  # connections that ended without ever having begun a stream in time
         self.logins: dict[str, int] = {}  # by mechanism
         self.login_failures: dict[str, int] = {}  # by SASL condition, or `limited`
         self.stream_errors: dict[str, int] = {}  # by condition, sent by us

@@ -7,10 +7,12 @@ from typing import Any, Final, Protocol
 
 from xmppd.access import Access
 from xmppd.auth import Auth
-from xmppd.c2s.connection import Flusher, Settings
+from xmppd.c2s.capacity import room
+from xmppd.c2s.connection import Settings
 from xmppd.c2s.listener import ClientListener
 from xmppd.c2s.negotiation import Rules
 from xmppd.c2s.session import Parts
+from xmppd.c2s.ticks import Ticks
 from xmppd.config import HttpListen
 from xmppd.config.schema import C2SListen
 from xmppd.http.node import HttpServers
@@ -26,7 +28,7 @@ class Node(HttpNode, Protocol):
     access: Access
     auth: Auth
     parts: Parts
-    flusher: Flusher
+    ticks: Ticks
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]: ...
 
@@ -38,6 +40,7 @@ class Listeners:
         self._node = node
         self._clients: list[ClientListener] = []
         self._http = HttpServers(node)
+        self._room = room()
         self.addresses: list[dict[str, Any]] = []  # for ready.json
 
     async def open_http(self) -> None:
@@ -94,8 +97,9 @@ class Listeners:
             auth=node.auth,
             tls=node.certificates,
             parts=lambda: node.parts,
-            flusher=node.flusher,
+            ticks=node.ticks,
             spawn=node.spawn,
+            room=self._room,
         )
         address = await listener.open()
         self._clients.append(listener)
@@ -109,7 +113,7 @@ def _settings(listen: C2SListen) -> Settings:
             size=listen.pre_auth_max_stanza_size,
             depth=listen.max_depth,
             elements=listen.pre_auth_max_elements,
-            names=listen.max_novel_names,
+            names=min(listen.max_novel_names, listen.pre_auth_max_elements),
             total=listen.pre_auth_max_elements,
         ),
         after=Limits(

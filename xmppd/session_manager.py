@@ -303,10 +303,16 @@ class SessionManager:
     def arrived(self, stanza: Stanza, resources: Sequence[str]) -> Outcome:
         """Deliver what another node has sent to some resources of a user; where they have gone meanwhile it is routed
         from here. Raises StanzaError."""
-        assert stanza.to is not None
+        to = stanza.to
+        assert to is not None
+        if len(resources) == 1 and stanza.kind != "presence":  # by far the most
+            row = self._table.rows(to.bare).get(resources[0])
+            if row is not None and row.session is not None:
+                outcome: Outcome = row.session.deliver(stanza)
+                return outcome
         if stanza.kind == "presence" and stanza.type == "error":
-            self._hooks.notify(PresenceBounced(stanza.to, stanza))
-        rows = self._named(stanza.to, resources)
+            self._hooks.notify(PresenceBounced(to, stanza))
+        rows = self._named(to, resources)
         return self._deliver_all(rows, stanza) if rows else self.route(stanza)
 
     def arrived_copy(self, stanza: Stanza, resources: Sequence[str]) -> Outcome | None:
@@ -521,11 +527,11 @@ class SessionManager:
         return self._table.count(host)
 
     def infos(self, host: str | None = None, user: str | None = None) -> list[SessionInfo]:
-        """All sessions, of one host or one of its users, sorted by JID."""
+        """All sessions of this node, of one host or one of its users, sorted by JID."""
         if user is not None and host is not None:
             rows: Iterable[SessionRow] = self._table.rows(f"{user}@{host}").values()
         else:
-            rows = (row for row in self._table.all() if host is None or row.jid.domain == host)
+            rows = (row for row in self._table.own_sessions() if host is None or row.jid.domain == host)
         return [row.session.info() for row in sorted(rows, key=lambda row: row.jid.full) if row.session is not None]
 
     def kick(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tests.cluster.memory_net import VERSION, Net
 from xmppd.cluster.calls import NodeCalls
-from xmppd.cluster.link import Settings
+from xmppd.cluster.link_types import Settings
 from xmppd.cluster.links import LinkSet
 from xmppd.cluster.tables import Owner
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from xmppd.cluster.interfaces import Kind, Peer
-from xmppd.cluster.link import Settings
+from xmppd.cluster.link_types import Settings
 from xmppd.cluster.links import LinkSet
 from xmppd.cluster.tables import Owner
 

@@ -6,14 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness.cluster import ClusterNode, free_ports, until
+from tests.harness.cluster import ClusterNode, RealCluster, free_ports, until
 from tests.harness.scene import Scene
 
 ONE, TWO = "xmppd@node01", "xmppd@node02"
@@ -32,16 +34,28 @@ def post(port: int, path: str, arguments: Any) -> tuple[int, Any]:
             return refusal.code, json.load(refusal)
 
 
-async def test_commands_reach_the_whole_cluster_from_any_node(real_cluster):
-    http = free_ports(2)
-    cluster = real_cluster(2, join=False, start=False)
-    for node, port in zip(cluster, http, strict=True):
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Two nodes for those tests that leave them as they were."""
+    cluster = RealCluster(tmp_path_factory.mktemp("cluster"), 2)
+    for node, port in zip(cluster, free_ports(2), strict=True):
         api = {"port": port, "ip": "127.0.0.1", "module": "http", "request_handlers": {"/api": "api"}}
-        listen = [*node.options["listen"], api]
         permissions = {"all": {"who": "loopback", "what": ["connected*", "where", "kick_session", "status"]}}
+        listen = [*node.options["listen"], api]
         node.configure({**node.options, "listen": listen, "api_permissions": permissions})
-    cluster.start()
-    cluster.join()
+    try:
+        cluster.start()
+        cluster.join()
+        cluster.converged()
+        yield cluster
+    finally:
+        cluster.end()
+    for node in cluster:
+        node.judge()
+
+
+async def test_commands_reach_the_whole_cluster_from_any_node(cluster):
+    http = [node.options["listen"][-1]["port"] for node in cluster]
     first, second = Scene(cluster[0]), Scene(cluster[1])
     await first.login("romeo")
     juliet = await second.login("juliet")
@@ -71,17 +85,19 @@ async def test_commands_reach_the_whole_cluster_from_any_node(real_cluster):
     cluster[0].asked("kick_session", "juliet", "localhost", jid.partition("/")[2], "Good night")
     await juliet.assert_stream_error("conflict")
     until(lambda: cluster[0].quick("connected_users_number") == "1", "one session")
+    cluster[0].asked("unregister", "nurse", "localhost")
     await first.end()
     await second.end()
 
 
-async def test_a_node_that_hangs_is_named_and_then_taken_for_down(real_cluster):
-    cluster = real_cluster(2)
+async def test_a_node_that_hangs_is_named_and_then_taken_for_down(cluster):
     process = cluster[1].process
 
     process.send_signal(signal.SIGSTOP)
     try:
-        done = cluster[0].ctl("connected_users")
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(post, cluster[0].options["listen"][-1]["port"], "connected_users", {})
+            done = cluster[0].ctl("connected_users")
         until(lambda: cluster[0].ctl("connected_users").returncode == 0, "the node is down", 20)
     finally:
         process.send_signal(signal.SIGCONT)
@@ -89,6 +105,9 @@ async def test_a_node_that_hangs_is_named_and_then_taken_for_down(real_cluster):
     assert done.returncode == 29
     assert done.stdout == ""
     assert done.stderr.startswith(f"{TWO}: did not answer")
+    status, refusal = asked.result()
+    assert (status, refusal["code"]) == (503, 29)
+    assert TWO in refusal["message"]
     cluster.converged()
 
 
@@ -99,11 +118,10 @@ def watching(node: ClusterNode, *argv: str) -> "subprocess.Popen[str]":
     )
 
 
-async def test_watch_shows_the_cluster_until_ctrl_c(real_cluster):
-    cluster = real_cluster(2)
+async def test_watch_shows_the_cluster_until_ctrl_c(cluster):
     scene = Scene(cluster[1])
     watch = watching(cluster[0], "--json", "watch")
-    until(lambda: "\nwatch\t2\t" in cluster[1].quick("module", "stats"), "the other node tells its events")
+    until(lambda: "\nwatch\t4\t" in cluster[1].quick("module", "stats"), "both nodes tell their events")
     elsewhere = watching(cluster[0], "--node", TWO, "watch", "juliet@localhost")
     try:
         await scene.login("juliet")
@@ -112,8 +130,6 @@ async def test_watch_shows_the_cluster_until_ctrl_c(real_cluster):
         assert opened["jid"] == cluster[0].asked("connected_users")
         await scene.end()
         assert json.loads(watch.stdout.readline())["event"] == "session_closed"
-        cluster[1].stop()
-        assert json.loads(watch.stdout.readline())["event"] == "node_down"
         for each in (watch, elsewhere):
             each.send_signal(signal.SIGINT)
         assert watch.wait(10) == 130
@@ -125,18 +141,16 @@ async def test_watch_shows_the_cluster_until_ctrl_c(real_cluster):
             each.communicate()
 
 
-async def test_the_self_test_passes_on_two_nodes_and_on_one(real_cluster):
-    cluster = real_cluster(2)
+async def test_the_self_test_passes_and_leaves_nothing(cluster):
+    before = cluster[0].asked("registered_users", "localhost")
 
     done = cluster[1].ctl("selftest")
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" ms") == 4
     assert done.stdout.splitlines()[1].split() == [TWO, ONE]
-    assert cluster[0].asked("registered_users", "localhost") == ""
+    assert cluster[0].asked("registered_users", "localhost") == before
     assert cluster[0].asked("connected_users_number") == "0"
-    cluster[1].stop()
-    until(lambda: cluster[0].ctl("selftest").returncode == 0, "the self-test of one node")
 
 
 @pytest.mark.node
@@ -178,3 +192,18 @@ async def test_the_example_observes_a_node_that_is_alone(real_cluster, tmp_path)
     assert (event["event"], event["node"]) == ("session_opened", ONE)
     assert SECRET not in cluster[0].log
     await scene.end()
+
+
+async def test_a_node_that_stops_does_not_wait_for_those_who_watch(real_cluster):
+    cluster = real_cluster(1)
+    watch = watching(cluster[0], "watch")
+    try:
+        until(lambda: "\nwatch\t2\t" in cluster[0].quick("module", "stats"), "it watches")
+        began = time.monotonic()
+        cluster[0].asked("stop")
+        assert watch.wait(10) == 0
+        assert time.monotonic() - began < 2
+        assert cluster[0].wait() == 0
+    finally:
+        watch.kill()
+        watch.communicate()

@@ -3,9 +3,9 @@
 import pytest
 
 from tests.cluster.sim import Sim, Weather
-from xmppd.cluster.frames import VERSION
+from xmppd.cluster.frames import BEAT, HEADER, VERSION
 from xmppd.cluster.interfaces import Kind
-from xmppd.cluster.link import Settings
+from xmppd.cluster.link_types import Settings
 
 
 def two(**options):
@@ -271,10 +271,27 @@ def test_a_node_that_stops_says_so():
     other.links.stop("leaving")
     sim.run(0.01)
 
+    assert other.links.farewells == 0
     assert one.seen(sim.id("two")) == [b"last words"]
     assert one.downs == [("two", "leaving")]
     assert other.downs == [("one", "leaving")]
     sim.run(20)
+    assert one.ups == ["two"]
+
+
+def test_a_goodbye_that_is_lost_is_said_again():
+    sim, one, other = two()
+    sim.run(3)
+    sim.cut("one", "two")
+    other.links.stop("leaving")
+    sim.run(0.1)
+    assert other.links.farewells == 1
+
+    sim.heal()
+    sim.run(1.1)
+
+    assert one.downs == [("two", "leaving")]
+    assert other.links.farewells == 0
     assert one.ups == ["two"]
 
 
@@ -596,3 +613,51 @@ def test_a_node_of_a_version_we_cannot_read_is_named_once_in_the_log(caplog):
 
     assert one.links.counters.incompatible >= 3
     assert len([record for record in caplog.records if "another protocol" in record.getMessage()]) == 1
+
+
+def speak(sim, node, protocol, oldest):
+    """What that node sends says that it understands other versions."""
+
+    def emit(target, packet):
+        if packet[3] == BEAT:
+            packet = packet[: HEADER.size] + bytes((protocol, oldest)) + packet[HEADER.size + 2 :]
+        node.transport.send(target, packet)
+
+    node.links._local.emit = emit
+
+
+def test_a_newer_node_that_still_understands_us_is_a_peer():
+    sim = Sim()
+    one, other = sim.add("one", "two")
+    speak(sim, other, VERSION + 1, VERSION)
+
+    sim.run_until(sim.all_up)
+
+    assert one.links.peers[sim.id("two")].protocol == VERSION + 1
+    one.send(sim.id("two"), b"hello")
+    sim.run(0.1)
+    assert other.seen(sim.id("one")) == [b"hello"]
+
+
+def test_a_node_without_a_version_in_common_is_no_peer_and_is_named_in_the_log(caplog):
+    sim = Sim()
+    one, other = sim.add("one", "two")
+    speak(sim, other, VERSION + 2, VERSION + 1)
+
+    sim.run(10)
+
+    assert one.ups == []
+    assert one.links.counters.incompatible > 3
+    assert [record.getMessage() for record in caplog.records if "another protocol" in record.getMessage()] == [
+        f"node speaks another protocol node=two protocol={VERSION + 2}"
+    ]
+
+
+def test_a_short_peer_timeout_makes_the_heartbeats_quicker():
+    sim, one, other = two(seed=1, settings=Settings(peer_timeout=1.0), weather=Weather(loss=0.05))
+    sim.run(60)
+    assert one.downs == other.downs == []
+
+    sim.cut("one", "two")
+
+    assert sim.run_until(lambda: one.downs and other.downs) < 1.1

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from tests.harness.folders import let_in
 from xmppd.errors import DataFolderInUse, XmppdError
-from xmppd.identity import DataFolder
+from xmppd.identity import DataFolder, new_identity
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make other people's files")
@@ -369,3 +370,59 @@ def test_another_users_cookie(path):
     os.chown(path / ".xmppd.cookie", NOBODY, NOBODY)
     with pytest.raises(XmppdError, match=f"chown 0 {path}/.xmppd.cookie"):
         DataFolder.open(path)
+
+
+def test_the_cookie_is_replaced_and_what_else_is_accepted_survives_a_start(tmp_path):
+    with DataFolder.open(tmp_path / "var") as folder:
+        old = folder.cookie
+        folder.write_cookies("a-new-cookie-of-thirty-characters", [old])
+
+    with DataFolder.open(tmp_path / "var") as folder:
+        assert (folder.cookie, folder.also_trusted) == ("a-new-cookie-of-thirty-characters", (old,))
+        assert stat.S_IMODE((folder.path / ".xmppd.cookie").stat().st_mode) == 0o400
+        assert stat.S_IMODE((folder.path / ".xmppd.cookie.also").stat().st_mode) == 0o400
+        folder.write_cookies("a-new-cookie-of-thirty-characters")
+        assert not (folder.path / ".xmppd.cookie.also").exists()
+
+
+def test_what_cannot_be_a_cookie_changes_nothing(tmp_path):
+    with DataFolder.open(tmp_path / "var") as folder:
+        before = folder.cookie
+
+        for wrong in ("short", "a cookie with blanks, twenty", "x" * 2000):
+            with pytest.raises(XmppdError, match="a cookie must hold"):
+                folder.write_cookies(wrong)
+
+        assert folder.cookie == before == (folder.path / ".xmppd.cookie").read_text().strip()
+
+
+def test_a_copied_folder_becomes_a_new_node_and_keeps_its_cookie(tmp_path):
+    with DataFolder.open(tmp_path / "var") as folder:
+        before = (folder.node_id, folder.cookie)
+        folder.write_members("members")
+
+    assert new_identity(tmp_path / "var")[0] == before[0]
+
+    with DataFolder.open(tmp_path / "var") as folder:
+        assert folder.node_id != before[0]
+        assert folder.cookie == before[1]
+        assert folder.read_members() is None
+
+
+def test_a_copy_of_a_folder_is_another_place(tmp_path):
+    with DataFolder.open(tmp_path / "var") as folder:
+        first = folder.place
+        assert folder.place == first
+    shutil.copytree(tmp_path / "var", tmp_path / "copy")
+
+    with DataFolder.open(tmp_path / "copy") as copy:
+        assert copy.place != first
+
+
+def test_a_folder_from_a_backup_starts_behind_what_others_have_seen(tmp_path):
+    with DataFolder.open(tmp_path / "var") as folder:
+        assert folder.advance(41) == 42
+        assert folder.advance(3) == 42
+
+    with DataFolder.open(tmp_path / "var") as folder:
+        assert folder.incarnation == 43

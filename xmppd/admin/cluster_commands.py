@@ -122,7 +122,7 @@ class ClusterCommands:
         """Nodes may have started or stopped since we looked last; without the database it is as we know it."""
         try:
             await self._cluster.refresh()
-        except (StorageError, TimeoutError):
+        except StorageError:
             pass
 
     @command(

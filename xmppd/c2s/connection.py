@@ -1,7 +1,8 @@
 """One TCP connection of a client: bytes in and out, TLS, time-outs, the closing handshake.
 
 It carries a negotiation first and a session afterwards. Stanzas are processed in order: one that has to wait holds back
-the ones behind it on this connection, and its reading, and nothing else.
+the ones behind it on this connection, and its reading, and nothing else. What comes in great pieces is dealt with in
+slices (ticks.py).
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from typing import Any, Final, Protocol, cast
 from xml.sax.saxutils import escape, quoteattr
 
 from xmppd.c2s.session import Session
+from xmppd.c2s.ticks import Ticks
 from xmppd.delivery import ERROR, SAFE, Pending, Spawn
 from xmppd.errors import StreamError
 from xmppd.log import Logger
@@ -31,7 +33,10 @@ from xmppd.shaper import ShaperLimits, TokenBucket
 SECURE: Final = "c2s_tls"  # how operators are shown any connection with TLS
 _STREAM_ERROR: Final = f"{{{ns.STREAMS}}}error"
 _CLOSE: Final = b"</stream:stream>"
+_CLOSING_TAG: Final = b"</stream:stream"
 _CLOSE_PATIENCE: Final = 2.0  # seconds for the peer to answer our closing tag
+_CLOSE_SIZE: Final = 256 * 1024  # bytes the peer may still send before it does
+_SLICE: Final = 512  # bytes; what takes longest is a hundred stanzas of five bytes
 _HIGH_WATER: Final = 64 * 1024
 _SIOCOUTQ: Final = termios.TIOCOUTQ
 
@@ -59,35 +64,23 @@ class Negotiator(Protocol):
     def stanza(self, event: Stanza) -> Coroutine[Any, Any, None] | None: ...
 
 
-class Flusher:
-    """Writes what was queued during one loop tick, once per connection."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._dirty: list[Connection] = []
-
-    def mark(self, connection: "Connection") -> None:
-        """This connection has bytes to write."""
-        if not self._dirty:
-            self._loop.call_soon(self._flush)
-        self._dirty.append(connection)
-
-    def _flush(self) -> None:
-        dirty, self._dirty = self._dirty, []
-        for connection in dirty:
-            connection.flush()
-
-
 class Connection(asyncio.Protocol):
-    """Fulfils session.Carrier."""
+    """Fulfils session.Carrier. With `tls`, the context, it begins with TLS (XEP-0368)."""
 
     def __init__(
-        self, settings: Settings, flusher: Flusher, spawn: Spawn, log: Logger, *, secure: bool, counters: Counters
+        self,
+        settings: Settings,
+        ticks: Ticks,
+        spawn: Spawn,
+        log: Logger,
+        *,
+        tls: ssl.SSLContext | None = None,
+        counters: Counters,
     ) -> None:
         self.settings = settings
         self.name = settings.name
         self.log = log
-        self.secure = secure
+        self.secure = False
         self.peer: tuple[str, int] = ("", 0)
         self.last_heard = time.monotonic()
         self.session: Session | None = None
@@ -95,20 +88,28 @@ class Connection(asyncio.Protocol):
         self.on_lost: Callable[[Connection], None] | None = None
         self.counters = counters
         self.choose_shaper: Callable[[JID | None, str], ShaperLimits | None] = _unlimited  # by user and address
-        self._flusher = flusher
+        self._tls = tls  # what comes next is a TLS handshake
+        self._ticks = ticks
         self._spawn = spawn
         self._stream = Stream(settings.before)
         self._transport: asyncio.Transport | None = None
         self._socket: socket.socket | None = None
         self._out: list[bytes] = []
         self._waiting: deque[Event] = deque()
+        self._unread = b""  # what was read and waits for its turn, from `_read_to` on
+        self._read_to = 0
+        self._queued = False  # for a turn
         self._busy = False  # a stanza waits for something; the next ones wait behind it
         self._bucket: TokenBucket | None = None  # how fast the peer may send
         self._throttled: asyncio.TimerHandle | None = None  # the peer has sent too fast; reading goes on then
         self._paused = False  # the peer does not take our bytes
         self._header_sent = False
+        self._handshaking = False
         self._closing = False  # our closing tag is written
+        self._behind = b""  # the last that came behind it
+        self._ignored = 0  # how much that was
         self._peer_closed = False  # theirs has come
+        self._lost = False
         self._deadline: asyncio.TimerHandle | None = None
         self._stuck: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -134,6 +135,14 @@ class Connection(asyncio.Protocol):
         bucket = self._bucket
         if bucket is not None and (wait := bucket.take(len(data), now)) > 0:
             self._throttle(wait, now)
+        if self._closing:
+            self._ignore(data)
+        elif self._unread or len(data) > _SLICE or self._tls is not None:
+            self._put_by(data)
+        else:
+            self._read(data)
+
+    def _read(self, data: bytes) -> None:
         try:
             for event in self._stream.receive(data):
                 if self._busy:
@@ -142,6 +151,33 @@ class Connection(asyncio.Protocol):
                     self._handle(event)
         except Exception as exc:
             self._crashed(exc)
+
+    def _put_by(self, data: bytes) -> None:
+        """Too much for this tick."""
+        self._unread, self._read_to = self._unread[self._read_to :] + data, 0
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+        self._queue()
+
+    def _queue(self) -> None:
+        if not self._queued and not self._busy:
+            self._queued = True
+            self._ticks.queue(self)
+
+    def take_turn(self) -> bool:
+        """Fulfils ticks.Reader."""
+        if self._tls is not None:
+            self._queued = False
+            self._shake_hands(self._tls)
+            return False
+        start = self._read_to
+        self._read_to = start + _SLICE
+        self._read(self._unread[start : start + _SLICE])
+        if self._read_to >= len(self._unread):
+            self._unread = b""
+            self._read_on()
+        self._queued = bool(self._unread) and not self._busy
+        return self._queued
 
     def eof_received(self) -> bool:
         return False
@@ -160,12 +196,16 @@ class Connection(asyncio.Protocol):
             self._stuck = None
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._lost:
+            return
+        self._lost = True
         for timer in (self._deadline, self._stuck, self._throttled):
             if timer is not None:
                 timer.cancel()
         self.counters.stalled.discard(self)
         self._closing = True
         self._waiting.clear()
+        self._unread = b""
         self._out.clear()
         session, self.session = self.session, None
         if session is not None:
@@ -257,12 +297,15 @@ class Connection(asyncio.Protocol):
                 self._handle(self._waiting.popleft())
         except Exception as exc:
             self._crashed(exc)
+        if self._unread:
+            self._queue()
         self._read_on()
 
     def _read_on(self) -> None:
-        if self._busy or self._throttled is not None or self._transport is None or self._transport.is_closing():
+        if self._busy or self._unread or self._throttled is not None:
             return
-        self._transport.resume_reading()
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     # -- how fast the peer may send
 
@@ -298,7 +341,7 @@ class Connection(asyncio.Protocol):
             return
         out = self._out
         if not out:
-            self._flusher.mark(self)
+            self._ticks.mark(self)
         out.append(data)
 
     def flush(self) -> None:
@@ -345,16 +388,40 @@ class Connection(asyncio.Protocol):
     def restart_stream(self, limits: Limits | None = None) -> None:
         """Expect a new stream header from the peer (RFC 6120 4.3.3); anything it pipelined before is thrown away."""
         self._waiting.clear()
+        self._unread = b""
         self._stream.restart()
         if limits is not None:
             self._stream.set_limits(limits)
         self._header_sent = False
 
-    async def start_tls(self, context: ssl.SSLContext) -> None:
-        """Turn the connection into a TLS one; what came in clear behind <starttls/> is void (RFC 6120 5.4.2.3)."""
-        assert self._transport is not None
+    def start_tls(self, context: ssl.SSLContext) -> None:
+        """What comes next is TLS; what came in clear behind <starttls/> is void (RFC 6120 5.4.2.3)."""
         self.flush()
         self.restart_stream()
+        self._tls = context
+
+    def _shake_hands(self, context: ssl.SSLContext) -> None:
+        """The client has begun. A handshake costs a millisecond or so: one in a tick of the loop."""
+        hello, self._unread, self._tls = self._unread, b"", None
+        self._ticks.end_turns()
+        self._handshaking = True
+        self._run(self._handshake(context))
+        asyncio.get_running_loop().call_soon(self._pass_on, hello)  # when the handshake is there to take it
+
+    def _pass_on(self, hello: bytes) -> None:
+        transport = self._transport
+        protocol: Any = transport.get_protocol() if transport is not None and not transport.is_closing() else None
+        if protocol is None or protocol is self:
+            return  # it has not come to that
+        while hello:
+            buffer = protocol.get_buffer(len(hello))  # as asyncio.BufferedProtocol has it
+            size = min(len(buffer), len(hello))
+            buffer[:size] = hello[:size]
+            hello = hello[size:]
+            protocol.buffer_updated(size)
+
+    async def _handshake(self, context: ssl.SSLContext) -> None:
+        assert self._transport is not None
         loop = asyncio.get_running_loop()
         try:
             transport = await loop.start_tls(
@@ -362,23 +429,29 @@ class Connection(asyncio.Protocol):
                 self,
                 context,
                 server_side=True,
-                ssl_handshake_timeout=self.settings.negotiation_timeout,
+                ssl_handshake_timeout=2 * self.settings.negotiation_timeout,  # `_too_slow` comes first
                 ssl_shutdown_timeout=_CLOSE_PATIENCE,
             )
         except (OSError, ssl.SSLError, asyncio.CancelledError) as exc:
-            self.counters.tls_failures += 1
-            self.log.info("tls handshake failed", peer=self.peer[0], error=exc)
-            self.abort()
+            self._handshake_failed(exc)
             return
-        if transport is None:
-            self.abort()
+        if transport is None or transport.is_closing():
+            self._handshake_failed("connection lost")
             return
+        self._handshaking = False
         self._transport = transport
         transport.set_write_buffer_limits(high=_HIGH_WATER)
-        # What a client pipelined behind <starttls/> may have been parsed meanwhile.
-        self.restart_stream()
         self.secure = True
         self.name = SECURE
+
+    def _handshake_failed(self, why: object) -> None:
+        if self._handshaking:
+            self._handshaking = False
+            self.counters.tls_failures += 1
+            self.log.info("tls handshake failed", peer=self.peer[0], error=str(why) or type(why).__name__)
+        self.abort()
+        # The loop does not tell whoever has never had a TLS connection of its end.
+        asyncio.get_running_loop().call_soon(self.connection_lost, None)
 
     @property
     def ssl_object(self) -> ssl.SSLObject | None:
@@ -403,6 +476,10 @@ class Connection(asyncio.Protocol):
     def end(self, error: StreamError) -> None:
         """Close with a stream error (RFC 6120 4.9)."""
         if self._closing or self._transport is None:
+            return
+        if self._tls is not None or self._handshaking:
+            self._handshaking = False  # it has not failed
+            self.abort()
             return
         if self.session is not None or error.condition not in ("conflict", "system-shutdown"):
             self.log.info("stream error", condition=error.condition, text=error.text, peer=self.peer[0])
@@ -434,6 +511,8 @@ class Connection(asyncio.Protocol):
             self._throttled = None
         session, self.session = self.session, None
         self.negotiator = None
+        self._unread = b""
+        self._stream.release()
         if session is not None:
             session.close(clean=taken)
             self.log.info("session closed", jid=session.jid.full, reason="closed by the client" if clean else "ended")
@@ -452,8 +531,20 @@ class Connection(asyncio.Protocol):
             if not self._transport.is_closing():
                 self._transport.resume_reading()
 
+    def _ignore(self, data: bytes) -> None:
+        """After our closing tag nothing is heeded but theirs, and after an error nobody parses any more."""
+        behind = self._behind + data
+        self._behind = behind[-len(_CLOSING_TAG) :]
+        self._ignored += len(data)
+        if _CLOSING_TAG in behind:
+            self._peer_closes()
+        elif self._ignored > _CLOSE_SIZE:
+            self._hang_up()
+
     def _hang_up(self) -> None:
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
+            if self._deadline is not None:
+                self._deadline.cancel()
             self._transport.close()
             self._deadline = asyncio.get_running_loop().call_later(_CLOSE_PATIENCE, self.abort)
 
@@ -465,10 +556,13 @@ class Connection(asyncio.Protocol):
 
     def _too_slow(self) -> None:
         self._deadline = None
-        if self._header_sent:
+        if self._handshaking:
+            self._handshake_failed("took too long")
+        elif self._header_sent:
             self.end(StreamError("connection-timeout", "the negotiation took too long"))
         else:
-            # Nothing was ever said on this stream (or its TLS handshake hangs): there is nobody to explain it to.
+            # Nothing was ever said on this stream: there is nobody to explain it to.
+            self.counters.silent += 1
             self.log.info("negotiation timed out", peer=self.peer[0])
             self.abort()
 

@@ -4,21 +4,20 @@ import asyncio
 import contextlib
 import secrets
 import socket
-import ssl
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 from xmppd.auth import Auth
-from xmppd.c2s.connection import Connection, Flusher, Settings
+from xmppd.c2s.connection import Connection, Settings
 from xmppd.c2s.negotiation import Negotiation, Rules, TlsContexts
 from xmppd.c2s.session import Parts
+from xmppd.c2s.ticks import Ticks
 from xmppd.delivery import Spawn
 from xmppd.errors import StreamError, XmppdError
 from xmppd.log import get_logger
 
 _BACKLOG: Final = 1024
-_SHUTDOWN_TIMEOUT: Final = 2.0  # seconds for a peer to answer the end of TLS
 _log = get_logger("xmppd.c2s")
 
 
@@ -29,6 +28,13 @@ class Address:
     ip: str
     port: int
     tls: bool
+
+
+class _TurnedAway(asyncio.Protocol):
+    """A client there is no room for. It is not told why: that would take a file while it listens."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).abort()
 
 
 class ClientListener:
@@ -45,9 +51,11 @@ class ClientListener:
         auth: Auth,
         tls: TlsContexts,
         parts: Callable[[], Parts],
-        flusher: Flusher,
+        ticks: Ticks,
         spawn: Spawn,
+        room: int,
     ) -> None:
+        """`room`: how many clients the node takes, those of other listeners included."""
         self._ip = ip
         self._port = port
         self._direct_tls = direct_tls
@@ -56,8 +64,9 @@ class ClientListener:
         self._auth = auth
         self._tls = tls
         self._parts = parts
-        self._flusher = flusher
+        self._ticks = ticks
         self._spawn = spawn
+        self._room = room
         self._server: asyncio.Server | None = None
         self._connections: set[Connection] = set()
         self._gone: asyncio.Event | None = None
@@ -66,25 +75,28 @@ class ClientListener:
         """Bind and listen; XmppdError names the address when that fails. Port 0 picks a free one."""
         loop = asyncio.get_running_loop()
         sock = bind(self._ip, self._port)
-        context: ssl.SSLContext | None = self._tls.context(True) if self._direct_tls else None
-        self._server = await loop.create_server(
-            self._accept,
-            sock=sock,
-            backlog=_BACKLOG,
-            ssl=context,
-            ssl_handshake_timeout=self.settings.negotiation_timeout if context else None,
-            ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT if context else None,
-        )
+        # TLS is the connections' own affair: the loop would forget, without a word, those whose handshake fails.
+        self._server = await loop.create_server(self._accept, sock=sock, backlog=_BACKLOG)
         port: int = sock.getsockname()[1]
         _log.info("listening", module="c2s", ip=self._ip, port=port, tls=self._direct_tls)
         return Address(self._ip, port, self._direct_tls)
 
-    def _accept(self) -> Connection:
-        log = _log.bind(secrets.token_hex(2))
+    def _accept(self) -> asyncio.Protocol:
         parts = self._parts()
+        if parts.counters.open >= self._room:
+            parts.counters.refused += 1
+            _log.warning("client connection refused", connections=parts.counters.open)
+            return _TurnedAway()
+        log = _log.bind(secrets.token_hex(2))
         parts.counters.accepted += 1
+        parts.counters.open += 1
         connection = Connection(
-            self.settings, self._flusher, self._spawn, log, secure=self._direct_tls, counters=parts.counters
+            self.settings,
+            self._ticks,
+            self._spawn,
+            log,
+            tls=self._tls.context(True) if self._direct_tls else None,
+            counters=parts.counters,
         )
         connection.negotiator = Negotiation(connection, self.rules, self._auth, self._tls, parts)
         connection.on_lost = self._forget
@@ -94,6 +106,7 @@ class ClientListener:
 
     def _forget(self, connection: Connection) -> None:
         self._connections.discard(connection)
+        connection.counters.open -= 1
         if self._gone is not None and not self._connections:
             self._gone.set()
 

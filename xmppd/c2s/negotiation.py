@@ -128,23 +128,23 @@ class Negotiation:
         if not self._host:
             self._connection.end(StreamError("not-authorized"))
         elif tag == _STARTTLS:
-            return self._starttls()
+            self._starttls()
         elif tag.startswith(_SASL):
             return self._login.element(tag[len(_SASL) :], element)
         else:
             self._connection.end(StreamError("not-authorized", "authenticate first"))
         return None
 
-    def _starttls(self) -> Coroutine[Any, Any, None] | None:
+    def _starttls(self) -> None:
         connection = self._connection
         if connection.secure or self._tls is None or not self._rules.starttls or self._user is not None:
             connection.write(f"<failure xmlns='{ns.TLS}'/>".encode())
             connection.end(StreamError("policy-violation", "TLS was not offered"))
-            return None
+            return
         connection.write(f"<proceed xmlns='{ns.TLS}'/>".encode())
         host, self._host = self._host, ""
         self._login.withdraw()
-        return connection.start_tls(self._tls.context(False, host))
+        connection.start_tls(self._tls.context(False, host))
 
     # -- bind
 

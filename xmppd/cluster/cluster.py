@@ -8,7 +8,7 @@ there that the members have changed, if nobody told it before.
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,9 +17,9 @@ from xmppd.cluster.engine import Engine
 from xmppd.cluster.hello import LOOK, REFRESH, SKEW, Card
 from xmppd.cluster.interfaces import Calls, Peer
 from xmppd.cluster.links import LinkSet
-from xmppd.cluster.membership import MEMBER, REMOVED, Membership, Node, Store
+from xmppd.cluster.membership import MEMBER, REMOVED, Identity, Membership, Node, Store
 from xmppd.cluster.replica import Replica
-from xmppd.errors import NodeUnreachable, StorageError, XmppdError
+from xmppd.errors import NodeUnreachable, StorageError, StorageUnavailable, XmppdError
 from xmppd.events import NodeDown, NodeUp
 from xmppd.hooks import Hooks
 from xmppd.log import get_logger
@@ -95,7 +95,8 @@ class Cluster:
         self._awake_until = 0.0
         self._retry_at = 0.0
         self._turning = asyncio.Lock()
-        self._refreshing: asyncio.Task[None] | None = None
+        self._refreshing = asyncio.Lock()
+        self._syncing = False
         self._beating: asyncio.Task[None] | None = None
         self._database_away = False
         self._done = False
@@ -117,6 +118,7 @@ class Cluster:
 
     async def first_sync(self, patience: float) -> None:
         """Wait for the tables of the members that run, for at most `patience` seconds."""
+        self._syncing = True
         try:
             async with asyncio.timeout(patience):
                 while self._running and not self.synced:
@@ -124,15 +126,17 @@ class Cluster:
                     await self._changed.wait()
         except TimeoutError:
             log.info("serving before all tables are here", nodes=",".join(sorted(n.name for n in self.running_others)))
+        finally:
+            self._syncing = False
 
     async def stop(self) -> None:
         """Leave the others in order; the membership stays."""
         self._done = True
-        for task in (self._beating, self._refreshing):
-            if task is not None:
-                task.cancel()
-        await self._flush()
+        if self._beating is not None:
+            self._beating.cancel()
+        await self._until(lambda: not self.links.queued)  # what the ending sessions have said goes out first
         self.links.stop()
+        await self._until(lambda: not self.links.farewells)
         self.replica.stop()
         async with self._turning:
             await self._stop_engine()
@@ -142,10 +146,9 @@ class Cluster:
         except (StorageError, TimeoutError):
             log.debug("lease not released")
 
-    async def _flush(self) -> None:
-        """What the ending sessions have said goes out first."""
+    async def _until(self, condition: Callable[[], bool]) -> None:
         deadline = self._loop.time() + FLUSH
-        while self.links.queued and self._loop.time() < deadline:  # noqa: ASYNC110
+        while not condition() and self._loop.time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     @property
@@ -249,18 +252,22 @@ class Cluster:
 
     async def refresh(self) -> None:
         """Read the members from the database, now. Raises StorageError when it is away."""
-        if self._refreshing is None or self._refreshing.done():
-            self._refreshing = self._loop.create_task(self._refresh(), name="cluster members")
-        await asyncio.shield(self._refreshing)
+        async with self._refreshing:  # one that has begun may have read too early for whoever asks now
+            try:
+                async with asyncio.timeout(DATABASE_TIMEOUT):
+                    identity = await self.store.identity()
+                    pulse = await self.store.look(self.me.node, self.me.instance)
+                    nodes = await self.store.all()
+            except TimeoutError as exc:
+                raise StorageUnavailable(f"the database did not answer within {DATABASE_TIMEOUT:g} s") from exc
+            await self._take(identity, nodes, pulse.revision)
 
-    async def _refresh(self) -> None:
-        async with asyncio.timeout(DATABASE_TIMEOUT):
-            identity = await self.store.identity()
-            pulse = await self.store.look(self.me.node, self.me.instance)
-            nodes = await self.store.all()
+    async def _take(self, identity: Identity, nodes: Sequence[Node], revision: int) -> None:
         if identity.cluster != self.membership.copy.cluster:
             return  # a database under this URL that is another one than at the start
-        if self.membership.take(identity, nodes, pulse.revision):
+        changed = self.membership.take(identity, nodes, revision)
+        self._changed.set()
+        if changed:
             await self._members_changed()
 
     async def _members_changed(self) -> None:
@@ -272,7 +279,6 @@ class Cluster:
             return
         self.links.set_members([each.node for each in self.membership.others])
         await self._set_routes()
-        await self._turn()
 
     def _leave(self) -> None:
         removed = self.membership.copy.removed
@@ -291,7 +297,7 @@ class Cluster:
     async def _refresh_quietly(self) -> None:
         try:
             await self.refresh()
-        except (StorageError, TimeoutError):
+        except StorageError:
             pass  # the next beat does it
 
     # -- the beat
@@ -301,8 +307,7 @@ class Cluster:
         while True:
             await asyncio.sleep(BEAT)
             try:
-                async with asyncio.timeout(DATABASE_TIMEOUT):
-                    await self._look(renew=self.joined or beats % SINGLE_BEATS == 0)
+                await self._look(renew=self.joined or beats % SINGLE_BEATS == 0)
                 self._database(away=False)
             except (StorageError, TimeoutError) as exc:
                 self._database(away=True, error=exc)
@@ -313,19 +318,20 @@ class Cluster:
 
     async def _look(self, *, renew: bool) -> None:
         me, began = self.me, self._loop.time()
-        if renew:
-            lease = LEASE if self.joined else SINGLE_LEASE
-            pulse = await self.store.renew(me.node, me.instance, lease=lease)
-            if pulse.ours:
-                self.lease_until = began + lease
-        else:
-            pulse = await self.store.look(me.node, me.instance)
+        lease = LEASE if self.joined else SINGLE_LEASE
+        async with asyncio.timeout(DATABASE_TIMEOUT):
+            if renew:
+                pulse = await self.store.renew(me.node, me.instance, lease=lease)
+            else:
+                pulse = await self.store.look(me.node, me.instance)
+        if renew and pulse.ours:
+            self.lease_until = began + lease
         if not pulse.ours:
             await self._lost(pulse.state)
         elif pulse.revision != self.membership.revision or pulse.state != self.membership.state:
             await self.refresh()
-        elif self.membership.others and len(self.links.peers) < len(self.membership.others):
-            await self.refresh()  # who runs is what we want to know then
+        elif self._syncing:
+            await self.refresh()  # who runs is what we wait for
         if pulse.wanted_ago is not None and pulse.wanted_ago < AWAKE:
             if not self._running:
                 log.info("cluster port opened", node=me.name, address=me.address)

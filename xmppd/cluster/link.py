@@ -15,9 +15,6 @@ through a member that both reach, if there is one. Heartbeats try the direct way
 judged apart, so a cut of one of them is no different.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 from math import inf
 from typing import Final
 
@@ -42,6 +39,7 @@ from xmppd.cluster.frames import (
     text,
 )
 from xmppd.cluster.interfaces import Peer
+from xmppd.cluster.link_types import Counts, Down, Event, Farewell, Incompatible, Local, State, Up, Way
 from xmppd.cluster.tables import Owner
 
 DIRECT_BEATS: Final = 3
@@ -54,106 +52,6 @@ _DOUBT: Final = 2  # time-outs in a row until another way is tried
 _STUCK: Final = 5  # peer_timeouts without progress although the peer is alive
 _MAX_RTT: Final = 60.0  # seconds; above it is no measurement
 _MASK: Final = 0xFFFFFFFF
-
-DOWN_KINDS: Final = ("goodbye", "silent", "gone", "renewed", "restarted", "overflow", "stuck", "local")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Times in seconds, sizes in bytes."""
-
-    heartbeat: float = 1.0
-    peer_timeout: float = 6.0
-    suspect: float = 0.8  # a suspected node that does not answer for so long is down: a nats-server that starts again,
-    # which looks the same at first, takes up to half of it
-    max_packet: int = 256 * 1024
-    max_frame: int = 16 * 1024 * 1024
-    max_queue: int = 64 * 1024 * 1024  # not yet acknowledged; beyond, the link goes down
-
-    def __post_init__(self) -> None:
-        """A short `peer_timeout` needs quicker heartbeats, or a single one that is lost would end the link."""
-        object.__setattr__(self, "heartbeat", min(self.heartbeat, self.peer_timeout / 6))
-
-
-@dataclass(slots=True)
-class Local:
-    """What all links of a node share."""
-
-    owner: Owner
-    name: str
-    version: str
-    cluster: bytes  # cluster id
-    settings: Settings
-    max_packet: int  # bytes: the least of the settings' and the transport's
-    emit: Callable[[bytes, bytes], None]  # (node to hand it to, packet)
-    relays: Callable[[bytes], list[bytes]]  # members that we reach directly and that say they reach this one
-    reaches: Callable[[], tuple[bytes, ...]]  # members we reach directly
-
-
-class State(Enum):
-    """TRYING sends heartbeats until the other end answers; BLOCKED neither sends nor listens for a while."""
-
-    TRYING = "down"
-    UP = "up"
-    BLOCKED = "disconnected"
-
-
-@dataclass(frozen=True, slots=True)
-class Up:
-    """The link is up; frames follow."""
-
-    peer: Peer
-
-
-@dataclass(frozen=True, slots=True)
-class Down:
-    """The link was up and is not any more."""
-
-    peer: Peer
-    reason: str
-    kind: str  # one of DOWN_KINDS
-    lasted: float  # seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """Packets go through another node from now on, or (None) directly again."""
-
-    peer: Peer
-    via: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class Incompatible:
-    """The other end and we have no version in common."""
-
-    beat: Beat
-
-
-Event = Up | Down | Way | Incompatible
-
-
-class Counts:
-    """What went over one link since this process started, over all its lives."""
-
-    __slots__ = (
-        "duplicates",
-        "malformed",
-        "received_bytes",
-        "received_frames",
-        "received_packets",
-        "retransmitted",
-        "sent_bytes",
-        "sent_frames",
-        "sent_packets",
-        "stale",
-    )
-
-    def __init__(self) -> None:
-        self.sent_frames = self.sent_bytes = self.sent_packets = 0  # bytes: of packets, with their headers
-        self.received_frames = self.received_bytes = self.received_packets = 0
-        self.retransmitted = self.duplicates = 0  # batches
-        self.stale = self.malformed = 0  # packets
 
 
 class Link:
@@ -527,6 +425,7 @@ class Link:
             reason, _ = read_text(data, HEADER.size)
             self._go_down(reason or "goodbye", "goodbye", now)
             self._beat_at = now + self._local.settings.heartbeat
+            self._beat(now)  # of another session: so it knows that we have understood
             return
         if header.number > self._in.number and not self._in.early and now - self._greeted_at >= GREET_EVERY:
             self._greeted_at = now
@@ -539,12 +438,14 @@ class Link:
 
     # The end
 
-    def close(self, reason: str, now: float) -> None:
-        """Go down and say so."""
-        if self.state is State.UP:
-            for _ in range(2):  # nobody repeats it when it is lost
-                self._emit(self._header(GOODBYE, 0, self._out.number, now) + text(reason), now)
-            self._go_down(reason, "local", now)
+    def close(self, reason: str, now: float) -> Farewell | None:
+        """Go down and say so; what was said, None when the link was down."""
+        if self.state is not State.UP:
+            return None
+        farewell = Farewell(self._theirs, self._header(GOODBYE, 0, self._out.number, now) + text(reason))
+        self._emit(farewell.packet, now)
+        self._go_down(reason, "local", now)
+        return farewell
 
     def block(self, seconds: float, reason: str, now: float) -> None:
         """Go down, and neither send nor listen for so long."""

@@ -6,14 +6,15 @@ on a simulated network.
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from math import inf
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from xmppd.cluster.frames import FrameError, Header, read_header, relayed, strange_version
 from xmppd.cluster.interfaces import Kind, Peer, Transport
-from xmppd.cluster.link import DOWN_KINDS, Down, Event, Incompatible, Link, Local, Settings, State, Up, Way
+from xmppd.cluster.link import Link
+from xmppd.cluster.link_status import LinkCounters, LinkStatus, status_of
+from xmppd.cluster.link_types import Down, Event, Farewell, Incompatible, Local, Settings, State, Up, Way
 from xmppd.cluster.tables import Owner
 from xmppd.log import get_logger
 from xmppd.metrics import add
@@ -21,6 +22,7 @@ from xmppd.metrics import add
 MAX_HOPS: Final = 2
 _PAUSE: Final = 0.5  # seconds a timer may be late before it means that this process stood still
 _MAX_KIND: Final = 127
+_SHORTEST: Final = 0.001  # seconds of a timer: event loops count in milliseconds
 
 _log = get_logger("cluster")
 
@@ -37,54 +39,6 @@ class Timers(Protocol):
     def time(self) -> float: ...
     def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer: ...
     def call_soon(self, callback: Callable[[], None], /) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class LinkStatus:
-    """One link as an operator sees it."""
-
-    node: bytes  # UUID
-    peer: Peer | None  # as it last said; None: never heard of
-    state: str  # up, down, disconnected
-    rtt_ms: float | None
-    epoch: str  # our session and theirs
-    up_since: float | None  # seconds since 1970
-    via: bytes | None  # the node our packets go through
-    queue_frames: int  # that wait or are not acknowledged
-    queue_bytes: int
-    sent_frames: int
-    sent_bytes: int
-    sent_packets: int
-    received_frames: int
-    received_bytes: int
-    received_packets: int
-    retransmitted: int  # batches
-    duplicates: int  # batches
-
-
-class LinkCounters:
-    """What happened on all links since the start."""
-
-    __slots__ = (
-        "downs",
-        "foreign",
-        "handler_failures",
-        "incompatible",
-        "malformed",
-        "relayed",
-        "unknown_frames",
-        "ups",
-    )
-
-    def __init__(self) -> None:
-        self.ups = 0
-        self.downs = dict.fromkeys(DOWN_KINDS, 0)
-        self.malformed = 0  # packets that could not be read at all; what a link refused stands with the link
-        self.foreign = 0  # packets of another cluster, of no member, for nobody we know
-        self.incompatible = 0  # packets of nodes with which we have no version in common
-        self.relayed = 0  # packets of others passed on
-        self.unknown_frames = 0  # of a kind nobody here handles
-        self.handler_failures = 0
 
 
 class LinkSet:
@@ -135,6 +89,7 @@ class LinkSet:
         self._due = inf  # when the timer goes off
         self._told: set[tuple[bytes, int]] = set()  # (node, version) of which the log knows that we cannot talk
         self._stopped = False
+        self._farewells: dict[bytes, Farewell] = {}  # that may not have come yet
 
     # interfaces.Links
 
@@ -232,13 +187,19 @@ class LinkSet:
         return True
 
     def stop(self, reason: str = "stopped") -> None:
-        """Say goodbye to all; nothing is sent or heard afterwards. See `queued` for what should go out before."""
+        """Say goodbye to all; nothing else is sent or heard afterwards. See `queued` for what should go out before, and
+        `farewells` for how long the transport is still needed."""
         self._flush()
         self._stopped = True
-        self._close_all(reason)
+        self._farewells = self._close_all(reason)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    @property
+    def farewells(self) -> int:
+        """Nodes that have not shown yet that they know of our stop. Some never will: do not wait long."""
+        return len(self._farewells)
 
     @property
     def queued(self) -> int:
@@ -252,40 +213,18 @@ class LinkSet:
 
     def status(self) -> list[LinkStatus]:
         """All members by name, whether they are up or not."""
-        found = [self._status(link) for link in self._links.values()]
+        found = [status_of(link) for link in self._links.values()]
         return sorted(found, key=lambda status: (status.peer.name if status.peer else "", status.node))
-
-    def _status(self, link: Link) -> LinkStatus:
-        up, counts = link.state is State.UP, link.counts
-        return LinkStatus(
-            node=link.node,
-            peer=link.peer,
-            state=link.state.value,
-            rtt_ms=link.rtt * 1000 if up and link.rtt else None,
-            epoch=link.epoch,
-            up_since=link.up_since if up else None,
-            via=link.via if up else None,
-            queue_frames=link.queue_frames,
-            queue_bytes=link.queue_bytes,
-            sent_frames=counts.sent_frames,
-            sent_bytes=counts.sent_bytes,
-            sent_packets=counts.sent_packets,
-            received_frames=counts.received_frames,
-            received_bytes=counts.received_bytes,
-            received_packets=counts.received_packets,
-            retransmitted=counts.retransmitted,
-            duplicates=counts.duplicates,
-        )
 
     # What the transport brings
 
     def _packet(self, data: bytes) -> None:
-        if self._stopped:
-            return
         try:
             header = read_header(data)
         except FrameError:
             return self._unreadable(data)
+        if self._stopped:
+            return self._after_goodbye(header)
         local = self._local
         if header.cluster != local.cluster:
             self.counters.foreign += 1
@@ -307,6 +246,14 @@ class LinkSet:
         if not link.dirty and link.wants_flush(now):
             self._flush_soon(link)
         self._arm_for(link)
+
+    def _after_goodbye(self, header: Header) -> None:
+        farewell = self._farewells.get(header.sender)
+        if farewell is not None and header.target == self._local.owner.member:
+            if (header.sender_incarnation, header.sender_session) == farewell.session:
+                self._local.emit(header.sender, farewell.packet)  # it was lost
+            else:
+                del self._farewells[header.sender]
 
     def _dispatch(self, link: Link, frames: list[tuple[int, bytes]]) -> None:
         peer, handlers = link.peer, self._handlers
@@ -409,11 +356,11 @@ class LinkSet:
         add(self.counters.downs, kind)
         self._up.pop(link.node, None)
         self._peers.pop(link.node, None)
-        fields: dict[str, object] = {"node": peer.name, "id": link.node.hex()}
+        id, lasted_s = link.node.hex(), round(lasted, 1)
         if kind in ("goodbye", "local"):
-            _log.info("node down", reason=reason, lasted_s=round(lasted, 1), **fields)
+            _log.info("node down", node=peer.name, id=id, reason=reason, lasted_s=lasted_s)
         else:
-            _log.warning("node down", reason=reason, lasted_s=round(lasted, 1), **fields)
+            _log.warning("node down", node=peer.name, id=id, reason=reason, lasted_s=lasted_s)
         self._each(self._on_down, peer, reason)
 
     def _each(self, handlers: list[Callable[..., None]], *arguments: Any) -> None:
@@ -424,11 +371,14 @@ class LinkSet:
                 self.counters.handler_failures += 1
                 _log.error("link handler failed", exc=exc, node=arguments[0].name)
 
-    def _close_all(self, reason: str) -> None:
+    def _close_all(self, reason: str) -> dict[bytes, Farewell]:
         now = self._loop.time()
+        farewells = {}
         for link in list(self._links.values()):
-            link.close(reason, now)
+            if (farewell := link.close(reason, now)) is not None:
+                farewells[link.node] = farewell
             self._happened(link)
+        return farewells
 
     # Time
 
@@ -467,7 +417,7 @@ class LinkSet:
             self._timer = None
         self._due = due
         if due < inf and not self._stopped:
-            self._timer = self._loop.call_later(max(0.0, due - self._loop.time()), self._tick)
+            self._timer = self._loop.call_later(max(_SHORTEST, due - self._loop.time()), self._tick)
 
     def _tick(self) -> None:
         now = self._loop.time()

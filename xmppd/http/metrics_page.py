@@ -60,6 +60,7 @@ class NodeCollector(Collector):
         yield InfoMetricFamily("xmppd", "This node", value={"node": src.node, "version": src.version})
         yield GaugeMetricFamily("xmppd_uptime_seconds", "Since the start of the node", value=src.uptime())
         yield _histogram("xmppd_event_loop_lag_seconds", "How late the event loop was, sampled", src.lag.histogram)
+        yield _count("xmppd_memory_given_back", "Times that freed memory was given back", src.counters.given_back)
         days = _gauge("xmppd_certificate_days_left", "Until a host's certificate ends", "host")
         for host, left in src.certificate_days().items():
             days.add_metric([host], left)
@@ -80,10 +81,12 @@ class NodeCollector(Collector):
             connections.add_metric([listener], count)
         yield connections
         yield _count("xmppd_connections_accepted", "Client connections accepted", counters.accepted)
+        yield _count("xmppd_connections_refused", "Client connections there was no room for", counters.refused)
         yield _counts("xmppd_logins", "Successful authentications", "mechanism", counters.logins)
         yield _counts("xmppd_login_failures", "Failed authentications", "reason", counters.login_failures)
         yield _counts("xmppd_streams_refused", "Streams ended with an error", "condition", counters.stream_errors)
-        yield _count("xmppd_tls_failures", "STARTTLS handshakes that failed", counters.tls_failures)
+        yield _count("xmppd_tls_failures", "TLS handshakes that failed", counters.tls_failures)
+        yield _count("xmppd_negotiations_timed_out", "Connections that began no stream in time", counters.silent)
         yield _count("xmppd_slow_readers", "Connections cut off because they read too slowly", counters.cut_off)
         stalled = list(counters.stalled)
         yield GaugeMetricFamily("xmppd_write_queues", "Connections whose peer takes no more bytes now", len(stalled))

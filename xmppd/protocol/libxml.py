@@ -14,6 +14,8 @@ from lxml import etree
 from lxml.etree import _Element
 
 _KEY: Final = "_ParserDictionaryContext"
+_READER: Final = "xmppd.protocol.libxml"
+_READ_AT_MOST: Final = 1 << 20  # bytes of documents whose names share one table
 _thread_state = ctypes.pythonapi.PyThreadState_GetDict
 _thread_state.restype = ctypes.c_void_p  # a borrowed reference, which py_object would give back
 _thread_state.argtypes = []
@@ -49,6 +51,37 @@ class NameTable:
         if self._former is not None:
             thread[_KEY] = self._former
             self._former = None
+
+
+class _Reader:
+    """Reads whole documents. Their names are remembered for a while only."""
+
+    __slots__ = ("_left", "_names", "_parser")
+
+    def __init__(self) -> None:
+        self._parser = etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=False)
+        self._names = NameTable()
+        self._left = _READ_AT_MOST
+
+    def read(self, xml: bytes) -> _Element | None:
+        """The root; None when as much has been read as may share a table. Raises etree.XMLSyntaxError."""
+        self._left -= len(xml)
+        if self._left < 0 and self._left + len(xml) < _READ_AT_MOST:
+            return None
+        with self._names:
+            return etree.fromstring(xml, self._parser)
+
+
+def read(xml: bytes) -> _Element:
+    """The root of this document, which refers to nothing outside of it. Raises etree.XMLSyntaxError."""
+    thread = _thread()
+    reader: _Reader | None = thread.get(_READER)
+    root = reader.read(xml) if reader is not None else None
+    if root is None:
+        reader = thread[_READER] = _Reader()  # with another parser, too: a parser does not let go of its table
+        root = reader.read(xml)
+    assert root is not None
+    return root
 
 
 _ASIDE: Final = etree.XMLParser(resolve_entities=False, no_network=True)

@@ -7,9 +7,8 @@ inside.
 """
 
 import re
-import threading
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 from xml.sax.saxutils import escape, quoteattr
 
 from lxml import etree
@@ -18,7 +17,7 @@ from lxml.etree import _Element
 from xmppd.errors import StanzaError, StreamError
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, parse
-from xmppd.protocol.libxml import NameTable
+from xmppd.protocol.libxml import read
 
 MESSAGE: Final = f"{{{ns.CLIENT}}}message"
 PRESENCE: Final = f"{{{ns.CLIENT}}}presence"
@@ -34,9 +33,7 @@ _PREFIXES: Final[tuple[bytes, ...]] = tuple(
 )
 _START_TAG: Final = re.compile(rb"""<(?:[^<>"']++|"[^"]*+"|'[^']*+')*+>""")
 _WRAP: Final = b"<w" + _DECLARED + _DECLARED_STREAM + b">%b</w>"
-_OPTIONS: Final[dict[str, Any]] = {"resolve_entities": False, "no_network": True, "huge_tree": False}
-_PARSER: Final = etree.XMLParser(**_OPTIONS)
-_READ_AT_MOST: Final = 1 << 20  # bytes of stanzas whose names share one table
+_PARSER: Final = etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=False)
 
 
 def neutral(element: _Element) -> bytes:
@@ -188,32 +185,9 @@ class Stanza:
         return start.group().decode("utf-8", "replace") if start else f"<{self.kind}>"
 
 
-class _Reader(threading.local):
-    """Reads neutral bytes again. The names in them are remembered for a while only; see libxml.py."""
-
-    def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        self._parser = etree.XMLParser(**_OPTIONS)  # a former one would keep its table
-        self._names = NameTable()
-        self._left = _READ_AT_MOST
-
-    def read(self, xml: bytes) -> _Element:
-        """The element; etree.XMLSyntaxError."""
-        self._left -= len(xml)
-        if self._left < 0:
-            self._begin()
-        with self._names:
-            return etree.fromstring(_WRAP % xml, self._parser)
-
-
-_reader: Final = _Reader()
-
-
 def _parse_neutral(xml: bytes) -> _Element:
     try:
-        wrapper = _reader.read(xml)
+        wrapper = read(_WRAP % xml)
     except etree.XMLSyntaxError as exc:
         raise ValueError(f"not well-formed: {exc.msg}") from exc
     if len(wrapper) != 1:
