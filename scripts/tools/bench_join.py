@@ -61,6 +61,7 @@ def measure(rows: int, folder: Path, cpus: str | None) -> dict[str, Any]:
         "rows": rows,
         "join_s": after["join_s"],
         "join_without_rows_s": before["join_s"],
+        "join_cpu_s": after["join_cpu_s"],
         "rows_arrive_s": after["rows_arrive_s"],
         "longest_pause_ms": after["longest_pause_ms"],
         "longest_busy_ms": after["longest_busy_ms"],
@@ -80,10 +81,11 @@ def joined(rows: int, folder: Path, cpus: str | None) -> dict[str, Any]:
             owner.order(f"open {rows}")
         owner.order("watch 0")
         newcomer.order(f"watch {rows}")
-        pids = [owner.process.pid, newcomer.process.pid, os.getpid()]
-        start = Sample.take(pids)
+        roots = {"owner": [owner.process.pid], "newcomer": [newcomer.process.pid], "all": [os.getpid()]}
+        starts = {name: Sample.take(pids) for name, pids in roots.items()}
         asked = newcomer.node.ask("join_cluster", owner.node.name)
-        end = Sample.take(pids)
+        ends = {name: Sample.take(pids) for name, pids in roots.items()}
+        start, end = starts["all"], ends["all"]
         if asked.returncode:
             raise Failed(f"join_cluster: {(asked.stderr or asked.stdout).strip()}")
         time.sleep(SETTLE)
@@ -96,6 +98,7 @@ def joined(rows: int, folder: Path, cpus: str | None) -> dict[str, Any]:
         arrived = here["all_rows_s"] - here["first_row_s"] if rows else 0.0
         return {
             "join_s": round(seconds, 2),
+            "join_cpu_s": {name: round(ends[name].cpu - starts[name].cpu, 2) for name in ("owner", "newcomer")},
             "rows_arrive_s": round(arrived, 2),
             "longest_pause_ms": {"owner": there["longest_pause_ms"], "newcomer": here["longest_pause_ms"]},
             "longest_busy_ms": {"owner": there["longest_busy_ms"], "newcomer": here["longest_busy_ms"]},
