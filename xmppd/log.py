@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TextIO
 
 from xmppd.errors import ConfigError
+from xmppd.log_limits import LogLimits
 
 NOTICE: Final = 25
 OFF: Final = 100
@@ -46,6 +47,7 @@ _LONGEST: Final = 2000  # characters of one value; nobody fills the disk with on
 
 _level = "info"
 _handler: "_Handler | None" = None
+_limits: LogLimits | None = None
 
 
 def escape(text: str) -> str:
@@ -248,6 +250,25 @@ class _Handler(logging.Handler):
         raise NotImplementedError
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Writes the record, unless its phrase has been written too often."""
+        limits = _limits
+        if limits is None or not logging.DEBUG < record.levelno < logging.CRITICAL:
+            self._say(record)
+            return
+        ours = isinstance(record, Record)
+        if limits.admit(str(record.msg) if ours else f"{record.name} {record.levelname}"):
+            self._say(record)
+        if limits.due:
+            self.sum_up()
+
+    def sum_up(self, *, all: bool = False) -> None:
+        """Says how many lines were left out."""
+        for each in _limits.left_out(all=all) if _limits is not None else ():
+            self._say(
+                _note(logging.WARNING, "log lines left out", said=each.phrase, count=each.count, seconds=each.seconds)
+            )
+
+    def _say(self, record: logging.LogRecord) -> None:
         """Writes the record, and before it how many were lost."""
         try:
             text = self._format(record)
@@ -363,6 +384,10 @@ class Settings(Protocol):
     def log_file(self) -> Path | None: ...
     @property
     def log_format(self) -> Literal["text", "json"]: ...
+    @property
+    def log_burst_limit_count(self) -> int: ...
+    @property
+    def log_burst_limit_window_time(self) -> float: ...
 
 
 def setup_from(settings: Settings) -> None:
@@ -371,6 +396,7 @@ def setup_from(settings: Settings) -> None:
         setup(settings.loglevel, path=settings.log_file, format=settings.log_format)
     except OSError as exc:
         raise ConfigError([f"log_file: cannot write {settings.log_file}: {exc.strerror}"]) from exc
+    limit(settings.log_burst_limit_count, settings.log_burst_limit_window_time)
 
 
 def reopen() -> None:
@@ -383,6 +409,24 @@ def reopen() -> None:
         _handler.acquire()
         try:
             _handler.reopen()
+        finally:
+            _handler.release()
+
+
+def limit(count: int, window: float) -> None:
+    """From now on so many lines of each phrase in so many seconds; those of `debug` and `critical` are not counted."""
+    global _limits
+    if _limits is None or (_limits.count, _limits.window) != (count, window):
+        sum_up(all=True)
+        _limits = LogLimits(count, window)
+
+
+def sum_up(*, all: bool = False) -> None:
+    """Say how many lines were left out: a window after the first of them, or all of it. To be called now and then."""
+    if _handler is not None and _limits is not None and (all or _limits.due):
+        _handler.acquire()
+        try:
+            _handler.sum_up(all=all)
         finally:
             _handler.release()
 

@@ -86,6 +86,7 @@ __all__ = [
     "Routing",
     "ServerInfo",
     "Session",
+    "Sessions",
     "Size",
     "SpoolRow",
     "Stamp",

@@ -22,6 +22,7 @@ from xmppd.admin import nodes as admin_nodes
 from xmppd.admin.api_tokens import ApiTokens
 from xmppd.admin.registry import Registry
 from xmppd.admin.socket import ControlSocket
+from xmppd.allocator import give_back
 from xmppd.auth import Auth
 from xmppd.c2s.session import Parts
 from xmppd.c2s.sweeper import RecordSweeper
@@ -60,6 +61,7 @@ from xmppd.storage import Accounts, Storage
 _log = get_logger("xmppd.server")
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
 _DATABASE_AGAIN: Final = 1.0  # seconds between two attempts to open one that was away at the start
+_SUM_UP: Final = 10.0  # seconds between two looks at what the log has left out
 _SYNC: Final = 3.0  # seconds a start waits for the tables of the other nodes
 _GC_THRESHOLDS: Final = (50_000, 20, 50)
 
@@ -176,6 +178,7 @@ class Server:
             self._status = "stopping"
             self._tell_systemd_that_we_stop()
             _log.info("stopping", node=self.node)
+        log.sum_up(all=True)
         _log.info("stopped", node=self.node)
         if self._failure is not None:
             raise self._failure
@@ -467,6 +470,8 @@ class Server:
         waiting = self.hooks.notify(ServerStarted())
         if waiting is not None:
             self.spawn(_await(waiting), name="server started")
+        self.spawn_service(_sum_up(), name="what the log left out")
+        self.spawn_service(give_back(self.counters), name="memory")
         self._notifier.ready(self._condition()[1])
         _log.info("serving", node=self.node, hosts=",".join(self.hosts), database=self.storage.where)
 
@@ -496,11 +501,19 @@ class Server:
         """Put a new configuration into effect: what cannot fail."""
         if plan.config.loglevel != self.config.loglevel:
             log.set_level(plan.config.loglevel)
+        log.limit(plan.config.log_burst_limit_count, plan.config.log_burst_limit_window_time)
         self.config = plan.config
         self.access.rules = plan.access
         self.auth.config = plan.config
         self.sessions.strict = plan.config.routing.profile == "rfc6121"
         self._listeners.shape()
+
+
+async def _sum_up() -> None:
+    """What was left out of the log is told of even when nothing else is logged any more."""
+    while True:
+        await asyncio.sleep(_SUM_UP)
+        log.sum_up()
 
 
 async def _await(waiting: Any) -> None:

@@ -6,8 +6,7 @@ told of it, never neither.
 """
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -45,11 +44,11 @@ from xmppd.protocol.stanza import Stanza, build
 
 from .blocked import NOBODY, Blocks, touched
 from .content import delayed, digest
+from .elsewhere import Asked, Elsewhere
 from .fanout import PIECE, Fanout
+from .last import LastKnown
 
 _STATE: Final = "presence"  # in a session's state: a plain dict, which outlives a reload of this file
-_LAST_KNOWN: Final = 10_000  # users whose last unavailable presence is remembered
-_LAST_SIZE: Final = 1024  # bytes; a longer one is not
 _RETRY: Final = 5.0  # seconds between two looks for a database that is away
 _LAST_WAIT: Final = 2.0  # seconds for other nodes to say what they know of an absent user
 
@@ -66,7 +65,8 @@ class Presence(Module[Config]):
         super().__init__(context, config)
         self._fanout = Fanout(self.sessions.multicast, self.route, self._is_near, self.spawn)
         self._blocks = Blocks(lambda: self.service(BlockingService))  # type: ignore[type-abstract]
-        self._last: OrderedDict[str, tuple[Stanza, float]] = OrderedDict()
+        self._last = LastKnown(self.clock)
+        self._elsewhere = Elsewhere(self.nodes, self.sessions, self._is_near)
 
     async def start(self) -> None:
         self.switch(StanzaDelivering, self.server.routing.iq_needs_presence)
@@ -105,7 +105,7 @@ class Presence(Module[Config]):
         state["since"], state["digest"] = self.clock(), digest(presence)
         presence.forget_element()
         if event.previous is None:
-            self._last.pop(session.user.bare, None)
+            self._last.forget(session.user)
             state["complete"] = False
         try:
             await self._tell(session, presence)
@@ -124,7 +124,7 @@ class Presence(Module[Config]):
 
         first = not _state(session)["complete"]
         audience = self._audience(user, contacts, blocked)
-        elsewhere = self._elsewhere(audience) if first and self.nodes.others else None
+        told = self._elsewhere.resources(audience) if first and self._elsewhere.exists else None
 
         def wanted(target: JID) -> bool:
             if session.presence is not presence:
@@ -136,8 +136,8 @@ class Presence(Module[Config]):
         sending = self._fanout.send(user, presence, audience, wanted)
         if sending is not None:
             await sending
-        if elsewhere is not None:
-            self.spawn(self._tell_newcomers(session, elsewhere), name="presence for newcomers")
+        if told is not None:
+            self.spawn(self._tell_newcomers(session, told), name="presence for newcomers")
         if not _state(session)["complete"] and session.presence is presence:
             _state(session)["complete"] = True
             await self._bring(session, contacts)
@@ -153,19 +153,9 @@ class Presence(Module[Config]):
         except StorageError as exc:
             self.log.warning("presence waits for the roster", user=session.user.bare, error=exc)
             return  # both are tried again with the next presence
-        newcomers = self._elsewhere(self._audience(session.user, contacts, blocked)) - told
+        newcomers = self._elsewhere.resources(self._audience(session.user, contacts, blocked)) - told
         if newcomers and session.presence is not None:
             self._fanout.send(session.user, session.presence, sorted(newcomers, key=str))
-
-    def _elsewhere(self, audience: Iterable[JID]) -> set[JID]:
-        """The available resources that users have on other nodes."""
-        return {
-            resource.jid
-            for user in audience
-            if self._is_near(user)
-            for resource in self.sessions.resources(user)
-            if resource.node is not None and resource.priority is not None
-        }
 
     async def _tell_later(self, session: Session, presence: Stanza) -> None:
         """The client has been told that it is available; the others hear of it when the database is back."""
@@ -180,19 +170,19 @@ class Presence(Module[Config]):
 
     async def _bring(self, session: Session, contacts: Mapping[str, Contact]) -> None:
         """The presence of the user's other resources and of the contacts (RFC 6121 4.3)."""
-        asked: dict[bytes, list[str]] = {}
+        asked: Asked = {}
         self._answer(session.user, session.jid)
-        self._note_nodes(session.user, asked)
+        self._elsewhere.note(session.user, asked)
         for count, contact in enumerate(_seen(contacts), 1):
             await self._bring_one(session, contact, asked)
             if count % PIECE == 0:
-                self._ask_nodes(session.jid, asked)
+                self._elsewhere.ask(session.jid, asked)
                 await asyncio.sleep(0)
             if session.presence is None:
                 return
-        self._ask_nodes(session.jid, asked)
+        self._elsewhere.ask(session.jid, asked)
 
-    async def _bring_one(self, session: Session, contact: JID, asked: dict[bytes, list[str]]) -> None:
+    async def _bring_one(self, session: Session, contact: JID, asked: Asked) -> None:
         """`asked` gets the contact for each other node it is on."""
         if self._blocks.blocks(session.user, contact):
             return
@@ -201,31 +191,12 @@ class Presence(Module[Config]):
             self.route(build("presence", probe))
             return
         # Our own users need no probe; of the absent ones a new resource is not told, it takes nobody for there.
-        self._note_nodes(contact, asked)
+        self._elsewhere.note(contact, asked)
         here = self._present(contact) and not self._blocks.blocks(contact, session.jid)
         if here and await self._may_see(contact, session.user):
             self._answer(contact, session.jid)
 
     # -- other nodes answer for the sessions they have
-
-    def _note_nodes(self, user: JID, asked: dict[bytes, list[str]]) -> None:
-        if self.nodes.others:
-            for node in self._nodes_with(user):
-                asked.setdefault(node, []).append(user.bare)
-
-    def _nodes_with(self, user: JID, only: str = "") -> set[bytes]:
-        """The other nodes with available resources of a user, or with one of them."""
-        return {
-            resource.node
-            for resource in self.sessions.resources(user)
-            if resource.node is not None and resource.priority is not None and only in ("", resource.jid.resource)
-        }
-
-    def _ask_nodes(self, asker: JID, asked: dict[bytes, list[str]], only: str = "") -> None:
-        """Each node once, whatever the number of users."""
-        for node, users in asked.items():
-            self.nodes.cast("probe", [asker.full, users, only], (node,))
-        asked.clear()
 
     @from_node("probe")
     def answer_node(self, node: bytes, news: list[Any]) -> Awaitable[None] | None:
@@ -253,8 +224,7 @@ class Presence(Module[Config]):
     @from_node("last")
     def say_last(self, node: bytes, user: str) -> list[Any] | None:
         """[seconds since 1970, the presence]: the last that was heard of a user here."""
-        last = self._last.get(user)
-        return None if last is None else [last[1], last[0].xml.decode()]
+        return self._last.told(user)
 
     @from_node("hide")
     async def hide_too(self, node: bytes, news: list[Any]) -> None:
@@ -270,7 +240,7 @@ class Presence(Module[Config]):
         session, presence = event.session, event.presence
         user, directed = session.user, self._take_directed(session)
         if all(resource.priority is None for resource in self.sessions.resources(user)):
-            self._remember(user, presence)
+            self._last.remember(user, presence)
         contacts, blocked = self._cached(user), self._blocks.known(user)
         if contacts is None or blocked is None:
             self.spawn(self._end_later(user, presence, directed), name="unavailable presence")
@@ -303,11 +273,11 @@ class Presence(Module[Config]):
 
     @hook(UserDeleted)
     def forget(self, event: UserDeleted) -> None:
-        self._last.pop(event.user.bare, None)
+        self._last.forget(event.user)
 
     @hook(UserForgotten)
     def forget_here(self, event: UserForgotten) -> None:
-        self._last.pop(event.user.bare, None)
+        self._last.forget(event.user)
 
     # -- directed presence
 
@@ -380,10 +350,10 @@ class Presence(Module[Config]):
         for session in self._present(user):
             if session.presence is not None:
                 self._fanout.send(user, session.presence, [target for target in watching if not blocked.blocks(target)])
-            asked: dict[bytes, list[str]] = {}
+            asked: Asked = {}
             for contact in touched(addresses, contacts, _is_seen):
                 await self._bring_one(session, contact, asked)
-            self._ask_nodes(session.jid, asked)
+            self._elsewhere.ask(session.jid, asked)
 
     # -- those who ask
 
@@ -397,8 +367,8 @@ class Presence(Module[Config]):
         if not await self._may_see(user, asker):
             self.route(build("presence", {"from": user.bare, "to": asker.bare, "type": "unsubscribed"}))
             return HANDLED
-        found, nodes = self._answer(user, asker, only), self._nodes_with(user, only)
-        self._ask_nodes(asker, {node: [user.bare] for node in nodes}, only)
+        found, nodes = self._answer(user, asker, only), self._elsewhere.nodes_with(user, only)
+        self._elsewhere.ask(asker, {node: [user.bare] for node in nodes}, only)
         if not found and not nodes:
             last = await self._last_of(user)
             unavailable = build("presence", {"from": user.bare, "type": "unavailable"})
@@ -407,11 +377,7 @@ class Presence(Module[Config]):
 
     async def _last_of(self, user: JID) -> tuple[Stanza, float] | None:
         """The last presence of an absent user: the node knows it on which their last session was."""
-        answers = await self.nodes.call_all("last", user.bare, timeout=_LAST_WAIT)
-        found = [(Stanza.from_bytes(answer[1].encode()), answer[0]) for answer in answers if answer is not None]
-        if user.bare in self._last:
-            found.append(self._last[user.bare])
-        return max(found, key=lambda last: last[1], default=None)
+        return self._last.newest(user, await self.nodes.call_all("last", user.bare, timeout=_LAST_WAIT))
 
     async def _may_see(self, user: JID, asker: JID) -> bool:
         if asker.bare == user.bare:
@@ -433,13 +399,6 @@ class Presence(Module[Config]):
             since = _state(session)["since"]
             self.route((delayed(presence, since) if since else presence).addressed(asker))
         return found
-
-    def _remember(self, user: JID, presence: Stanza) -> None:
-        if len(presence.xml) <= _LAST_SIZE:
-            self._last[user.bare] = (presence, self.clock())
-            self._last.move_to_end(user.bare)
-            if len(self._last) > _LAST_KNOWN:
-                self._last.popitem(last=False)
 
     # -- routing.iq_needs_presence
 

@@ -1,53 +1,61 @@
-"""A cluster for development, tests and benches: nodes in the background on free loopback ports.
+"""A cluster for development, tests and benches: nodes in the background on free loopback ports, joined to each other.
 
-    scripts/devcluster up N --dir D [--json] [--plain] [--config FILE] [--cpus LIST] [--timeout S]
-    scripts/devcluster down --dir D            stops every node that runs; data and logs stay
-    scripts/devcluster status --dir D [--json]  exit code 0 when every node serves
-    scripts/devcluster kill NAME --dir D        SIGKILL, as a power cut does it
-    scripts/devcluster start NAME --dir D [--json]
+    scripts/devcluster up N [--mysql URL] [--json] [--plain] [--config FILE] [--cpus LIST] [--timeout S]
+    scripts/devcluster status [--json]     exit code 0 when all serve and their tables agree
+    scripts/devcluster kill NAME           SIGKILL, as a power cut does it
+    scripts/devcluster start NAME [--json]
+    scripts/devcluster down                stops every node that runs; data and logs stay
 
-NAME is `xmppd@node01`, or `node01` for short. A node lives in D/xmppd@node01: xmppd.yml, xmppd.log, pid, its data. It
-keeps its ports for as long as the cluster lives. `up` on the folder of a cluster that is down starts it again, with
-its data. --json prints one object per node, one a line. Exit codes: 0 done, 1 not done (the reason is on standard
-error), 2 wrong usage.
+All take --dir D, the folder of the cluster; without it var/devcluster in this checkout. NAME is `xmppd@node02`,
+`node02` or `2`. A node lives in D/xmppd@node02: xmppd.yml, xmppd.log, pid, its data. The database of all of them is
+D/xmppd.db, or --mysql URL, which is remembered. A node keeps its ports for as long as the cluster lives.
+
+`up` returns when every node has all others' tables. On the folder of a cluster that is down it starts that again, with
+its data. With another N it adds nodes to the cluster, or takes the last ones out of it for good and deletes their
+folders, whether the cluster runs or not. --plain, --config and --cpus count for the nodes that it configures: new ones,
+and all when none runs.
+
+--json prints one object per node, one a line. Exit codes: 0 done, 1 not done (the reason is on standard error), 2 wrong
+usage.
 """
 
 import argparse
 import contextlib
-import copy
-import errno
 import fcntl
 import json
 import os
-import random
-import resource
+import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
+from devnode import (
+    POLL,
+    ROOT,
+    Node,
+    PortTaken,
+    Refused,
+    configuration,
+    free_ports,
+    kill,
+    read_overlay,
+    share_cookie,
+    start,
+    stop,
+    wait_until_gone,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
 STATE = "devcluster.json"
-MAX_NODES = 1  # a server that cannot join others makes no cluster of more
-STOP_GRACE = 30.0  # s until a node that does not stop is killed
-POLL = 0.05  # s
+MAX_NODES = 32
 PORT_ATTEMPTS = 3  # until a node starts, which takes a second, others may take the ports that were free
-LOG_TAIL = 20  # lines
-
-
-class Refused(Exception):
-    """What was asked cannot be done; the text is for the person who asked."""
-
-
-class PortTaken(Refused):
-    """Somebody else has got a port of ours."""
+ALREADY_JOINED = 17  # exit code of join_cluster
+LEAVE = 20.0  # s for a node that was taken out to stop
 
 
 def main() -> None:
@@ -66,9 +74,7 @@ def main() -> None:
                 kill(Cluster.load(folder).node(arguments.name))
         elif arguments.command == "start":
             with locked(folder):
-                node = Cluster.load(folder).node(arguments.name)
-                start(node, arguments.timeout)
-                show(node, as_json=arguments.json)
+                start_again(Cluster.load(folder), arguments)
     except Refused as refusal:
         print(f"devcluster: {refusal}", file=sys.stderr)
         sys.exit(1)
@@ -82,7 +88,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     def add(name: str, *, starts: bool = False, prints: bool = False) -> argparse.ArgumentParser:
         command = commands.add_parser(name)
-        command.add_argument("--dir", required=True, metavar="D", help="the folder of the cluster")
+        command.add_argument(
+            "--dir", default=str(ROOT / "var" / "devcluster"), metavar="D", help="the folder of the cluster"
+        )
         if prints:
             command.add_argument("--json", action="store_true", help="one JSON object per node, one a line")
         if starts:
@@ -93,6 +101,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     command = add("up", starts=True, prints=True)
     command.add_argument("count", type=int, metavar="N", help="how many nodes")
+    command.add_argument(
+        "--mysql", metavar="URL", help="mysql://USER:PASSWORD@HOST/DATABASE in place of an SQLite file"
+    )
     command.add_argument(
         "--plain",
         action="store_true",
@@ -129,71 +140,11 @@ def cpu_list(text: str) -> tuple[int, ...]:
 # ---------------------------------------------------------------------------------------------- what there is
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
-    name: str
-    folder: str
-    cpus: tuple[int, ...] | None = None
-
-    @property
-    def path(self) -> Path:
-        return Path(self.folder)
-
-    @property
-    def config(self) -> Path:
-        return self.path / "xmppd.yml"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "xmppd.log"
-
-    def pid(self) -> int | None:
-        """The process that serves this node now, or None. A pid that outlived its process, and perhaps belongs to
-        another by now, is told by its command line."""
-        try:
-            pid = int((self.path / "pid").read_text())
-        except (OSError, ValueError):
-            return None
-        return pid if runs(pid, self.config) else None
-
-    def ready(self) -> dict[str, Any] | None:
-        """What the running server says of itself, once it serves. A starting server removes what a killed one left
-        behind before it writes its pid, hence the order."""
-        pid = self.pid()
-        if pid is None:
-            return None
-        try:
-            ready: dict[str, Any] = json.loads((self.path / "ready.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return ready | {"pid": pid}
-
-    def xmppctl(self) -> list[str]:
-        """The argv prefix that talks to this node, from any folder."""
-        installed = ROOT / ".venv" / "bin" / "xmppctl"
-        if Path(sys.executable).parent == installed.parent and installed.exists():
-            program = [str(installed)]
-        else:
-            program = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "xmppd.ctl"]
-        return [*program, "--data-dir", self.folder]
-
-    def describe(self) -> dict[str, Any]:
-        ready = self.ready() or {}
-        return {
-            "name": self.name,
-            "c2s": address(ready, "c2s", tls=False),
-            "c2s_tls": address(ready, "c2s", tls=True),
-            "http": address(ready, "http", tls=False) or address(ready, "http", tls=True),
-            "hosts": ready.get("hosts", []),
-            "pid": ready.get("pid"),
-            "xmppctl": self.xmppctl(),
-        }
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Cluster:
     folder: Path
-    nodes: list[Node]
+    nodes: list[Node] = field(default_factory=list)
+    mysql: str | None = None  # URL; without one the database is a file
 
     @classmethod
     def load(cls, folder: Path) -> "Cluster":
@@ -202,34 +153,26 @@ class Cluster:
         except FileNotFoundError:
             raise Refused(f"{folder} holds no development cluster (`devcluster up` makes one)") from None
         nodes = [Node(node["name"], node["folder"], node["cpus"] and tuple(node["cpus"])) for node in state["nodes"]]
-        return cls(folder, nodes)
+        return cls(folder, nodes, state.get("mysql"))
 
     def save(self) -> None:
         fresh = self.folder / f"{STATE}.new"
-        fresh.write_text(json.dumps({"nodes": [asdict(node) for node in self.nodes]}, indent=1) + "\n")
+        fresh.touch(mode=0o600)  # the URL holds a password
+        fresh.write_text(json.dumps({"nodes": [asdict(node) for node in self.nodes], "mysql": self.mysql}, indent=1))
         fresh.replace(self.folder / STATE)
 
+    @property
+    def database(self) -> str:
+        return self.mysql or f"sqlite:///{self.folder / 'xmppd.db'}"
+
+    def alive(self) -> list[Node]:
+        return [node for node in self.nodes if node.pid()]
+
     def node(self, name: str) -> Node:
-        for node in self.nodes:
-            if name in (node.name, node.name.partition("@")[2]):
+        for number, node in enumerate(self.nodes, 1):
+            if name in (node.name, node.name.partition("@")[2], str(number)):
                 return node
         raise Refused(f"no such node: {name}. There is {', '.join(node.name for node in self.nodes)}")
-
-
-def address(ready: dict[str, Any], module: str, *, tls: bool) -> str | None:
-    for listener in ready.get("listen", []):
-        if listener.get("module") == module and bool(listener.get("tls")) is tls:
-            ip = listener["ip"]
-            return f"[{ip}]:{listener['port']}" if ":" in ip else f"{ip}:{listener['port']}"
-    return None
-
-
-def runs(pid: int, config: Path) -> bool:
-    """Does this process live, as a server with this configuration? (A zombie has no command line.)"""
-    try:
-        return os.fsencode(config) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
 
 
 # ---------------------------------------------------------------------------------------------- the commands
@@ -237,7 +180,7 @@ def runs(pid: int, config: Path) -> bool:
 
 def up(folder: Path, arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.count <= MAX_NODES:
-        raise Refused(f"{arguments.count} nodes: only 1 for now, since this version does not join nodes into a cluster")
+        raise Refused(f"{arguments.count} nodes: expected 1 to {MAX_NODES}")
     over = read_overlay(arguments.config)
     if (
         folder.exists()
@@ -247,41 +190,73 @@ def up(folder: Path, arguments: argparse.Namespace) -> None:
         raise Refused(f"{folder} is not empty and holds no development cluster; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        if (folder / STATE).exists():
-            alive = [f"{node.name} (pid {pid})" for node in Cluster.load(folder).nodes if (pid := node.pid())]
-            if alive:
-                raise Refused(f"{folder} belongs to a live cluster: {', '.join(alive)}. `devcluster down` stops it")
-        names = [f"xmppd@node{number:02}" for number in range(1, arguments.count + 1)]
-        cluster = Cluster(folder, [Node(name, str(folder / name), arguments.cpus) for name in names])
-        for left in reversed(range(PORT_ATTEMPTS)):
-            configure(cluster, over, plain=arguments.plain)
-            try:
-                start_all(cluster, arguments.timeout)
-            except PortTaken:
-                if not left:
-                    raise
-            else:
-                break
-        for node in cluster.nodes:
-            show(node, as_json=arguments.json)
+        cluster = Cluster.load(folder) if (folder / STATE).exists() else Cluster(folder, mysql=arguments.mysql)
+        alive = cluster.alive()
+        if len(alive) == len(cluster.nodes) == arguments.count:
+            named = ", ".join(f"{node.name} (pid {node.pid()})" for node in alive)
+            raise Refused(f"{folder} belongs to a live cluster: {named}. `devcluster down` stops it")
+        if arguments.mysql not in (None, cluster.mysql):
+            raise Refused(f"{folder} belongs to a cluster with another database; choose another folder")
+        try:
+            bring_up(cluster, over, arguments)
+        except BaseException:
+            stop([node for node in cluster.alive() if node not in alive])  # nothing that we started goes on running
+            raise
+        if print_all(cluster.nodes, as_json=arguments.json):
+            raise Refused("the cluster does not agree (any more)")
 
 
-def configure(cluster: Cluster, over: dict[str, Any], *, plain: bool) -> None:
+def bring_up(cluster: Cluster, over: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Make it `count` nodes that run and agree."""
+    known = len(cluster.nodes)
+    for number in range(known + 1, arguments.count + 1):
+        name = f"xmppd@node{number:02}"
+        cluster.nodes.append(Node(name, str(cluster.folder / name), arguments.cpus))
+    dead = [node for node in cluster.nodes[: arguments.count] if not node.pid()]
+    to_configure = cluster.nodes[known:]
+    if not cluster.alive():
+        cluster.nodes = [Node(node.name, node.folder, arguments.cpus) for node in cluster.nodes]
+        dead = to_configure = cluster.nodes[: arguments.count]
+    for left in reversed(range(PORT_ATTEMPTS)):
+        configure(cluster, to_configure, over, plain=arguments.plain)
+        try:
+            start(dead, arguments.timeout)
+        except PortTaken:
+            if not left:
+                raise
+        else:
+            break
+    for node in reversed(cluster.nodes[arguments.count :]):
+        take_out(cluster, node)
+    for node in cluster.nodes[1:]:
+        joined = node.ask("join_cluster", cluster.nodes[0].name)
+        if joined.returncode not in (0, ALREADY_JOINED):
+            raise Refused(f"{node.name} did not join: {(joined.stderr or joined.stdout).strip()}")
+    wait_until_they_agree(cluster.nodes, arguments.timeout)
+
+
+def configure(cluster: Cluster, nodes: Sequence[Node], over: dict[str, Any], *, plain: bool) -> None:
     with free_ports() as next_port:
-        for node in cluster.nodes:
+        for node in nodes:
             node.path.mkdir(mode=0o700, exist_ok=True)  # secrets will stand in it
-            config = configuration(node, over, plain=plain, next_port=next_port)
+            config = configuration(node, over, database=cluster.database, plain=plain, next_port=next_port)
+            node.config.touch(mode=0o600)
             node.config.write_text(yaml.safe_dump(config, sort_keys=False))
+    share_cookie(cluster.nodes, [node for node in nodes if not node.cookie.exists()])
     cluster.save()
 
 
-def start_all(cluster: Cluster, timeout: float) -> None:
-    try:
-        for node in cluster.nodes:
-            start(node, timeout)
-    except BaseException:
-        stop(cluster.nodes)  # an `up` that fails, or is interrupted, leaves nothing running
-        raise
+def take_out(cluster: Cluster, node: Node) -> None:
+    """Out of the cluster for good."""
+    pid = node.pid()
+    done = cluster.nodes[0].ask("leave_cluster", node.name)
+    if done.returncode and "no member" not in done.stderr + done.stdout:  # an `up` that failed before it joined
+        raise Refused(f"{node.name} did not leave: {(done.stderr or done.stdout).strip()}")
+    if pid and wait_until_gone({node: pid}, LEAVE):
+        stop([node])
+    cluster.nodes.remove(node)
+    cluster.save()
+    shutil.rmtree(node.path, ignore_errors=True)
 
 
 def down(folder: Path) -> None:
@@ -291,10 +266,95 @@ def down(folder: Path) -> None:
         stop(Cluster.load(folder).nodes)
 
 
+def start_again(cluster: Cluster, arguments: argparse.Namespace) -> None:
+    node = cluster.node(arguments.name)
+    start([node], arguments.timeout)
+    wait_until_they_agree(cluster.alive(), arguments.timeout)
+    show(node, as_json=arguments.json)
+
+
 def status(cluster: Cluster, *, as_json: bool) -> int:
-    for node in cluster.nodes:
-        show(node, as_json=as_json)
-    return 0 if all(node.ready() for node in cluster.nodes) else 1
+    return print_all(cluster.nodes, as_json=as_json)
+
+
+# ---------------------------------------------------------------------------------------------- how they are
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a node says about the cluster."""
+
+    agrees: bool  # and everybody it sees agrees with it
+    peers: int  # links that are up
+    sessions: int  # of its own
+    why: str  # it does not agree
+
+    @classmethod
+    def of(cls, node: Node) -> "View":
+        if node.ready() is None:
+            return cls(False, 0, 0, "does not serve")
+        asked = node.ask("--json", "cluster_status")
+        try:
+            said = json.loads(asked.stdout)
+        except ValueError:
+            return cls(False, 0, 0, asked.stderr.strip() or asked.stdout.strip())
+        own = [
+            row["rows"]
+            for row in said["tables"]
+            if row["table"] == "session" and row["node"] == row["owner"] == node.name
+        ]
+        links = [link for link in said["links"] if link["node"] == node.name and link["state"] == "up"]
+        return cls(asked.returncode == 0, len(links), sum(own), "; ".join(said["missing"]))
+
+
+def views(nodes: Sequence[Node]) -> list[View]:
+    with ThreadPoolExecutor(len(nodes) or 1) as pool:  # xmppctl is a process: they run side by side
+        return list(pool.map(View.of, nodes))
+
+
+def one_cluster(seen: Sequence[View]) -> bool:
+    """Whether each of them has a link to each other one, and the same tables."""
+    return all(view.agrees and view.peers == len(seen) - 1 for view in seen)
+
+
+def wait_until_they_agree(nodes: Sequence[Node], timeout: float) -> None:
+    """Raises Refused."""
+    end = time.monotonic() + timeout
+    while not one_cluster(seen := views(nodes)):
+        if time.monotonic() > end:
+            told = "; ".join(
+                f"{node.name} has {view.peers} peers{f' ({view.why})' if view.why else ''}"
+                for node, view in zip(nodes, seen, strict=True)
+            )
+            raise Refused(f"the nodes do not agree after {timeout:g} s: {told}")
+        time.sleep(POLL)
+
+
+def print_all(nodes: Sequence[Node], *, as_json: bool) -> int:
+    """The exit code of `status`."""
+    seen = views(nodes)
+    agree = one_cluster(seen)
+    if as_json:
+        for node in nodes:
+            show(node, as_json=True)
+        return 0 if agree else 1
+    rows = [["node", "state", "peers", "sessions", "pid", "c2s", "c2s_tls", "http", "log"]]
+    for node, view in zip(nodes, seen, strict=True):
+        about = node.describe()
+        state = "serves" if about["pid"] else "starting" if node.pid() else "stopped"
+        doors = (str(about[door] or "") for door in ("c2s", "c2s_tls", "http"))
+        numbers = (view.peers, view.sessions, node.pid() or "")
+        rows.append([node.name, state, *map(str, numbers), *doors, str(node.log)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if len(nodes) > 1:
+        print("one cluster: all have the same tables" if agree else "not one cluster:")
+        for node, view in zip(nodes, seen, strict=True):
+            if view.why:
+                print(f"  {node.name}: {view.why}")
+    sys.stdout.flush()
+    return 0 if agree else 1
 
 
 def show(node: Node, *, as_json: bool) -> None:
@@ -304,198 +364,6 @@ def show(node: Node, *, as_json: bool) -> None:
     elif about["pid"]:
         doors = " ".join(f"{door}={about[door]}" for door in ("c2s", "c2s_tls", "http") if about[door])
         print(f"{node.name} serves {','.join(about['hosts'])} pid={about['pid']} {doors} log={node.log}", flush=True)
-    else:
-        state = f"starting pid={node.pid()}" if node.pid() else "stopped"
-        print(f"{node.name} {state} log={node.log}", flush=True)
-
-
-def kill(node: Node) -> None:
-    pid = node.pid()
-    if pid is None:
-        raise Refused(f"{node.name} does not run")
-    send(pid, signal.SIGKILL)
-    wait_until_gone({node: pid}, 10)
-
-
-def stop(nodes: list[Node]) -> None:
-    """Ask all of them at once, wait, kill what is left."""
-    left = {node: pid for node in nodes if (pid := node.pid())}
-    for pid in left.values():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    left = wait_until_gone(left, STOP_GRACE)
-    for node, pid in left.items():
-        print(f"devcluster: {node.name} (pid {pid}) did not stop in {STOP_GRACE:.0f} s: killed", file=sys.stderr)
-        send(pid, signal.SIGKILL)
-    if left := wait_until_gone(left, 10):
-        raise Refused(f"still running: {', '.join(node.name for node in left)}")
-
-
-def send(pid: int, number: int) -> None:
-    """To the process with all its workers: `start` gave it a process group of its own."""
-    with contextlib.suppress(ProcessLookupError):
-        if os.getpgid(pid) == pid:
-            os.killpg(pid, number)
-        else:
-            os.kill(pid, number)
-
-
-def wait_until_gone(left: dict[Node, int], seconds: float) -> dict[Node, int]:
-    end = time.monotonic() + seconds
-    while True:
-        left = {node: pid for node, pid in left.items() if runs(pid, node.config)}
-        if not left or time.monotonic() > end:
-            return left
-        time.sleep(POLL)
-
-
-# ---------------------------------------------------------------------------------------------- starting a node
-
-
-def start(node: Node, timeout: float) -> None:
-    """Returns when the node serves.
-
-    Raises:
-        Refused: it runs already, ended, or did not serve in time; with the end of its log.
-    """
-    if pid := node.pid():
-        raise Refused(f"{node.name} runs already (pid {pid})")
-    for stale in ("pid", "ready.json"):
-        (node.path / stale).unlink(missing_ok=True)
-    raise_file_limit()
-    own_cpus = os.sched_getaffinity(0)
-    with node.log.open("ab") as log:
-        begin = log.tell()
-        if node.cpus:
-            os.sched_setaffinity(0, node.cpus)  # inherited by the node; no other thread runs here
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "xmppd", "--config", str(node.config)],
-                cwd=node.path,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # lives on when this terminal closes; Ctrl-C here does not reach it
-            )
-        finally:
-            os.sched_setaffinity(0, own_cpus)
-    end = time.monotonic() + timeout
-    try:
-        while node.ready() is None:
-            if (code := process.poll()) is not None:
-                fail(node, begin, f"{node.name} ended with exit code {code} before it served")
-            if time.monotonic() > end:
-                fail(node, begin, f"{node.name} did not serve within {timeout:g} s")
-            time.sleep(POLL)
-    except BaseException:
-        if process.poll() is None:
-            send(process.pid, signal.SIGKILL)
-            process.wait()
-        raise
-
-
-def fail(node: Node, begin: int, what: str) -> NoReturn:
-    with node.log.open("rb") as log:
-        log.seek(begin)
-        lines = log.read().decode(errors="replace").splitlines()
-    tail = "\n  ".join(lines[-LOG_TAIL:]) or "(it wrote nothing)"
-    kind = PortTaken if os.strerror(errno.EADDRINUSE) in tail else Refused
-    raise kind(f"{what}. The end of {node.log}:\n  {tail}")
-
-
-def raise_file_limit() -> None:
-    """Thousands of sessions need thousands of files; the soft limit is often 1024."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-# ---------------------------------------------------------------------------------------------- configuration
-
-
-def read_overlay(file: str | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    try:
-        over = yaml.safe_load(Path(file).read_text()) or {}
-    except (OSError, yaml.YAMLError) as exc:
-        raise Refused(f"{file}: {exc}") from exc
-    if not isinstance(over, dict):
-        raise Refused(f"{file}: expected options, got {type(over).__name__}")
-    if taken := sorted(over.keys() & {"node", "data_dir"}):
-        raise Refused(f"{file}: {' and '.join(taken)} cannot be set: devcluster names the nodes and their folders")
-    return over
-
-
-def configuration(node: Node, over: dict[str, Any], *, plain: bool, next_port: "NextPort") -> dict[str, Any]:
-    own: dict[str, Any] = {
-        "node": node.name,
-        "data_dir": node.folder,
-        "hosts": ["localhost"],
-        "listen": [
-            {"module": "c2s", "starttls_required": not plain},
-            {"module": "c2s", "tls": True},
-            {"module": "http"},
-        ],
-    }
-    if plain:
-        own["shaper_rules"] = {"c2s_shaper": "none"}  # benches measure the server, not its shapers
-    config = merged(own, copy.deepcopy(over))
-    for listener in config["listen"] if isinstance(config["listen"], list) else []:
-        if isinstance(listener, dict):  # what is no listener is for the server to refuse, in its own words
-            listener.setdefault("ip", "127.0.0.1")
-            listener["port"] = listener.get("port") or next_port()
-    return config
-
-
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key; everything else, lists too, is replaced."""
-    result = dict(base)
-    for key, value in over.items():
-        below = result.get(key)
-        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return result
-
-
-class NextPort:
-    """Hands out free loopback ports outside the range from which the kernel takes outgoing ones: there a client's
-    connection could take the port of a node that is down for a moment. Each is held until the hand-out is over."""
-
-    def __init__(self) -> None:
-        self._held: list[socket.socket] = []
-        self._first, self._last = 10240, 32767
-        with contextlib.suppress(OSError, ValueError):
-            low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-            self._first, self._last = (10240, low - 1) if low > 12000 else (high + 1, 65535)
-        if self._first >= self._last:  # the kernel takes them all
-            self._first, self._last = 10240, 65535
-
-    def __call__(self) -> int:
-        for _ in range(1000):
-            port = random.randint(self._first, self._last)
-            probe = socket.socket()
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                probe.close()
-                continue
-            self._held.append(probe)
-            return port
-        raise Refused("found no free loopback port")
-
-    def release(self) -> None:
-        for probe in self._held:
-            probe.close()
-
-
-@contextlib.contextmanager
-def free_ports() -> Iterator[NextPort]:
-    ports = NextPort()
-    try:
-        yield ports
-    finally:
-        ports.release()
 
 
 @contextlib.contextmanager

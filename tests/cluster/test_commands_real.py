@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,9 @@ async def test_a_node_that_hangs_is_named_and_then_taken_for_down(cluster):
 
     process.send_signal(signal.SIGSTOP)
     try:
-        done = cluster[0].ctl("connected_users")
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(post, cluster[0].options["listen"][-1]["port"], "connected_users", {})
+            done = cluster[0].ctl("connected_users")
         until(lambda: cluster[0].ctl("connected_users").returncode == 0, "the node is down", 20)
     finally:
         process.send_signal(signal.SIGCONT)
@@ -101,6 +105,9 @@ async def test_a_node_that_hangs_is_named_and_then_taken_for_down(cluster):
     assert done.returncode == 29
     assert done.stdout == ""
     assert done.stderr.startswith(f"{TWO}: did not answer")
+    status, refusal = asked.result()
+    assert (status, refusal["code"]) == (503, 29)
+    assert TWO in refusal["message"]
     cluster.converged()
 
 
@@ -185,3 +192,18 @@ async def test_the_example_observes_a_node_that_is_alone(real_cluster, tmp_path)
     assert (event["event"], event["node"]) == ("session_opened", ONE)
     assert SECRET not in cluster[0].log
     await scene.end()
+
+
+async def test_a_node_that_stops_does_not_wait_for_those_who_watch(real_cluster):
+    cluster = real_cluster(1)
+    watch = watching(cluster[0], "watch")
+    try:
+        until(lambda: "\nwatch\t2\t" in cluster[0].quick("module", "stats"), "it watches")
+        began = time.monotonic()
+        cluster[0].asked("stop")
+        assert watch.wait(10) == 0
+        assert time.monotonic() - began < 2
+        assert cluster[0].wait() == 0
+    finally:
+        watch.kill()
+        watch.communicate()

@@ -45,22 +45,29 @@ async def test_what_was_stored_while_the_user_came_on_another_node_is_delivered(
     assert juliet.bodies == ["between two looks"]
 
 
-async def test_what_is_stored_for_somebody_who_is_on_another_node_is_fetched_there(nodes):
-    """It was on its way to storage when she became available, as the node that stores knew in time."""
+async def test_what_was_just_being_stored_when_the_user_came_on_another_node_is_delivered(nodes, monkeypatch):
+    """The node that stores hears of her in time, and hers has looked already."""
     romeo = await nodes[0].online("romeo")
-    juliet = await nodes[1].online("juliet", priority=-1)
     await nodes.calm()
-    outcome = await romeo.send(message(JULIET, "for later"))
-    await nodes[0].stored(outcome)
-    await nodes.calm()
-    assert juliet.bodies == []
+    gate, keep = asyncio.Event(), nodes[0].spool.keep
 
-    nodes.net.hold("one", "two")
-    await juliet.available(0)
-    nodes.net.let_go("one", "two")
+    def slowly(*args, **options):
+        async def work():
+            await gate.wait()
+            return await keep(*args, **options)
+
+        return asyncio.ensure_future(work())
+
+    monkeypatch.setattr(nodes[0].spool, "keep", slowly)
+    outcome = await romeo.send(message(JULIET, "being written"))
+    juliet = await nodes[1].online("juliet")
+    await nodes.net.until(lambda: nodes[0].manager.is_available(parse(JULIET)))
+    assert juliet.bodies == []
+    gate.set()
     await nodes.net.until(lambda: juliet.bodies)
 
-    assert juliet.bodies == ["for later"]
+    assert juliet.bodies == ["being written"]
+    await nodes[0].stored(outcome)
 
 
 async def test_a_kept_message_that_did_not_arrive_goes_to_the_other_node(nodes):
@@ -174,6 +181,12 @@ async def test_last_activity_is_that_of_the_last_session_anywhere(nodes):
     second.lose()
     await nodes.calm()
     romeo = await nodes[2].come("romeo")
+
+    async def written():
+        answer = await romeo.ask("get", LAST, JULIET)
+        return answer.type == "result"
+
+    await nodes[2].until_true(written)
     assert (await romeo.query("get", LAST, JULIET)).text == "now"
 
 

@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[2]
 # From the bottom to the top: a room may use its own row and every row before it.
 LAYERS = (
     {"errors", "protocol"},
-    {"events", "hooks", "config", "log", "metrics", "notify"},
+    {"events", "hooks", "config", "log", "log_limits", "metrics", "notify"},
     {"storage", "cluster", "identity"},
     {"spool", "delivery", "outbox", "login_limits", "auth", "access", "shaper"},
     {"iq", "router", "local_router", "session_manager", "s2s_manager", "forward", "nodes", "removals"},
     {"admin", "module_api", "module_loader"},
     {"c2s", "s2s", "http"},
-    {"server", "clustering", "commanding", "serving", "signals", "accountant", "reload", "check"},
+    {"server", "allocator", "clustering", "commanding", "serving", "signals", "accountant", "reload", "check"},
     {"__main__"},
 )
 # Rooms of one row that must not see each other, (user, used). http may use c2s: WebSocket and BOSH carry c2s sessions.

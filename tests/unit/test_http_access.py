@@ -81,6 +81,8 @@ HERE, INSIDE, OUTSIDE = ip_address("127.0.0.1"), ip_address("10.1.2.3"), ip_addr
         ({"ip": "192.0.2.0/24"}, [Client(OUTSIDE)], [Client(HERE), Client(None)]),
         ({"token": "grafana"}, [Client(None, "grafana")], [Client(HERE), Client(HERE, "other")]),
         ({"token": "grafana", "acl": "inner"}, [Client(INSIDE, "grafana")], [Client(INSIDE), Client(HERE, "grafana")]),
+        ({"observer": "grafana"}, [], [Client(HERE), Client(HERE, "grafana"), Client(None)]),
+        ({"observer": "x", "acl": "all"}, [], [Client(HERE), Client(HERE, "x")]),
         (["loopback", {"token": ["a", "b"]}], [Client(HERE), Client(OUTSIDE, "b")], [Client(OUTSIDE, "c")]),
     ],
 )

@@ -134,8 +134,9 @@ class Cluster:
         self._done = True
         if self._beating is not None:
             self._beating.cancel()
-        await self._flush()
+        await self._until(lambda: not self.links.queued)  # what the ending sessions have said goes out first
         self.links.stop()
+        await self._until(lambda: not self.links.farewells)
         self.replica.stop()
         async with self._turning:
             await self._stop_engine()
@@ -145,10 +146,9 @@ class Cluster:
         except (StorageError, TimeoutError):
             log.debug("lease not released")
 
-    async def _flush(self) -> None:
-        """What the ending sessions have said goes out first."""
+    async def _until(self, condition: Callable[[], bool]) -> None:
         deadline = self._loop.time() + FLUSH
-        while self.links.queued and self._loop.time() < deadline:  # noqa: ASYNC110
+        while not condition() and self._loop.time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     @property

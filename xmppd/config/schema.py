@@ -363,6 +363,8 @@ class Schema(Options):
     loglevel: LogLevel = "info"
     log_file: AbsolutePath | None = None
     log_format: LogFormat = "text"
+    log_burst_limit_count: Annotated[int, between(10, 1_000_000)] = 500
+    log_burst_limit_window_time: Annotated[Duration, lasting(1, 86400)] = 60.0
     certfiles: Annotated[tuple[AbsolutePath, ...], several] = ()
     listen: tuple[Listen, ...] = Field(
         default_factory=lambda: (

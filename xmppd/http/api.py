@@ -36,9 +36,7 @@ class Api:
     name = "api"
     exact = False
 
-    def __init__(
-        self, registry: Registry, access: Access, *, version: str, prefix: str, nodes: Nodes | None = None
-    ) -> None:
+    def __init__(self, registry: Registry, access: Access, *, version: str, prefix: str, nodes: Nodes) -> None:
         self._registry = registry
         self._nodes = nodes
         self._access = access
@@ -60,7 +58,7 @@ class Api:
             raise Refused(405, "commands are called with POST", Allow="POST")
         local, node = _asked(request)
         arguments, caller = await _arguments(request), Caller("http", str(client))
-        if node is not None and (self._nodes is None or node != self._nodes.names()[0]):
+        if node is not None and node != self._nodes.name:
             return await self._elsewhere(node, command, arguments, caller, local=local)
         return await self._call(command, arguments, caller, local=local)
 
@@ -93,7 +91,7 @@ class Api:
         self, node: str, command: Command, arguments: dict[str, Any], caller: Caller, *, local: bool
     ) -> Answer:
         """What another node answers; the caller's rights here have been looked at."""
-        if self._nodes is None or node not in self._nodes.names():
+        if node not in self._nodes.names():
             raise Refused(404, f"no node called '{node:.80}' is up", code=NOT_REACHABLE)
         try:
             text = await self._nodes.fetch(node, command.name, arguments, caller, local=local)

@@ -84,7 +84,8 @@ class HttpServers:
 
     def _handler(self, path: str, kind: str) -> Handler:
         if kind == "api":
-            return Api(self._node.registry, self._access, version=self._node.version, prefix=path.rstrip("/"))
+            node, prefix = self._node, path.rstrip("/")
+            return Api(node.registry, self._access, version=node.version, prefix=prefix, nodes=node.nodes)
         handlers: dict[str, Handler] = {"live": Live(), "ready": self._ready, "metrics": self._metrics}
         return handlers[kind]
 
