@@ -95,6 +95,7 @@ class Node:
         nothing: Callable[..., None] = lambda *_: None  # noqa: E731
         links = SimpleNamespace(
             on_up=nothing, on_down=nothing, attach=nothing, detach=nothing, set_members=nothing, stop=nothing, queued=0,
+            farewells=0,
             peers={},
         )  # fmt: skip
         self.cluster = Cluster(
