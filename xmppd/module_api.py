@@ -13,6 +13,7 @@ unregisters.
             return None  # an empty result
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -233,6 +234,10 @@ class Sessions(Protocol):
 
     def on_node(self, node: bytes) -> Iterable[Resource]:
         """What is bound on another node, of which there may be much: read it in pieces."""
+        ...
+
+    def hold_messages(self, user: JID, until: "asyncio.Future[None]") -> None:
+        """Have messages for a user that are routed on this node wait, each with its stream, until that is done."""
         ...
 
     def count(self, host: str | None = None) -> int: ...

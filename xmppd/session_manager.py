@@ -4,6 +4,7 @@ The rules are the tables of requirements 3.4: MAX is every available resource of
 negative; NONNEG all that are not negative; OFF means MessageUndeliverable, where storage for absent users listens.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -137,6 +138,7 @@ class SessionManager:
         self.strict = strict  # routing.profile: rfc6121
         self.rerouted = 0  # stanzas whose session turned out to be dead
         self._remote: Remote | None = None
+        self._held: dict[str, asyncio.Future[None]] = {}  # messages for these bare JIDs wait
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         table.on_conflict.append(self._lost)
         table.on_appeared.append(self._appeared)
@@ -444,7 +446,23 @@ class SessionManager:
 
     # -- the rules
 
+    def hold_messages(self, user: JID, until: "asyncio.Future[None]") -> None:
+        """Have messages for a user that are routed on this node wait, each with its stream, until that is done."""
+        self._held[user.bare] = until
+
+        def let_go(done: "asyncio.Future[None]") -> None:
+            if self._held.get(user.bare) is done:
+                del self._held[user.bare]
+
+        until.add_done_callback(let_go)
+
+    async def _message_held(self, stanza: Stanza, until: "asyncio.Future[None]") -> Outcome:
+        await asyncio.wait((until,))
+        return self.route(stanza)
+
     def _message(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
+        if self._held and to.bare in self._held and not stanza.hops and not stanza.kept:
+            return self._gate.wait(stanza, self._message_held(stanza, self._held[to.bare]))
         if to.resource:
             row = rows.get(to.resource)
             if row is not None:

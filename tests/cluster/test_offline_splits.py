@@ -1,5 +1,7 @@
 """No message waits while its recipient is available, even if it was stored on the other side of a split."""
 
+import asyncio
+
 import pytest
 
 from tests.cluster import worlds
@@ -30,7 +32,9 @@ async def part_and_write(nodes):
     await nodes[0].stored(await romeo.send(message(JULIET, "hist")))
     assert juliet.bodies == []
     nodes[0].advanced = nodes[1].advanced = 3600.0
-    nodes[0].loader._loaded["offline"].instance._stored_lately.clear()
+    offline = nodes[0].loader._loaded["offline"].instance
+    offline._stored_lately.clear()
+    offline._parted.clear()  # it was loaded again meanwhile
     return juliet
 
 
@@ -61,3 +65,38 @@ async def test_it_comes_later_when_the_database_is_away_at_the_end_of_the_split(
 
     assert juliet.bodies == ["hist"]
     assert len(asked) == 3
+
+
+async def test_what_was_stored_in_a_split_comes_before_what_is_written_at_its_end(nodes, monkeypatch):
+    juliet, romeo = await nodes[1].come("juliet"), await nodes[0].come("romeo")
+    await nodes.calm()
+    nodes.net.cut("one", "two")
+    await nodes.calm()
+    for number in range(5):
+        await nodes[0].stored(await romeo.send(message(JULIET, str(number))))
+    stored = await romeo.send(message(JULIET, "5"))  # still on its way to the database
+    nodes.net.heal()
+    await nodes[0].until(lambda: nodes[0].table.rows(JULIET))
+
+    for number in range(6, 10):
+        await romeo.send(message(JULIET, str(number)))
+    await nodes[1].until(lambda: len(juliet.bodies) == 10)
+
+    assert juliet.bodies == [str(number) for number in range(10)]
+    await nodes[0].stored(stored)
+
+
+async def test_messages_do_not_wait_for_a_node_that_does_not_answer(nodes, monkeypatch):
+    monkeypatch.setattr("modules.offline._HELD", 0.05)
+    juliet, romeo = await nodes[1].come("juliet"), await nodes[0].come("romeo")
+    await nodes.calm()
+    nodes.net.cut("one", "two")
+    await nodes.calm()
+    await nodes[0].stored(await romeo.send(message(JULIET, "1")))
+    never = nodes[1].loader._loaded["offline"].instance
+    monkeypatch.setattr(type(never), "_flush_whole", lambda self, user: asyncio.sleep(60))
+    nodes.net.heal()
+    await nodes[0].until(lambda: nodes[0].table.rows(JULIET))
+
+    await romeo.send(message(JULIET, "2"))
+    await nodes[1].until(lambda: "2" in juliet.bodies)
