@@ -1,6 +1,7 @@
 """What a NATS server says, as events; and what it may not say."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -30,7 +31,7 @@ MEANT = [
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
-    return [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [data[start:end] for start, end in pairwise(edges)]
 
 
 def test_it_does_not_matter_where_tcp_cuts():
@@ -95,6 +96,9 @@ def test_rubbish_is_refused_alike_in_any_pieces(rubbish, cuts, kept):
         b"MSG a 1 99999999999999999999\r\n",
         b"HMSG a 1 5 4\r\nabcd\r\n",
         b"HMSG a 1 1\r\nx\r\n",
+        b"HMSG 1\r\nx\r\n",
+        b"MSG 1\r\nx\r\n",
+        b"MSG \r\n",
         b"\r\n",
     ],
     ids=lambda said: repr(said[:20]),
@@ -111,7 +115,7 @@ def test_a_payload_may_not_be_much_longer_than_the_server_takes_itself():
     assert parser.receive(b"MSG a 1 8388608\r\n") == []  # waits for it
     parser = Parser()
     parser.receive(b'INFO {"max_payload":1000}\r\n')
-    with pytest.raises(NatsError, match="are the most"):
+    with pytest.raises(NatsError, match="is the most"):
         parser.receive(b"MSG a 1 8400001\r\n")
 
 

@@ -13,6 +13,7 @@ MAX_LINE: Final = 64 * 1024  # bytes; INFO names all servers of a cluster
 MAX_PAYLOAD: Final = 64 * 1024 * 1024  # bytes; the most that a nats-server can be configured for
 _SLACK: Final = 8 * 1024 * 1024  # bytes; what a server says itself, and what came by a route, may be above its limit
 _USUAL_PAYLOAD: Final = 1024 * 1024
+_HIGHEST: Final = 9_999_999_999  # number of a subscription
 _VERSION_LINE: Final = b"NATS/1.0"
 
 PING: Final = b"PING\r\n"
@@ -94,15 +95,13 @@ class Parser:
                     raise NatsError("the server sends a line without end")
                 self._keep(data[position:], end - position + 1)
                 break
-            # The first letters tell: a message is by far what comes most often.
-            if data.startswith(b"MSG ", position):
-                fields = data[position + 4 : eol].split(b" ")
-            elif data.startswith(b"HMSG ", position):
-                fields = data[position + 5 : eol].split(b" ")
-            else:
+            # A message is by far what comes most often, and without headers.
+            plain = data.startswith(b"MSG ", position)
+            if not plain and not data.startswith(b"HMSG ", position):
                 events += self._line(data[position:eol])
                 position = eol + 2
                 continue
+            fields = data[position + (4 if plain else 5) : eol].split(b" ")
             begin = eol + 2
             stop = begin + _number(fields[-1], self._longest)
             if stop + 2 > end:
@@ -110,8 +109,16 @@ class Parser:
                 break
             if not data.startswith(b"\r\n", stop):
                 raise NatsError("the server sends a message of another length than it says")
-            headers = 0 if data.startswith(b"M", position) else _number(fields.pop(-2), stop - begin)
-            events.append(_message(fields, data[begin : begin + headers], data[begin + headers : stop]))
+            if not 3 <= len(fields) - (not plain) <= 4:
+                raise NatsError("the server sends a message of another form")
+            status = ""
+            if not plain:
+                headers = data[begin : begin + _number(fields.pop(-2), stop - begin)]
+                begin, status = begin + len(headers), _status(headers)
+            # Whoever may publish chooses the bytes of the subjects: no reason to think ill of the server.
+            subject = str(fields[0], "utf-8", "replace")
+            reply = str(fields[2], "utf-8", "replace") if len(fields) == 4 else ""
+            events.append(Message(_number(fields[1], _HIGHEST), subject, reply, data[begin:stop], status))
             position = stop + 2
         return events
 
@@ -139,20 +146,10 @@ class Parser:
 
 def _number(field: bytes, most: int) -> int:
     if not field.isdigit() or len(field) > 10:
-        raise NatsError("the server sends a message without length")
-    number = int(field)
-    if number > most:
-        raise NatsError(f"the server sends {number} bytes where {most} are the most")
+        raise NatsError("the server sends a message without length or number")
+    if (number := int(field)) > most:
+        raise NatsError(f"the server sends {number} where {most} is the most")
     return number
-
-
-def _message(fields: list[bytes], headers: bytes, data: bytes) -> Message:
-    if not 3 <= len(fields) <= 4 or not fields[1].isdigit() or len(fields[1]) > 18:
-        raise NatsError("the server sends a message of another form")
-    # Whoever may publish chooses these bytes: no reason to think ill of the server.
-    subject = str(fields[0], "utf-8", "replace")
-    reply = str(fields[2], "utf-8", "replace") if len(fields) == 4 else ""
-    return Message(int(fields[1]), subject, reply, data, _status(headers) if headers else "")
 
 
 def _status(headers: bytes) -> str:
