@@ -222,8 +222,17 @@ class Sessions(Protocol):
         """Whether the account ends with its session (SASL ANONYMOUS): write nothing about it."""
         ...
 
-    def multicast(self, stanza: Stanza, users: Iterable[JID]) -> None:
-        """One presence without `to` for every available resource of many users of our hosts, on whatever node."""
+    def multicast(self, stanza: Stanza, users: Iterable[JID], *, only: bytes | None = None) -> None:
+        """One presence without `to` for every available resource of many users of our hosts, on whatever node or only
+        on that other one."""
+        ...
+
+    def spread(self, stanza: Stanza, users: Iterable[JID]) -> None:
+        """The same for the resources that they have on this node."""
+        ...
+
+    def on_node(self, node: bytes) -> Iterable[Resource]:
+        """What is bound on another node, of which there may be much: read it in pieces."""
         ...
 
     def count(self, host: str | None = None) -> int: ...

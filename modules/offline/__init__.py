@@ -15,6 +15,8 @@ from xmppd.events import (
     DiscoNodeAsking,
     Handled,
     MessageUndeliverable,
+    NodeDown,
+    NodeSynced,
     SessionAppeared,
     SessionBecameAvailable,
     SessionClosed,
@@ -50,7 +52,9 @@ from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, r
 DEFAULT_QUOTA: Final = 100  # where no rule counts, as in ejabberd
 _AT_ONCE: Final = 200  # sessions looked up together
 _REMEMBERED: Final = 10.0  # seconds for which it is remembered that a message was stored for somebody
+_SAW_LATER: Final = 60.0  # seconds by which another node may have lost sight of this one before this one did of it
 _RETRIEVES: Final = "offline"  # in a session's state: it looks through the messages by itself
+_PARTED: Final = 100_000  # users with messages of a split, the most that are looked at
 _FETCH: Final = f"{{{ns.OFFLINE}}}fetch"
 _PURGE: Final = f"{{{ns.OFFLINE}}}purge"
 
@@ -74,6 +78,7 @@ class Offline(Module[Config]):
         # Messages that are being stored, by bare JID: a login waits for them, or a later message would overtake them.
         self._storing: dict[str, set[asyncio.Future[None]]] = {}
         self._stopped = False
+        self._apart_since: dict[bytes, float] = {}  # nodes that are down, or not in step again
         self._stored_lately: dict[str, float] = {}  # bare JID -> when; the oldest first
         self._retrieving_elsewhere: dict[str, set[bytes]] = {}  # bare JID -> nodes with such a session
 
@@ -259,6 +264,34 @@ class Offline(Module[Config]):
         """Its node looks again."""
         if event.user.bare in self._stored_lately:
             self.nodes.cast("wake", event.user.full, (event.node,))
+
+    @hook(NodeDown)
+    def note_parting(self, event: NodeDown) -> None:
+        self._apart_since.setdefault(event.node, self.clock())
+
+    @hook(NodeSynced)
+    def look_for_stored(self, event: NodeSynced) -> None:
+        """While that node did not see who is here, it stored what came for them there; for what is stored from here on
+        they are woken."""
+        since = self._apart_since.pop(event.node, self.server.started_at) - _SAW_LATER
+        self.spawn(self._wake_all(since), name="offline messages of a split")
+
+    async def _wake_all(self, since: float) -> None:
+        pause = RETRY_FIRST
+        while True:
+            try:
+                users = await self.spool.freed_since(since, limit=_PARTED)
+                break
+            except StorageError as exc:
+                self.log.warning("offline messages wait", user="*", error=exc)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, RETRY_LONGEST)
+        for count, (host, username) in enumerate(users, 1):
+            user = make(username, host)
+            if self._takers(user):
+                self._wake(user)
+            if count % _AT_ONCE == 0:
+                await asyncio.sleep(0)
 
     @from_node("wake")
     def wake(self, node: bytes, user: str) -> None:
