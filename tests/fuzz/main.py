@@ -1,4 +1,4 @@
-"""`scripts/fuzz`: a parent that makes nothing but children, and a child that goes through inputs until one of them fails.
+"""`scripts/fuzz`: a parent that starts children, and a child that goes through inputs until one fails.
 
 The child notes the number of its input before it tries it, in memory that outlives it. So a crash of libxml2, which
 leaves no exception, and an input that is never done with are found like a broken invariant.
@@ -29,7 +29,9 @@ TARGETS: Final = ("stream", "sasl")
 CRASHES: Final = Path(__file__).parent / "crashes"
 PROGRAM: Final = ["-m", "tests.fuzz.main"]
 _ROOT: Final = Path(__file__).parents[2]
-_PER_CHILD: Final = 20_000  # inputs; then a new one, for memory that is not given back to show as a crash, not as swapping
+_PER_CHILD: Final = (
+    20_000  # inputs; then a new one, for memory that is not given back to show as a crash, not as swapping
+)
 _MEMORY: Final = 2 << 30  # bytes of address space
 _HANGS: Final = 20.0  # seconds for one input
 _FAILED: Final = 70  # the exit code of a child whose input broke an invariant
@@ -98,7 +100,7 @@ class Hunt:
             while (code := process.poll()) is None:
                 time.sleep(0.02)
                 now = mark.read_bytes()
-                if now != before:
+                if now != before or not any(now):  # it may take its time to start
                     before, since = now, time.monotonic()
                 elif time.monotonic() - since > _HANGS:
                     process.send_signal(signal.SIGABRT)  # faulthandler says where it was
@@ -118,7 +120,7 @@ class Hunt:
 
 
 def start(command: list[str], said: object) -> "subprocess.Popen[str]":
-    """A process of this program in which memory that is freed is overwritten, so that using it does not go unnoticed."""
+    """A process of this program in which memory is overwritten when it is freed, for its use to be noticed."""
     environment = {**os.environ, "MALLOC_PERTURB_": "165", "PYTHONPATH": str(_ROOT)}
     return subprocess.Popen(
         [sys.executable, *PROGRAM, *command],
@@ -177,7 +179,9 @@ def hunt(options: argparse.Namespace) -> int:
     one = Hunt(options.command, seed, options.out)
     began = time.time()
     path = one.run(options.seconds if options.count is None else float("inf"), options.count)
-    say(f"{options.command}: {one.done} inputs in {time.time() - began:.0f} s; " + str(dict(one.outcomes.most_common())))
+    say(
+        f"{options.command}: {one.done} inputs in {time.time() - began:.0f} s; " + str(dict(one.outcomes.most_common()))
+    )
     return 1 if path else 0
 
 

@@ -3,6 +3,7 @@
 Everything follows from the `random.Random` that is handed in, so a number is enough to make an input again.
 """
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ _NONZAS: Final = [
     b"<message xmlns='jabber:server'/>",
     b"<message xmlns='http://etherx.jabber.org/streams'/>",
 ]
-_NAMES: Final = "body subject thread a b c x:a x:b stream:stream stream:error message iq presence query é".split()
+_NAMES: Final = ["body", "thread", "a", "b", "c", "x:a", "x:b", "stream:stream", "stream:error", "message", "iq", "é"]
 _FORWARDED: Final = (
     b"<forwarded xmlns='urn:xmpp:forward:0'>",
     b"<sent xmlns='urn:xmpp:carbons:2'><forwarded xmlns='urn:xmpp:forward:0'>",
@@ -71,7 +72,18 @@ _TOKENS: Final = [
 ]
 
 _MECHANISMS: Final = ["SCRAM-SHA-1", "SCRAM-SHA-256", "SCRAM-SHA-512"]
-_USERS: Final = ["juliet"] * 8 + ["romeo", "nobody", "JULIET", "jul\u00adiet", "a=2Cb", "=3D", "=", "a\u0007", "a b", "é"]
+_USERS: Final = ["juliet"] * 8 + [
+    "romeo",
+    "nobody",
+    "JULIET",
+    "jul\u00adiet",
+    "a=2Cb",
+    "=3D",
+    "=",
+    "a\u0007",
+    "a b",
+    "é",
+]
 _AUTHZIDS: Final = [""] * 8 + ["juliet@localhost", "romeo@localhost", "Juliet@LOCALHOST", "juliet", "a=2Cb", "@", "="]
 _FLAGS: Final = ["n", "n", "y", "p=tls-exporter", "p=tls-unique", "p=tls-server-end-point", "p=x", "p=", "P", ""]
 _FINALS: Final = [
@@ -84,7 +96,22 @@ _FINALS: Final = [
     *("c={bind},c={other},r={nonce},p={proof}", "c={bind},r={nonce},p={wrong},p={proof}", "e=other-error"),
 ]
 _SASL_TOKENS: Final = [
-    *(b"=", b",", b"\0", b"\n", b"\n!", b"n,,", b"y,,", b"p=tls-exporter,,", b"a=", b"n=", b"r=", b"c=", b"p=", b"m=1,"),
+    *(
+        b"=",
+        b",",
+        b"\0",
+        b"\n",
+        b"\n!",
+        b"n,,",
+        b"y,,",
+        b"p=tls-exporter,,",
+        b"a=",
+        b"n=",
+        b"r=",
+        b"c=",
+        b"p=",
+        b"m=1,",
+    ),
     *(b"{nonce}", b"{proof}", b"{wrong}", b"{bind}", b"{other}", b"{password}", b"=2C", b"=3D", b"=3d", b"juliet"),
     *(b"romeo", b"@localhost", b"\xff", b"\xc2\xad", b"\xe2\x85\xa8", b"\xd8\xa71", b"-PLUS", b"x" * 520, b"x" * 8200),
 ]
@@ -132,7 +159,7 @@ def cut(rng: random.Random, data: bytes, ends: Sequence[int]) -> list[bytes]:
         case _:
             places = {place + 1 for place, byte in enumerate(data) if byte == 62 and rng.random() < 0.5}
     bounds = [0, *sorted(place for place in places if 0 < place < len(data)), len(data)]
-    return [data[start:end] for start, end in zip(bounds, bounds[1:], strict=False) if start < end]
+    return [data[start:end] for start, end in itertools.pairwise(bounds) if start < end]
 
 
 def _damage(rng: random.Random, data: bytes, tokens: Sequence[bytes], kept: Sequence[bytes]) -> bytes:
@@ -175,7 +202,9 @@ def _element(rng: random.Random, name: bytes, depth: int) -> bytes:
     if rng.random() < 0.2:
         return start + b"/>"
     if rng.random() < 0.03:
-        return start + b">" + b"<a>" * rng.choice([3, 63, 64, 70]) + b"</a>" * rng.choice([3, 63, 64, 70]) + b"</" + name
+        return (
+            start + b">" + b"<a>" * rng.choice([3, 63, 64, 70]) + b"</a>" * rng.choice([3, 63, 64, 70]) + b"</" + name
+        )
     inner = b"".join(_content(rng, depth) for _ in range(rng.choice([0, 1, 1, 2, 3])))
     return start + rng.choice([b">", b">", b" >", b"\n>"]) + inner + b"</" + name + rng.choice([b">", b">", b" >"])
 

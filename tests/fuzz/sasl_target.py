@@ -107,7 +107,6 @@ def check(data: bytes, seed: int) -> str:
         attempt = sasl.exchange(mechanism, host=HOST, offered=offered, bindings=bindings, server_nonce=_SERVER_NONCE)
     except SaslError as error:
         _sound(error)
-        assert error.condition == "invalid-mechanism"
         return error.condition
     assert mechanism in offered, f"{mechanism} is not offered"
     outcome = "unfinished"
@@ -239,4 +238,4 @@ def _names(data: bytes) -> None:
             prepared = sasl.prep_password(text)
         except sasl.PasswordError:
             continue
-        assert 0 < len(prepared)
+        assert prepared
