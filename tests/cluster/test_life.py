@@ -95,7 +95,8 @@ class Node:
         nothing: Callable[..., None] = lambda *_: None  # noqa: E731
         links = SimpleNamespace(
             on_up=nothing, on_down=nothing, attach=nothing, detach=nothing, set_members=nothing, stop=nothing, queued=0,
-            farewells=0, peers={},
+            farewells=0,
+            peers={},
         )  # fmt: skip
         self.cluster = Cluster(
             Myself(ME, "xmppd@node01", "127.0.0.1:1", b"i" * 16, "1.0", 1, ("localhost",), False, b"m" * 16),

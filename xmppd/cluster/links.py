@@ -356,11 +356,11 @@ class LinkSet:
         add(self.counters.downs, kind)
         self._up.pop(link.node, None)
         self._peers.pop(link.node, None)
-        node, id, lasted = peer.name, link.node.hex(), round(lasted, 1)
+        id, lasted_s = link.node.hex(), round(lasted, 1)
         if kind in ("goodbye", "local"):
-            _log.info("node down", node=node, id=id, reason=reason, lasted_s=lasted)
+            _log.info("node down", node=peer.name, id=id, reason=reason, lasted_s=lasted_s)
         else:
-            _log.warning("node down", node=node, id=id, reason=reason, lasted_s=lasted)
+            _log.warning("node down", node=peer.name, id=id, reason=reason, lasted_s=lasted_s)
         self._each(self._on_down, peer, reason)
 
     def _each(self, handlers: list[Callable[..., None]], *arguments: Any) -> None:
