@@ -86,8 +86,8 @@ class Field:
 async def field(
     real_cluster: Callable[..., RealCluster], databases: Databases, tmp_path: Path
 ) -> AsyncIterator[Callable[..., Any]]:
-    """`field()`; with `load=True` on MariaDB: three processes that write a lot would only wait for each other's locks on
-    one SQLite file."""
+    """`field()`; with `load=True` on MariaDB: three processes that write a lot would only wait for each other's locks
+    on one SQLite file."""
     made: list[Field] = []
 
     async def make(count: int = 3, *, load: bool = False, **changes: Any) -> Field:
@@ -105,6 +105,7 @@ async def field(
         await each.ledger.end()
         await asyncio.to_thread(each.cluster.end)
         each.wires.close()
+        databases.drop(each.cluster.database)
 
 
 def start(cluster: RealCluster) -> None:
