@@ -40,8 +40,7 @@ class Field:
         which = nodes or tuple(self.cluster)
         names = sorted(node.name for node in which)
         return all(
-            sorted(node.quick("list_cluster").splitlines()) == names
-            and CONVERGED in node.quick("cluster_status")
+            sorted(node.quick("list_cluster").splitlines()) == names and CONVERGED in node.quick("cluster_status")
             for node in which
         )
 
