@@ -14,7 +14,8 @@ from typing import Final
 from xmppd.log import get_logger
 from xmppd.metrics import Counters
 
-_EVERY: Final = 4.0  # seconds
+_EVERY: Final = 1.0  # seconds
+_SHARE: Final = 200  # at most this part of the time
 _ENDED: Final = 100  # connections
 _log = get_logger(__name__)
 
@@ -26,13 +27,14 @@ async def give_back(counters: Counters) -> None:
     except (OSError, AttributeError):
         return
     trim.argtypes = [ctypes.c_size_t]
-    seen = 0
+    seen, took = 0, 0.0
     while True:
-        await asyncio.sleep(_EVERY)
+        await asyncio.sleep(max(_EVERY, took * _SHARE))
         ended = counters.accepted - counters.open
         if ended - seen >= _ENDED:
             seen = ended
             began = time.perf_counter()
             trim(0)
+            took = time.perf_counter() - began
             counters.given_back += 1
-            _log.debug("memory given back", ms=round((time.perf_counter() - began) * 1000, 1))
+            _log.debug("memory given back", ms=round(took * 1000, 1))

@@ -105,7 +105,7 @@ class Node:
             engine=self.engine,  # type: ignore[arg-type]
             links=links,  # type: ignore[arg-type]
             calls=SimpleNamespace(on_call=nothing, on_cast=nothing, cast=nothing),  # type: ignore[arg-type]
-            replica=SimpleNamespace(start=nothing, stop=nothing, on_synced=[]),  # type: ignore[arg-type]
+            replica=SimpleNamespace(start=nothing, stop=nothing, on_synced=[], on_exchanged=[]),  # type: ignore[arg-type]
             hooks=Hooks(),
             spawn=lambda work, name: asyncio.get_running_loop().create_task(work),
             removed=note("removed"),

@@ -7,12 +7,14 @@ are timed, so they run with less priority: they come last, not the server.
 
 import asyncio
 import base64
+import contextlib
 import functools
 import json
 import os
 import random
 import re
 import resource
+import socket
 import ssl
 import sys
 import time
@@ -50,13 +52,14 @@ class Attack:
             sys.executable,
             "-m",
             "tests.harness.attackers",
-            self._argument,
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=1 << 24,
         )
+        assert self._process.stdin is not None
+        self._process.stdin.write(self._argument.encode() + b"\n")
         await self._line("under way")
         return self
 
@@ -137,17 +140,23 @@ class Peer:
         self.jid = ""
 
     def send(self, data: str | bytes) -> None:
-        self.writer.write(data.encode() if isinstance(data, str) else data)
+        try:
+            self.writer.write(data.encode() if isinstance(data, str) else data)
+        except RuntimeError as exc:  # what uvloop says of a transport that is closed
+            raise ConnectionResetError from exc
 
     async def until(self, end: bytes) -> bytes:
         return await asyncio.wait_for(self.reader.readuntil(end), PATIENCE)
 
-    async def rest(self) -> bytes:
-        """Whatever comes until the server closes."""
+    async def rest(self, *, polite: bool = False) -> bytes:
+        """Whatever comes until the server closes; who is polite answers its closing tag."""
         data = b""
         try:
             while piece := await asyncio.wait_for(self.reader.read(1 << 16), PATIENCE):
                 data = (data + piece)[-65536:]
+                if polite and b"</stream:stream>" in data:
+                    self.send("</stream:stream>")
+                    polite = False
         except TimeoutError:
             return data + b"<stream:error><never-closed"
         except (OSError, ssl.SSLError):
@@ -209,26 +218,26 @@ async def half_open(target: Target, stages: dict[str, int]) -> Result:
     return {"open": still}
 
 
-async def break_limits(target: Target, streams: list[list[str]], at_once: int = 25) -> Result:
+async def break_limits(target: Target, streams: list[list[str]], at_once: int = 100) -> Result:
     """Each stream: where it is when it sends something (`connected`, `opened`, `bound`), and what, base64. What the
-    server called it, and how long each took to be closed."""
+    server called it, and how long it took to close: every other client answers its closing tag."""
 
-    async def one(where: str, data: bytes, tls: bool) -> tuple[str, float]:
+    async def one(number: int, where: str, data: bytes) -> tuple[str, float]:
+        tls = number % 7 == 0
         peer = await (target.login(tls=tls) if where == "bound" else target.connect(tls=tls))
         if where == "opened":
             peer.send(HEADER)
             await peer.until(b"</stream:features>")
         began = time.monotonic()
         peer.send(data)
-        said = await peer.rest()
+        said = await peer.rest(polite=number % 2 == 0)
         took = time.monotonic() - began
         peer.drop()
         return named(said), took
 
     target.under_way()
     jobs = [
-        functools.partial(one, where, base64.b64decode(data), number % 5 == 0)
-        for number, (where, data) in enumerate(streams)
+        functools.partial(one, number, where, base64.b64decode(data)) for number, (where, data) in enumerate(streams)
     ]
     found = await by_turns(jobs, at_once)
     return {"named": [name for name, _ in found], "seconds": [took for _, took in found]}
@@ -246,7 +255,8 @@ async def loris(target: Target, count: int, pause: float) -> Result:
             text = f"<auth xmlns='{SASL}' mechanism='PLAIN'>" + "A" * 1000
         listening = asyncio.create_task(peer.rest())
         for byte in text.encode():
-            peer.send(bytes([byte]))
+            with contextlib.suppress(OSError):
+                peer.send(bytes([byte]))
             if (await asyncio.wait([listening], timeout=pause))[0]:
                 break
         said = await listening
@@ -284,30 +294,29 @@ async def flood(target: Target, count: int, stanzas: list[str], rate: float = 0.
     logged_in = asyncio.get_running_loop().call_later(0.5, target.under_way)
     found = await asyncio.gather(*(one(number) for number in range(count)))
     logged_in.cancel()
-    return {
-        "sent": [sent for sent, *_ in found],
-        "named": [one[2] for one in found],
-        "seconds": max(o[3] for o in found),
-    }
+    sent, heard, names, took = zip(*found, strict=True)
+    return {"sent": sent, "heard": heard, "named": Counter(names), "seconds": max(took)}
 
 
 async def deaf(target: Target, count: int) -> Result:
-    """Each asks and asks and takes no answer."""
+    """Each asks and asks and takes no answer, until it is cut off."""
+    ask = "<iq type='get' id='1' to='localhost'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>" * 20
 
     async def one(number: int) -> float:
         peer = await target.login(tls=number % 2 == 0)
+        peer.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
         began = time.monotonic()
-        ask = f"<message to='{peer.jid}' type='headline'><body>{'x' * 4000}</body></message>".encode()
-        while not target.over.is_set() and not peer.writer.transport.is_closing():
-            peer.send(ask)
+        while time.monotonic() - began < PATIENCE:
             try:
+                peer.send(ask)
                 await asyncio.wait_for(peer.writer.drain(), 0.2)
-            except (TimeoutError, OSError):
+            except TimeoutError:
                 continue
-        took = time.monotonic() - began
+            except OSError:
+                break
         peer.drop()
-        return took
+        return time.monotonic() - began
 
     asyncio.get_running_loop().call_later(0.5, target.under_way)
     return {"seconds": await asyncio.gather(*(one(number) for number in range(count)))}
@@ -342,7 +351,7 @@ ATTACKS: dict[str, Callable[..., Awaitable[Result]]] = {
 
 
 async def main() -> None:
-    argument = json.loads(sys.argv[1])
+    argument = json.loads(sys.stdin.readline())
     target = Target(argument["port"], argument["tls_port"])
     loop = asyncio.get_running_loop()
 

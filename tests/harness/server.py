@@ -18,7 +18,7 @@ from tests.harness.watcher import Watcher
 
 ROOT = Path(__file__).parents[2]
 BATCH_IDLE = 300.0  # seconds; after ten minutes the node hangs up
-PATIENCE = 30.0  # seconds until a node must serve or be gone
+PATIENCE = 60.0  # seconds until a node must serve or be gone
 _TROUBLE = re.compile(r"^\S+ (ERROR|CRITICAL)|^Traceback", re.MULTILINE)
 
 Options = dict[str, Any]

@@ -20,7 +20,7 @@ from xmppd.cluster.links import LinkSet
 from xmppd.cluster.membership import MEMBER, REMOVED, Identity, Membership, Node, Store
 from xmppd.cluster.replica import Replica
 from xmppd.errors import NodeUnreachable, StorageError, StorageUnavailable, XmppdError
-from xmppd.events import NodeDown, NodeUp
+from xmppd.events import NodeDown, NodeSynced, NodeUp
 from xmppd.hooks import Hooks
 from xmppd.log import get_logger
 
@@ -105,6 +105,7 @@ class Cluster:
         links.on_up(self._up)
         links.on_down(self._down)
         replica.on_synced.append(lambda peer: self._changed.set())
+        replica.on_exchanged.append(lambda peer: self._notify(NodeSynced(peer.name, peer.node)))
         calls.on_cast(_MEMBERS, self._told)
         calls.on_call(_CARD, lambda peer, payload: self.card().as_json())
 
