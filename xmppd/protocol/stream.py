@@ -498,6 +498,11 @@ class Stream:
                     raise fault
                 start = end
             if self._ended:
+                empty = header_too and len(out) == 2 and data[start - 2] == 47  # <stream:stream/>
+                stray = None if empty else _misplaced(data[start:].lstrip(_BLANKS))
+                if stray is not None:  # a blank, but written as a character reference
+                    out.pop()
+                    raise stray
                 return
             for run in _BLANK_RUN.findall(data, 0, start):
                 self._novel(run)
@@ -563,8 +568,10 @@ def _unit_ends(data: bytes, depth: int) -> Iterator[int]:
             elif depth == 0:
                 return
         elif data[end - 2] == 47:
-            if depth == 1:
+            if depth < 2:
                 yield end
+            if depth == 0:
+                return  # the header is the end, too: <stream:stream/>
         else:
             depth += 1
             if depth == 1:
