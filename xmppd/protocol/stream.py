@@ -48,6 +48,18 @@ _DECLARATION: Final = re.compile(rb"""<\?xml[ \t\r\n](?:[^?"']++|"[^"]*+"|'[^']*
 _ENCODING: Final = re.compile(rb"""[ \t\r\n]encoding[ \t\r\n]*=[ \t\r\n]*["']([^"']*)["']""")
 _TAG: Final = re.compile(rb"""<!\[CDATA\[(?:.*?\]\]>|.*)|<(?![!?])(?:[^<>"']++|"[^"]*+"|'[^']*+')*+>|<""", re.DOTALL)
 _BLANK_RUN: Final = re.compile(rb">([ \t\r\n]{16,59})(?=<)")
+# Acknowledgements and requests for them as clients usually write them, of which there may be as many as messages.
+_SM: Final = re.compile(
+    b"|".join(
+        b"<(?:r xmlns=%b|a xmlns=%b h=%b|a h=%b xmlns=%b) ?/>" % (named, named, counted, counted, named)
+        for named, counted in ((q + ns.SM.encode() + q, q + b"([0-9]{1,9})" + q) for q in (b'"', b"'"))
+    )
+)
+_SM_ALL: Final = re.compile(rb"(?:%b)+" % _SM.pattern)
+_SM_LENGTH: Final = 64  # bytes
+_SM_START: Final = b"<r xmlns="
+_SM_REQUEST: Final = f"{{{ns.SM}}}r"
+_SM_ACK: Final = f"{{{ns.SM}}}a"
 _NAME_LENGTH: Final = 128
 _UNDECLARED_ENTITY: Final = 26  # libxml2's XML_ERR_UNDECLARED_ENTITY
 _PLAIN_NAMESPACES: Final = {None: ns.CLIENT, "stream": ns.STREAMS}
@@ -84,11 +96,23 @@ class Nonza:
 
 
 @dataclass(frozen=True, slots=True)
+class Acknowledgement:
+    """<a/> (XEP-0198): the peer has handled so many stanzas, modulo 2^32."""
+
+    h: int
+
+
+@dataclass(frozen=True, slots=True)
+class AcknowledgementRequest:
+    """<r/> (XEP-0198)."""
+
+
+@dataclass(frozen=True, slots=True)
 class StreamClosed:
     """The peer sent </stream:stream>."""
 
 
-Event = StreamOpened | Stanza | Nonza | StreamClosed | StreamError
+Event = StreamOpened | Stanza | Nonza | Acknowledgement | AcknowledgementRequest | StreamClosed | StreamError
 
 
 @dataclass(slots=True)
@@ -195,6 +219,12 @@ class Stream:
             return []
         if not data:
             return []
+        if self._stamp is not None and data[-2:] == b"/>" and not self._held and self._depth == 1:
+            if len(data) < _SM_LENGTH and _SM_ALL.fullmatch(data):
+                return [_acknowledging(found) for found in _SM.finditer(data)]
+            cut = data.rfind(_SM_START)
+            if cut > 0 and _SM.fullmatch(data, cut):
+                return self.receive(data[:cut]) + self._receive_behind(data[cut:])
         if data[0] in _BLANK_BYTES and not self._held and not self._prolog and self._depth < 2:
             stripped = data.lstrip(_BLANKS)
             if (self._root is None or self._limits.total is not None) and self._blank(len(data) - len(stripped)):
@@ -214,6 +244,14 @@ class Stream:
         except StreamError as error:
             self._ended = True
             return [_bare(error)]
+
+    def _receive_behind(self, data: bytes) -> list[Event]:
+        """What looks like a request for an acknowledgement, and is one if it stands between stanzas."""
+        if self._ended:
+            return []
+        if self._held or self._depth != 1:
+            return self._read(data)
+        return [_REQUEST]
 
     def _blank(self, count: int) -> bool:
         """So much white space came before the header, or before authentication; is it too much?"""
@@ -380,12 +418,21 @@ class Stream:
             if self._total > limits.total:
                 raise StreamError("policy-violation", f"more than {limits.total} elements before authentication")
         kind = KINDS.get(element.tag)
-        out.append(self._nonza(element) if kind is None else self._stanza(element, kind, chunk))
+        out.append(self._other(element) if kind is None else self._stanza(element, kind, chunk))
         self._elements = 0
         stray = _has_text(element.tail)
         del root[0]
         if stray:
             raise _stray_text()
+
+    def _other(self, element: _Element) -> Event:
+        if element.tag == _SM_REQUEST:
+            return _REQUEST
+        if element.tag == _SM_ACK:
+            h = element.get("h", "")
+            if h.isascii() and h.isdigit() and len(h) < 11 and int(h) < 1 << 32:
+                return Acknowledgement(int(h))
+        return self._nonza(element)
 
     def _nonza(self, element: _Element) -> Nonza:
         namespace = etree.QName(element).namespace
@@ -520,6 +567,13 @@ class Stream:
             if len(unit) > self._limits.size:
                 return _too_large(self._limits.size)
         return None
+
+
+_REQUEST: Final = AcknowledgementRequest()
+
+
+def _acknowledging(found: re.Match[bytes]) -> Event:
+    return _REQUEST if found.lastindex is None else Acknowledgement(int(found[found.lastindex]))
 
 
 def _is_undecided(prolog: bytes) -> bool:
