@@ -52,6 +52,7 @@ _HIGH_WATER: Final = 64 * 1024
 _RESUMABLE: Final = frozenset({"connection-timeout"})  # stream errors that say nothing against the client
 _BACKLOG: Final = 256 * 1024  # bytes read behind a stanza that waits, in search of acknowledgements
 _ENABLE: Final = f"{{{ns.SM}}}enable"
+_ACK: Final = f"{{{ns.SM}}}a"
 _MANAGEMENT: Final = f"{{{ns.SM}}}"
 _SIOCOUTQ: Final = termios.TIOCOUTQ
 
@@ -305,6 +306,8 @@ class Connection(asyncio.Protocol):
         elif isinstance(event, Nonza) and event.element.tag == _ENABLE and managed is None and self.session is not None:
             self.write(self.session.parts.resumption.enable(self.session, event.element))
             self._managed = self.session.managed
+        elif isinstance(event, Nonza) and event.element.tag == _ACK:
+            self.end(StreamError("bad-format", "an acknowledgement has a count"))
         elif managed is None or isinstance(event, Nonza):
             self.write(failed("unexpected-request"))
         elif isinstance(event, Acknowledgement):
@@ -419,7 +422,7 @@ class Connection(asyncio.Protocol):
             return queued
         try:
             answer = fcntl.ioctl(self._socket.fileno(), _SIOCOUTQ, b"\0\0\0\0")
-        except OSError:
+        except (OSError, ValueError):  # closed a moment ago, and we are about to be told
             return 1
         unacknowledged: int = struct.unpack("i", answer)[0]
         return unacknowledged
