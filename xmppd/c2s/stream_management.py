@@ -200,7 +200,7 @@ class Outbound:
         if not count:
             return []
         if count > self.written:
-            if MODULO - count <= self.acknowledged:
+            if MODULO - count <= min(self.acknowledged, MODULO // 2):
                 return []  # less than it said before
             raise HandledTooHigh(h, (self.acknowledged + self.written) % MODULO)
         done: list[Unacknowledged] = []
