@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from xmppd.c2s.session import Session
 
 WINDOW: Final = 256 * 1024  # bytes written again at once when a stream is resumed; the rest as they are acknowledged
-_WHOLE: Final = 1.0  # seconds for what came before the stream was lost to be settled, so that it is not sent again
+_WHOLE: Final = 0.2  # seconds for what came before the stream was lost to be settled, so that it is not sent again
 _SETTLING: Final = frozenset({"get", "set"})
 
 

@@ -18,6 +18,7 @@ from xmppd.protocol import ns
 from xmppd.protocol.stanza import Stanza
 
 MODULO: Final = 1 << 32
+_DELAY: Final = f"{{{ns.DELAY}}}delay"
 REQUEST: Final = f"<r xmlns='{ns.SM}'/>".encode()
 _ACK: Final = f"<a xmlns='{ns.SM}' h='%d'/>".encode()
 
@@ -137,6 +138,7 @@ class Inbound:
 
     def rewind(self) -> int:
         """The stream goes on from here: what is not settled will be sent again. `h` for <resumed/>."""
+        self._unsettled.extend(self._resent)  # not all of it has come again
         self._resent, self._unsettled = self._unsettled, deque()
         self._told = self._wanted = self.handled
         return self.handled % MODULO
@@ -265,11 +267,15 @@ def resumed(previd: str, h: int) -> bytes:
 
 
 def _same(one: Stanza, other: Stanza) -> bool:
+    """Whether it is the same stanza again: clients may write it in another way, and say since when it has waited."""
     if (one.kind, one.type, one.id, one.to) != (other.kind, other.type, other.id, other.to):
         return False
     return one.xml == other.xml or _canonical(one) == _canonical(other)
 
 
 def _canonical(stanza: Stanza) -> bytes:
-    found: bytes = etree.tostring(stanza.editable(), method="c14n")
+    element = stanza.editable()
+    for delay in element.findall(_DELAY):
+        element.remove(delay)
+    found: bytes = etree.tostring(element, method="c14n")
     return found
