@@ -45,7 +45,8 @@ class Resumption:
         session.managed = managed = Managed(session)
         longest = int(options.max_resume_timeout)
         seconds = int(options.resume_timeout) if not wanted else min(int(wanted), longest)
-        if request.get("resume") not in _TRUE or not seconds or session.anonymous:
+        offered = options.resume_timeout >= 1 and seconds and not session.anonymous
+        if request.get("resume") not in _TRUE or not offered:
             return enabled()
         managed.id = self._new_id()
         managed.max = seconds
