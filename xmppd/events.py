@@ -12,7 +12,7 @@ from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 
 class Handled:
@@ -243,6 +243,32 @@ class SessionAppeared:
 
 
 @dataclass(frozen=True, slots=True)
+class LostSession:
+    """One of SessionsLost."""
+
+    jid: JID  # full
+    guarded: bool  # not everybody may have seen it (`Session.guard`)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionsLost:
+    """Available sessions of another node have gone and nobody there says so: the node died or was cut off, or its table
+    was repaired; on every node, each for itself. They may be many: read them in pieces, at any later time; a full JID
+    that is available again by then is not among them."""
+
+    node: bytes  # the UUID of the node they were on
+    sessions: "Iterable[LostSession]"
+
+
+@dataclass(frozen=True, slots=True)
+class DirectedPresenceArrived:
+    """An available or unavailable presence for one user, or one resource, has come from another node: directed
+    presence, or the answer to a probe; on this node, before it is delivered."""
+
+    presence: Stanza
+
+
+@dataclass(frozen=True, slots=True)
 class SessionClosed:
     """A session has ended and its row is gone; on its node. `last` says that it was the user's last one in the
     cluster."""
@@ -355,6 +381,15 @@ class NodeDown:
     name: str
     node: bytes
     reason: str  # for people
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSynced:
+    """Another member and this node have each other's rows of the shared tables: what either of them missed while they
+    did not see each other can be made up for. After each NodeUp, and again after a repair. On every node."""
+
+    name: str
+    node: bytes
 
 
 # -- the server

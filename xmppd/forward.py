@@ -31,6 +31,7 @@ from typing import Any, Final, Protocol
 from xmppd.cluster.interfaces import Calls, Kind, Links, Peer
 from xmppd.delivery import ERROR, SAFE, Bounce, Outcome, Pending, Record, Settled, as_stanza_error
 from xmppd.errors import CallRefused, NodeUnreachable, StanzaError
+from xmppd.log import get_logger
 from xmppd.protocol.jid import JID, parse
 from xmppd.protocol.stanza import Stanza
 
@@ -50,6 +51,8 @@ _USERS: Final = 500  # in one PRESENCE frame
 _LAST_NUMBER: Final = 0xFFFFFFFF
 _BEHIND: Final = 10_000  # stanzas of one sender that wait for an earlier one; more are refused
 _HANDOVER: Final = 2.0  # seconds for another node to end a session whose resource was bound here
+
+_log = get_logger("cluster")
 
 _KICK: Final = "sessions.kick"
 _HAND_OVER: Final = "sessions.hand_over"
@@ -199,6 +202,8 @@ class Forwarder:
             if isinstance(sent, Copy):
                 sent.settle(ERROR)  # whoever sent the copies decides what follows
         self.rerouted += len(unsettled)
+        if unsettled:
+            _log.info("stanzas routed again", node=peer.name, stanzas=len(unsettled))
         self._users.reroute([Record(sent.stanza, sent) for sent in unsettled])
 
     # -- to other nodes

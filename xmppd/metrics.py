@@ -76,8 +76,11 @@ class Counters:
     __slots__ = (
         "accepted",
         "cut_off",
+        "given_back",
         "login_failures",
         "logins",
+        "open",
+        "refused",
         "silent",
         "stalled",
         "stanza_errors",
@@ -89,7 +92,10 @@ class Counters:
     def __init__(self) -> None:
         self.stanzas = {kind: StanzaCount() for kind in KINDS}
         self.accepted = 0  # connections
+        self.open = 0  # connections of clients now
+        self.refused = 0  # connections there was no room for
         self.cut_off = 0  # connections of peers that read too slowly
+        self.given_back = 0  # times that freed memory was given back to the system
         self.tls_failures = 0
         self.silent = 0  # connections that ended without ever having begun a stream in time
         self.logins: dict[str, int] = {}  # by mechanism

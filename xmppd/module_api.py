@@ -13,6 +13,7 @@ unregisters.
             return None  # an empty result
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -222,8 +223,21 @@ class Sessions(Protocol):
         """Whether the account ends with its session (SASL ANONYMOUS): write nothing about it."""
         ...
 
-    def multicast(self, stanza: Stanza, users: Iterable[JID]) -> None:
-        """One presence without `to` for every available resource of many users of our hosts, on whatever node."""
+    def multicast(self, stanza: Stanza, users: Iterable[JID], *, only: bytes | None = None) -> None:
+        """One presence without `to` for every available resource of many users of our hosts, on whatever node or only
+        on that other one."""
+        ...
+
+    def spread(self, stanza: Stanza, users: Iterable[JID]) -> None:
+        """The same for the resources that they have on this node."""
+        ...
+
+    def on_node(self, node: bytes) -> Iterable[Resource]:
+        """What is bound on another node, of which there may be much: read it in pieces."""
+        ...
+
+    def hold_messages(self, user: JID, until: "asyncio.Future[None]") -> None:
+        """Have messages for a user that are routed on this node wait, each with its stream, until that is done."""
         ...
 
     def count(self, host: str | None = None) -> int: ...

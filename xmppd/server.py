@@ -22,6 +22,7 @@ from xmppd.admin import nodes as admin_nodes
 from xmppd.admin.api_tokens import ApiTokens
 from xmppd.admin.registry import Registry
 from xmppd.admin.socket import ControlSocket
+from xmppd.allocator import give_back
 from xmppd.auth import Auth
 from xmppd.c2s.resumption import Resumption
 from xmppd.c2s.session import Parts
@@ -473,6 +474,7 @@ class Server:
         if waiting is not None:
             self.spawn(_await(waiting), name="server started")
         self.spawn_service(_sum_up(), name="what the log left out")
+        self.spawn_service(give_back(self.counters), name="memory")
         self._notifier.ready(self._condition()[1])
         _log.info("serving", node=self.node, hosts=",".join(self.hosts), database=self.storage.where)
 

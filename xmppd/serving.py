@@ -7,6 +7,7 @@ from typing import Any, Final, Protocol
 
 from xmppd.access import Access
 from xmppd.auth import Auth
+from xmppd.c2s.capacity import room
 from xmppd.c2s.connection import Settings
 from xmppd.c2s.listener import ClientListener
 from xmppd.c2s.negotiation import Rules
@@ -39,6 +40,7 @@ class Listeners:
         self._node = node
         self._clients: list[ClientListener] = []
         self._http = HttpServers(node)
+        self._room = room()
         self.addresses: list[dict[str, Any]] = []  # for ready.json
 
     async def open_http(self) -> None:
@@ -97,6 +99,7 @@ class Listeners:
             parts=lambda: node.parts,
             ticks=node.ticks,
             spawn=node.spawn,
+            room=self._room,
         )
         address = await listener.open()
         self._clients.append(listener)

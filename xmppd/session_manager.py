@@ -4,21 +4,25 @@ The rules are the tables of requirements 3.4: MAX is every available resource of
 negative; NONNEG all that are not negative; OFF means MessageUndeliverable, where storage for absent users listens.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from xmppd.cluster.tables import Owner, SessionRow, SessionTable
+from xmppd.cluster.tables import Lost, Owner, SessionRow, SessionTable
 from xmppd.delivery import ERROR, SAFE, Bounce, Gate, Outcome, Pending, Record, Settled, Spawn, first_of
 from xmppd.errors import StanzaError
 from xmppd.events import (
+    DirectedPresenceArrived,
+    LostSession,
     MessageUndeliverable,
     PresenceBounced,
     ProbeReceiving,
     RequestReceiving,
     SessionAppeared,
+    SessionsLost,
     SubscriptionReceiving,
 )
 from xmppd.forward import HOPS, Copy, Forwarded
@@ -149,9 +153,11 @@ class SessionManager:
         self.strict = strict  # routing.profile: rfc6121
         self.rerouted = 0  # stanzas whose session turned out to be dead
         self._remote: Remote | None = None
+        self._held: dict[str, asyncio.Future[None]] = {}  # messages for these bare JIDs wait
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         table.on_conflict.append(self._lost)
         table.on_appeared.append(self._appeared)
+        table.on_vanished.append(self._vanished)
 
     def connect(self, remote: Remote) -> None:
         """Hand in the way to the sessions of other nodes."""
@@ -194,15 +200,21 @@ class SessionManager:
             if waiting is not None:
                 self._spawn(_finish(waiting), name="session appeared")
 
+    def _vanished(self, owner: Owner, rows: Lost) -> None:
+        if self._hooks.wants(SessionsLost):
+            waiting = self._hooks.notify(SessionsLost(owner.member, _LostSessions(rows)))
+            if waiting is not None:
+                self._spawn(_finish(waiting), name="sessions lost")
+
     def close(self, row: SessionRow) -> bool:
         """Take a session's row out; True when it was the user's last one in the cluster."""
         self._table.remove(row)
         row.session = None
         return not self._table.rows(row.jid.bare)
 
-    def set_priority(self, row: SessionRow, priority: int | None) -> None:
-        """The priority of its presence, or None when it is no longer available."""
-        self._table.set_priority(row, priority)
+    def set_priority(self, row: SessionRow, priority: int | None, *, guarded: bool = False) -> None:
+        """The priority of its presence, or None when it is no longer available; and whether a module guards it."""
+        self._table.set_priority(row, priority, guarded=guarded)
 
     def set_waiting(self, row: SessionRow, waiting: bool) -> None:
         """Whether it has lost its stream and may be resumed."""
@@ -227,6 +239,10 @@ class SessionManager:
             Resource(row.jid, row.priority, row.owner.member if row.session is None else None)
             for row in self._table.rows(user.bare).values()
         ]
+
+    def on_node(self, node: bytes) -> Iterator[Resource]:
+        """What is bound on another node, of which there may be much."""
+        return (Resource(row.jid, row.priority, node) for row in self._table.rows_on(node))
 
     def nodes_of(self, user: JID) -> set[bytes]:
         """The other nodes on which a user has sessions."""
@@ -288,10 +304,15 @@ class SessionManager:
             except StanzaError as error:
                 record.outcome.follow(self._bounce(stanza, error))
 
-    def multicast(self, stanza: Stanza, users: Iterable[JID]) -> None:
+    def multicast(self, stanza: Stanza, users: Iterable[JID], *, only: bytes | None = None) -> None:
         """Give one presence to every available resource of many users of our hosts; `to` becomes each user's bare JID.
+        `only`: to those on that other node.
 
         The table is asked once per user and the bytes are made once; what crosses to another node does so once."""
+        if only is not None:
+            if self._remote is not None:
+                self._remote.spread(only, stanza, [user.bare for user in users])
+            return
         elsewhere: dict[bytes, list[str]] = {}
         for user in users:
             rows = self._table.rows(user.bare)
@@ -329,8 +350,11 @@ class SessionManager:
             if row is not None and row.session is not None:
                 outcome: Outcome = row.session.deliver(stanza)
                 return outcome
-        if stanza.kind == "presence" and stanza.type == "error":
-            self._hooks.notify(PresenceBounced(to, stanza))
+        if stanza.kind == "presence":
+            if stanza.type == "error":
+                self._hooks.notify(PresenceBounced(to, stanza))
+            elif stanza.type in ("available", "unavailable"):
+                self._hooks.notify(DirectedPresenceArrived(stanza))
         rows = self._named(to, resources)
         return self._deliver_all(rows, stanza) if rows else self.route(stanza)
 
@@ -448,7 +472,23 @@ class SessionManager:
 
     # -- the rules
 
+    def hold_messages(self, user: JID, until: "asyncio.Future[None]") -> None:
+        """Have messages for a user that are routed on this node wait, each with its stream, until that is done."""
+        self._held[user.bare] = until
+
+        def let_go(done: "asyncio.Future[None]") -> None:
+            if self._held.get(user.bare) is done:
+                del self._held[user.bare]
+
+        until.add_done_callback(let_go)
+
+    async def _message_held(self, stanza: Stanza, until: "asyncio.Future[None]") -> Outcome:
+        await asyncio.wait((until,))
+        return self.route(stanza)
+
     def _message(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
+        if self._held and to.bare in self._held and not stanza.hops and not stanza.kept:
+            return self._gate.wait(stanza, self._message_held(stanza, self._held[to.bare]))
         if to.resource:
             row = rows.get(to.resource)
             if row is not None:
@@ -604,6 +644,16 @@ class SessionManager:
     def _kick_elsewhere(self, rows: list[SessionRow], jid: JID, reason: str, condition: str) -> None:
         if self._remote is not None:
             self._remote.kick(sorted({row.owner.member for row in rows}), jid, reason, condition)
+
+
+class _LostSessions:
+    """Those of the rows that were available."""
+
+    def __init__(self, rows: Lost) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[LostSession]:
+        return (LostSession(row.jid, row.guarded) for row in self._rows if row.priority is not None)
 
 
 async def _finish(waiting: Awaitable[None]) -> None:

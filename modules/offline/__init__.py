@@ -7,14 +7,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any, Final, cast
 
-from xmppd.errors import CommandError, JidError, StanzaError, StorageError
+from xmppd.errors import CallRefused, CommandError, JidError, NodeUnreachable, StanzaError, StorageError
 from xmppd.events import (
     HANDLED,
     DiscoNodeAsking,
     Handled,
     MessageUndeliverable,
+    NodeDown,
+    NodeSynced,
     SessionAppeared,
     SessionBecameAvailable,
     SessionClosed,
@@ -50,7 +53,10 @@ from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, r
 DEFAULT_QUOTA: Final = 100  # where no rule counts, as in ejabberd
 _AT_ONCE: Final = 200  # sessions looked up together
 _REMEMBERED: Final = 10.0  # seconds for which it is remembered that a message was stored for somebody
+_SAW_LATER: Final = 60.0  # seconds by which another node may have lost sight of this one before this one did of it
 _RETRIEVES: Final = "offline"  # in a session's state: it looks through the messages by itself
+_PARTED: Final = 100_000  # users with messages of a split, the most that are looked at
+_HELD: Final = 5.0  # seconds for another node to deliver what was stored for those who are back
 _FETCH: Final = f"{{{ns.OFFLINE}}}fetch"
 _PURGE: Final = f"{{{ns.OFFLINE}}}purge"
 
@@ -74,6 +80,10 @@ class Offline(Module[Config]):
         # Messages that are being stored, by bare JID: a login waits for them, or a later message would overtake them.
         self._storing: dict[str, set[asyncio.Future[None]]] = {}
         self._stopped = False
+        self._listens = False  # to sessions that appear
+        self._parted: set[str] = set()  # users for whom something was stored while a node was down
+        self._returning: dict[bytes, dict[str, asyncio.Future[None]]] = {}  # by node: users whose messages wait
+        self._apart_since: dict[bytes, float] = {}  # nodes that are down, or not in step again
         self._stored_lately: dict[str, float] = {}  # bare JID -> when; the oldest first
         self._retrieving_elsewhere: dict[str, set[bytes]] = {}  # bare JID -> nodes with such a session
 
@@ -91,6 +101,10 @@ class Offline(Module[Config]):
 
     async def stop(self) -> None:
         self._stopped = True
+        for users in self._returning.values():
+            for held in users.values():
+                if not held.done():
+                    held.set_result(None)
 
     async def _catch_up(self, takers: list[Session]) -> None:
         """Deliver what was stored while the module did not run, or was just being delivered when it was reloaded."""
@@ -141,6 +155,7 @@ class Offline(Module[Config]):
         )
         kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._storing.setdefault(user.bare, set()).add(kept)
+        self._listen(user)
         stored.add_done_callback(partial(self._stored, user, kept))
         return kept
 
@@ -213,6 +228,7 @@ class Offline(Module[Config]):
             return False
         finally:
             del self._flushes[session]
+            flush.ended.set()
         return True
 
     def _wake(self, user: JID) -> None:
@@ -234,14 +250,18 @@ class Offline(Module[Config]):
     def _remember(self, user: JID) -> None:
         """They may just have become available on another node that looked before this was stored, while that node's
         word of it is still on its way."""
-        if not self.nodes.others:
-            return
-        now = self.clock()
-        if not self._stored_lately:
+        if self.nodes.others:
+            self._stored_lately.pop(user.bare, None)
+            self._stored_lately[user.bare] = self.clock()
+
+    def _listen(self, user: JID) -> None:
+        """Something is being stored for them: hear of it if they appear elsewhere."""
+        if self._apart_since and len(self._parted) < _PARTED:
+            self._parted.add(user.bare)
+        if not self._listens and (self.nodes.others or self._apart_since):
+            self._listens = True
             self.switch(SessionAppeared, True)
             asyncio.get_running_loop().call_later(_REMEMBERED, self._forget_old)
-        self._stored_lately.pop(user.bare, None)
-        self._stored_lately[user.bare] = now
 
     def _forget_old(self) -> None:
         if self._stopped:
@@ -249,16 +269,90 @@ class Offline(Module[Config]):
         before = self.clock() - _REMEMBERED
         while self._stored_lately and next(iter(self._stored_lately.values())) <= before:
             del self._stored_lately[next(iter(self._stored_lately))]
-        if self._stored_lately:
+        if self._stored_lately or self._parted or self._storing:
             asyncio.get_running_loop().call_later(_REMEMBERED / 2, self._forget_old)
         else:
+            self._listens = False
             self.switch(SessionAppeared, False)
 
     @hook(SessionAppeared, switched=True)
     def poke(self, event: SessionAppeared) -> None:
-        """Its node looks again."""
-        if event.user.bare in self._stored_lately:
-            self.nodes.cast("wake", event.user.full, (event.node,))
+        """Its node looks again. What is stored comes before what is written from here on: that waits, each message with
+        its stream, until the other node has delivered what there is."""
+        user = event.user.bare
+        if user in self._parted or user in self._storing:
+            self._parted.discard(user)
+            if not self._returning.setdefault(event.node, {}):
+                self.spawn(self._let_flush(event.node), name="messages from before a split")
+            held = self._returning[event.node].setdefault(user, asyncio.get_running_loop().create_future())
+            self.sessions.hold_messages(event.user, held)
+        elif user in self._stored_lately:
+            self.nodes.cast("wake", user, (event.node,))
+
+    async def _let_flush(self, node: bytes) -> None:
+        await asyncio.sleep(0)  # with all the others that come now
+        while users := self._returning.get(node):
+            some = dict(islice(users.items(), _AT_ONCE))
+            try:
+                storing = [one for user in some for one in self._storing.get(user, ())]
+                if storing:
+                    await asyncio.wait(storing, timeout=_HELD)
+                await self.nodes.call(node, "flush", list(some), timeout=_HELD)
+            except (NodeUnreachable, CallRefused) as exc:
+                self.log.debug("messages from before a split not flushed", error=exc)
+            finally:
+                for user, held in some.items():
+                    del users[user]
+                    if not held.done():
+                        held.set_result(None)
+        self._returning.pop(node, None)
+
+    @from_node("flush")
+    async def flush_now(self, node: bytes, users: list[str]) -> None:
+        """Deliver what is stored for users who are here, and answer when that is done."""
+        await asyncio.gather(*(self._flush_whole(parse(user)) for user in users))
+
+    async def _flush_whole(self, user: JID) -> None:
+        takers = self._takers(user)
+        if not takers or self._is_retrieving(user):
+            return
+        session = max(takers, key=lambda taker: taker.priority or 0)
+        flush = self._flushes.get(session)
+        if flush is None:
+            await self._flush(session)
+        else:
+            flush.again = True
+            await flush.ended.wait()
+
+    @hook(NodeDown)
+    def note_parting(self, event: NodeDown) -> None:
+        self._apart_since.setdefault(event.node, self.clock())
+
+    @hook(NodeSynced)
+    def look_for_stored(self, event: NodeSynced) -> None:
+        """While that node did not see who is here, it stored what came for them there; for what is stored from here on
+        they are woken."""
+        since = self._apart_since.pop(event.node, self.server.started_at) - _SAW_LATER
+        if not self._apart_since:
+            self._parted.clear()  # those that were not back yet have gone
+        self.spawn(self._wake_all(since), name="offline messages of a split")
+
+    async def _wake_all(self, since: float) -> None:
+        pause = RETRY_FIRST
+        while True:
+            try:
+                users = await self.spool.freed_since(since, limit=_PARTED)
+                break
+            except StorageError as exc:
+                self.log.warning("offline messages wait", user="*", error=exc)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, RETRY_LONGEST)
+        for count, (host, username) in enumerate(users, 1):
+            user = make(username, host)
+            if self._takers(user):
+                self._wake(user)
+            if count % _AT_ONCE == 0:
+                await asyncio.sleep(0)
 
     @from_node("wake")
     def wake(self, node: bytes, user: str) -> None:

@@ -129,6 +129,7 @@ class Flush:
         self._log = log
         self._bytes = 0  # on their way
         self._room = asyncio.Event()
+        self.ended = asyncio.Event()
         self.again = True  # something was stored meanwhile
 
     async def run(self) -> None:

@@ -16,14 +16,17 @@ from xmppd.events import (
     AddressesBlocked,
     AddressesUnblocked,
     ConfigReloaded,
+    DirectedPresenceArrived,
     DirectedPresenceSending,
     Handled,
+    NodeSynced,
     PresenceBounced,
     PresenceChanged,
     PresenceSending,
     ProbeReceiving,
     SessionBecameUnavailable,
     SessionClosed,
+    SessionsLost,
     StanzaDelivering,
     UserDeleted,
     UserForgotten,
@@ -47,6 +50,8 @@ from .content import delayed, digest
 from .elsewhere import Asked, Elsewhere
 from .fanout import PIECE, Fanout
 from .last import LastKnown
+from .losses import CAME, Losses
+from .renewal import SEEN, Renewal
 
 _STATE: Final = "presence"  # in a session's state: a plain dict, which outlives a reload of this file
 _RETRY: Final = 5.0  # seconds between two looks for a database that is away
@@ -67,11 +72,21 @@ class Presence(Module[Config]):
         self._blocks = Blocks(lambda: self.service(BlockingService))  # type: ignore[type-abstract]
         self._last = LastKnown(self.clock)
         self._elsewhere = Elsewhere(self.nodes, self.sessions, self._is_near)
+        self._losses = Losses(
+            self.sessions,
+            self._blocks,
+            contacts=self._cached,
+            later=self._contacts,
+            route=self.route,
+            log=self.log,
+        )
+        self._renewal = Renewal(self.nodes, self.sessions, show=self._show_on, know=self._know, log=self.log)
 
     async def start(self) -> None:
         self.switch(StanzaDelivering, self.server.routing.iq_needs_presence)
 
     async def stop(self) -> None:
+        self._losses.finish()
         self._fanout.finish()
 
     @hook(ConfigReloaded)
@@ -107,6 +122,7 @@ class Presence(Module[Config]):
         if event.previous is None:
             self._last.forget(session.user)
             state["complete"] = False
+            session.state[CAME] = self.clock()
         try:
             await self._tell(session, presence)
         except StorageError as exc:
@@ -239,6 +255,10 @@ class Presence(Module[Config]):
         """RFC 6121 4.5.2. Plain, so that it comes before the session is taken apart."""
         session, presence = event.session, event.presence
         user, directed = session.user, self._take_directed(session)
+        if self._is_available_elsewhere(session.jid):
+            # Both were bound while their nodes did not see each other: the other one is who contacts see now.
+            self._fanout.send(user, presence, directed)
+            return
         if all(resource.priority is None for resource in self.sessions.resources(user)):
             self._last.remember(user, presence)
         contacts, blocked = self._cached(user), self._blocks.known(user)
@@ -246,6 +266,12 @@ class Presence(Module[Config]):
             self.spawn(self._end_later(user, presence, directed), name="unavailable presence")
         else:
             self._end(user, presence, directed, contacts, blocked)
+
+    def _is_available_elsewhere(self, jid: JID) -> bool:
+        return any(
+            resource.jid == jid and resource.priority is not None and resource.node is not None
+            for resource in self.sessions.resources(bare(jid))
+        )
 
     async def _end_later(self, user: JID, presence: Stanza, directed: list[JID]) -> None:
         contacts: Mapping[str, Contact] = {}
@@ -316,6 +342,61 @@ class Presence(Module[Config]):
         if directed:
             plain = presence if presence.to is None else presence.replace(to=None)
             self._fanout.send(session.user, plain, directed)
+
+    # -- nodes that come and go
+
+    @hook(SessionsLost)
+    def lose(self, event: SessionsLost) -> None:
+        """Nobody else tells their contacts here."""
+        self.spawn(self._losses.tell(event.sessions, self.clock()), name="presence of lost sessions")
+
+    @hook(DirectedPresenceArrived)
+    def meet(self, event: DirectedPresenceArrived) -> None:
+        sender, to = event.presence.from_, event.presence.to
+        if sender is None or to is None or not sender.resource or sender.domain not in self.server.hosts:
+            return
+        item = (self._cached(to) or {}).get(sender.bare)
+        if sender.bare != to.bare and (item is None or not item.is_seen):
+            here = self.sessions.sessions(to)
+            self._losses.met(event.presence, [each for each in here if to.resource in ("", each.jid.resource)])
+
+    @hook(NodeSynced)
+    def renew(self, event: NodeSynced) -> None:
+        self.spawn(self._renewal.run(event.node, event.name), name="presence for a node that is back")
+
+    @from_node(SEEN)
+    def say_seen(self, node: bytes, payload: None) -> None:
+        """What was sent before this question has been taken."""
+
+    async def _know(self, session: Session) -> None:
+        await self._contacts(session.user)
+        await self._blocks.get(session.user)
+
+    def _show_on(self, session: Session, users: set[str], node: bytes) -> int:
+        """Send a session's presence to those of `users` on a node who may see it; how many frames that were.
+        LookupError where that is not known without waiting."""
+        user, presence = session.user, session.presence
+        if presence is None or session.priority is None:
+            return 0
+        contacts, blocked = self._cached(user), self._blocks.known(user)
+        if contacts is None or blocked is None:
+            raise LookupError(user.bare)
+        found = [contacts[name].jid for name in users.intersection(contacts) if contacts[name].sees_user]
+        directed = [to for to in _state(session)["directed"].values() if to.bare in users and to not in found]
+        near = found + [to for to in directed if not to.resource]
+        near = [user] * (user.bare in users) + [to for to in near if not blocked.blocks(to)]
+        far = [to for to in directed if to.resource and not blocked.blocks(to) and self._is_on(to, node)]
+        if near or far:
+            since = _state(session)["since"]
+            shown = delayed(presence, since) if since else presence
+            if near:
+                self._fanout.send(user, shown, near, only=node)
+            for to in far:
+                self.route(shown.addressed(to))
+        return bool(near) + len(far)
+
+    def _is_on(self, jid: JID, node: bytes) -> bool:
+        return any(found.jid == jid and found.node == node for found in self.sessions.resources(bare(jid)))
 
     # -- blocking (XEP-0191 3.3, 3.4)
 

@@ -17,7 +17,7 @@ PIECE: Final = 500  # recipients between two turns of the loop: some 5 ms when a
 
 
 class Multicast(Protocol):
-    def __call__(self, stanza: Stanza, users: Iterable[JID], /) -> None: ...
+    def __call__(self, stanza: Stanza, users: Iterable[JID], /, *, only: bytes | None = None) -> None: ...
 
 
 class Spawn(Protocol):
@@ -30,6 +30,7 @@ class _Job:
     targets: Sequence[JID]
     wanted: Callable[[JID], bool] | None
     done: asyncio.Future[None]
+    only: bytes | None = None
     next: int = 0
 
 
@@ -50,20 +51,27 @@ class Fanout:
         self._queues: dict[str, deque[_Job]] = {}
 
     def send(
-        self, user: JID, presence: Stanza, targets: Sequence[JID], wanted: Callable[[JID], bool] | None = None
+        self,
+        user: JID,
+        presence: Stanza,
+        targets: Sequence[JID],
+        wanted: Callable[[JID], bool] | None = None,
+        *,
+        only: bytes | None = None,
     ) -> asyncio.Future[None] | None:
         """Send a presence without `to` of one of the user's resources. None when all is done, else a future that ends
-        when it is; `wanted` is asked once more for each target that is sent to later than now."""
+        when it is; `wanted` is asked once more for each target that is sent to later than now. `only`: to local users'
+        resources on that other node."""
         queue = self._queues.get(user.bare)
         if queue is None and len(targets) <= PIECE:
-            self._piece(presence, targets)
+            self._piece(presence, targets, only)
             return None
-        job = _Job(presence, targets, wanted, asyncio.get_running_loop().create_future())
+        job = _Job(presence, targets, wanted, asyncio.get_running_loop().create_future(), only)
         if queue is not None:
             queue.append(job)
             return job.done
         queue = self._queues[user.bare] = deque([job])
-        self._piece(presence, targets[:PIECE])
+        self._piece(presence, targets[:PIECE], only)
         job.next = PIECE
         self._spawn(self._drain(user.bare, queue), name="presence for many")
         return job.done
@@ -89,17 +97,18 @@ class Fanout:
         if ended:
             queue.popleft()
         try:
-            self._piece(job.presence, some if job.wanted is None else [jid for jid in some if job.wanted(jid)])
+            wanted = some if job.wanted is None else [jid for jid in some if job.wanted(jid)]
+            self._piece(job.presence, wanted, job.only)
         finally:
             if ended and not job.done.done():
                 job.done.set_result(None)
 
-    def _piece(self, presence: Stanza, targets: Sequence[JID]) -> None:
+    def _piece(self, presence: Stanza, targets: Sequence[JID], only: bytes | None) -> None:
         near: list[JID] = []
         far: list[JID] = []
         for target in targets:
             (near if self._is_local(target) else far).append(target)
         if near:
-            self._multicast(presence, near)
+            self._multicast(presence, near, only=only)
         for target in far:
             self._route(presence.addressed(target))

@@ -7,6 +7,8 @@ Scenarios:
     chat      pairs of users write to each other
     login     sessions are set up, up to the answer to the first ping
     idle      sessions do nothing: memory per session
+    cluster   chat with the two ends of each pair on different nodes, and, for comparison, on one node; or, with --rows,
+              how a node joins another one that has so many sessions
     register  accounts are made in band, on a server that allows it (--target needed)
 
 The accounts are u00000, u00001 ... with the passwords p00000, p00001 ... On a server named with --target they must be
@@ -29,15 +31,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import bench_join
+from bench_join import Failed
 from sampling import Sample
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "loadgen"
-UNIT = {"chat": "message", "login": "login", "idle": "session", "register": "account"}
-
-
-class Failed(Exception):
-    """There is no result; the text says why."""
+UNIT = {"chat": "message", "cluster": "message", "login": "login", "idle": "session", "register": "account"}
 
 
 @dataclass
@@ -54,9 +54,15 @@ class Server:
 def main() -> None:
     arguments = parse(sys.argv[1:])
     try:
+        if arguments.rows:
+            with tempfile.TemporaryDirectory(prefix="xmppd-bench-") as folder:
+                found = bench_join.measure(arguments.rows, Path(folder), arguments.server_cpus)
+            print(json.dumps({"scenario": arguments.scenario, **found}))
+            return
         generator = build()
         with server_for(arguments) as (server, cache):
-            print(json.dumps(run(generator, server, cache, arguments)))
+            measured = run_cluster if arguments.scenario == "cluster" else run
+            print(json.dumps(measured(generator, server, cache, arguments)))
     except Failed as failure:
         print(f"bench: {failure}", file=sys.stderr)
         sys.exit(1)
@@ -82,6 +88,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     load.add_argument(
         "--depth", choices=["full", "bind"], default="full", help="login: with roster and presence, or not"
     )
+    load.add_argument(
+        "--layout", choices=["both", "cross", "same"], default="both", help="cluster: the ends of a pair on which nodes"
+    )
+    load.add_argument("--rounds", type=int, default=1, help="cluster: cross and same by turns, so often; medians")
+    load.add_argument("--rows", type=int, help="cluster: measure no chat, but the join of a node with so many sessions")
     load.add_argument("--warm", type=float, default=1.5, metavar="S", help="before measuring")
     load.add_argument("--time", type=float, default=5, metavar="S", help="of measuring")
     load.add_argument("--settle", type=float, default=3, metavar="S", help="idle: before measuring memory")
@@ -97,18 +108,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     own = parser.add_argument_group("a server of our own")
     own.add_argument("--config", metavar="FILE", help="YAML merged over the node's configuration")
-    own.add_argument("--server-cpus", metavar="LIST", help="CPUs the node may run on")
+    own.add_argument("--nodes", type=int, default=2, help="cluster: how many")
+    own.add_argument("--server-cpus", metavar="LIST", help="CPUs the nodes may run on")
     arguments = parser.parse_args(argv)
 
     default_users = {"login": 600, "idle": 1000}.get(arguments.scenario, 200)
     arguments.users = arguments.users or (2 * arguments.pairs if arguments.pairs else default_users)
-    if arguments.scenario == "chat" and arguments.users % 2:
-        parser.error("chat needs an even number of users")
+    if arguments.scenario in ("chat", "cluster") and arguments.users % 2:
+        parser.error(f"{arguments.scenario} needs an even number of users")
+    check_cluster(parser, arguments)
     if arguments.scenario == "register" and not arguments.target:
         parser.error("register needs --target")
     if arguments.auth == "plain" and arguments.tls == "none":
         parser.error("--auth plain needs --tls: no server should take a password in the clear")
     return arguments
+
+
+def check_cluster(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.scenario != "cluster":
+        if arguments.rows is not None:
+            parser.error(f"--rows is for cluster, not for {arguments.scenario}")
+        return
+    if arguments.rows is not None and arguments.rows < 1:
+        parser.error("--rows needs one session at least")
+    if arguments.rows is not None and arguments.target:
+        parser.error("--rows measures nodes of its own: it reaches into their processes")
+    if arguments.rounds < 1 or arguments.nodes < 2 or (arguments.target and "," not in arguments.target):
+        parser.error("cluster needs two nodes, and one round at least")
 
 
 # ---------------------------------------------------------------------------------------------- the generator
@@ -138,8 +164,11 @@ def build() -> Path:
     return program
 
 
-def generator_arguments(scenario: str, server: Server, cache: str, arguments: argparse.Namespace) -> list[str]:
+def generator_arguments(
+    scenario: str, server: Server, cache: str, arguments: argparse.Namespace, layout: str
+) -> list[str]:
     options = {
+        "layout": layout,
         "target": server.direct_tls if arguments.tls == "direct" else server.plain,
         "host": server.host,
         "tls": arguments.tls,
@@ -198,16 +227,18 @@ def server_for(arguments: argparse.Namespace) -> Iterator[tuple[Server, str]]:
         return
     with tempfile.TemporaryDirectory(prefix="xmppd-bench-") as folder:
         devcluster = [sys.executable, str(HERE / "devcluster.py")]
-        up = [*devcluster, "up", "1", "--dir", f"{folder}/cluster", "--json", "--plain"]
+        count = arguments.nodes if arguments.scenario == "cluster" else 1
+        up = [*devcluster, "up", str(count), "--dir", f"{folder}/cluster", "--json", "--plain"]
         up += ["--config", arguments.config] if arguments.config else []
         up += ["--cpus", arguments.server_cpus] if arguments.server_cpus else []
         try:
             started = subprocess.run(up, stdout=subprocess.PIPE, text=True)
             if started.returncode:
                 raise Failed("the node did not start")
-            node = json.loads(started.stdout)
-            register(node, arguments)
-            yield Server(node["c2s"], node["c2s_tls"], node["hosts"][0], [node["pid"]]), f"{folder}/scram"
+            nodes = [json.loads(line) for line in started.stdout.splitlines()]
+            register(nodes[0], arguments)
+            plain, direct = (",".join(node[door] for node in nodes) for door in ("c2s", "c2s_tls"))
+            yield Server(plain, direct, nodes[0]["hosts"][0], [node["pid"] for node in nodes]), f"{folder}/scram"
         finally:
             subprocess.run([*devcluster, "down", "--dir", f"{folder}/cluster"], check=False)
 
@@ -223,22 +254,44 @@ def register(node: dict[str, Any], arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------- the result
 
 
-def run(generator: Path, server: Server, cache: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    def generated(scenario: str) -> tuple[dict[str, Any], dict[str, tuple[Sample, Sample]]]:
-        return generate(
-            [str(generator), *generator_arguments(scenario, server, cache, arguments)], server, arguments.cpus
-        )
+def run(
+    generator: Path, server: Server, cache: str, arguments: argparse.Namespace, *, layout: str = "cross"
+) -> dict[str, Any]:
+    scenario = "chat" if arguments.scenario == "cluster" else arguments.scenario
 
-    if arguments.scenario == "login" and arguments.auth != "plain":
+    def generated() -> tuple[dict[str, Any], dict[str, tuple[Sample, Sample]]]:
+        options = generator_arguments(scenario, server, cache, arguments, layout)
+        return generate([str(generator), *options], server, arguments.cpus)
+
+    if scenario == "login" and arguments.auth != "plain":
         # Once without measuring: salting the passwords is the client's work, and dearer than the server's whole login.
-        generated("login")
-    result, samples = generated(arguments.scenario)
+        generated()
+    result, samples = generated()
     if result["failed"] == arguments.users:
         raise Failed("no session came up")
-    result = {"scenario": arguments.scenario, "host": server.host, "tls": arguments.tls, **result}
+    result = {"scenario": scenario, "host": server.host, "tls": arguments.tls, **result}
     if server.pids:
-        result |= costs(arguments.scenario, result, samples, server)
+        result |= costs(scenario, result, samples, server)
     return result
+
+
+def run_cluster(generator: Path, server: Server, cache: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Both layouts by turns; of each the run of which half of the others were dearer."""
+    layouts = ("cross", "same") if arguments.layout == "both" else (arguments.layout,)
+    runs: dict[str, list[dict[str, Any]]] = {layout: [] for layout in layouts}
+    for _ in range(arguments.rounds):
+        for layout in layouts:
+            runs[layout].append(run(generator, server, cache, arguments, layout=layout))
+    cost = "server_cpu_us_per_message" if server.pids else "messages_per_s"
+    found: dict[str, Any] = {"scenario": "cluster", "nodes": server.plain.count(",") + 1, "rounds": arguments.rounds}
+    for layout, results in runs.items():
+        results.sort(key=lambda one: float(one[cost]))
+        found[layout] = results[(len(results) - 1) // 2] | {f"{cost}_of_rounds": [one[cost] for one in results]}
+        for trouble in ("lost", "bounced", "failed", "closed_early"):
+            found[layout][trouble] = sum(one[trouble] for one in results)
+    if len(layouts) == 2 and found["same"][cost]:
+        found["cross_over_same"] = round(found["cross"][cost] / found["same"][cost], 3)
+    return found
 
 
 def costs(
@@ -268,6 +321,8 @@ def costs(
         }
     else:
         found[f"server_cpu_us_per_{UNIT[scenario]}"] = round(cpu * 1e6 / units, 2)
+        children = cpu - (end.own_cpu - start.own_cpu)
+        found[f"of_it_descendants_us_per_{UNIT[scenario]}"] = round(children * 1e6 / units, 2)
     if server.database_pids:
         found[f"database_cpu_us_per_{UNIT[scenario]}"] = round((end_db.cpu - start_db.cpu) * 1e6 / units, 2)
     return found

@@ -17,12 +17,14 @@ class Sample:
     rss_mb: float
     pss_mb: float  # pages shared by several processes are counted once
     machine_busy: float  # s, of all CPUs
+    own_cpu: float  # s, of `roots` without their descendants
 
     @classmethod
     def take(cls, roots: Iterable[int]) -> "Sample":
+        roots = list(roots)
         pids = with_descendants(roots)
         rss, pss = memory(pids)
-        return cls(time.monotonic(), cpu_seconds(pids), len(pids), rss, pss, machine_busy())
+        return cls(time.monotonic(), cpu_seconds(pids), len(pids), rss, pss, machine_busy(), cpu_seconds(roots))
 
 
 def stat_fields(pid: int) -> list[str]:

@@ -271,10 +271,27 @@ def test_a_node_that_stops_says_so():
     other.links.stop("leaving")
     sim.run(0.01)
 
+    assert other.links.farewells == 0
     assert one.seen(sim.id("two")) == [b"last words"]
     assert one.downs == [("two", "leaving")]
     assert other.downs == [("one", "leaving")]
     sim.run(20)
+    assert one.ups == ["two"]
+
+
+def test_a_goodbye_that_is_lost_is_said_again():
+    sim, one, other = two()
+    sim.run(3)
+    sim.cut("one", "two")
+    other.links.stop("leaving")
+    sim.run(0.1)
+    assert other.links.farewells == 1
+
+    sim.heal()
+    sim.run(1.1)
+
+    assert one.downs == [("two", "leaving")]
+    assert other.links.farewells == 0
     assert one.ups == ["two"]
 
 

@@ -165,6 +165,7 @@ async def test_a_node_that_stops_over_nats_says_goodbye(nats_links):
     one, two = await nats_links(2)
 
     two.links.stop("stopped")
+    await until(lambda: not two.links.farewells)
     await two.node.engine.stop()
 
     await until(lambda: one.downs == [(two.node.name, "stopped")])

@@ -13,6 +13,7 @@ from tests.modules.world import Place
 from xmppd.cluster.interfaces import Kind, Links, Peer
 from xmppd.cluster.replica import Replica
 from xmppd.cluster.tables import Owner, SessionTable
+from xmppd.events import NodeSynced
 from xmppd.storage import Storage
 
 NAMES = ("one", "two", "three")
@@ -83,7 +84,9 @@ class Cluster:
         self.storages.append(storage)
         links, calls = self.net.add(name)
         world = Friends(storage, Place(f"xmppd@{name}", self.net.owner(name), links, calls), strict=strict)
-        self.replicas.append(replicate(world.table, links, self.net.owner(name)))
+        replica = replicate(world.table, links, self.net.owner(name))
+        replica.on_exchanged.append(lambda peer: world.hooks.notify(NodeSynced(peer.name, peer.node)) and None)
+        self.replicas.append(replica)
         self.worlds.append(world)
         return world
 

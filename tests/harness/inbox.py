@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree.ElementTree import Element, tostring
 from xml.sax.saxutils import escape, quoteattr
 
-PATIENCE = 15.0  # seconds; what is waited for comes in milliseconds, unless the machine is busy
+PATIENCE = 30.0  # seconds; what is waited for comes in milliseconds, unless the machine is busy
 CLIENT = "{jabber:client}"
 STREAMS = "{http://etherx.jabber.org/streams}"
 STREAM_ERRORS = "{urn:ietf:params:xml:ns:xmpp-streams}"

@@ -17,7 +17,8 @@ import yaml
 from tests.harness.watcher import Watcher
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 30.0  # seconds until a node must serve or be gone
+BATCH_IDLE = 300.0  # seconds; after ten minutes the node hangs up
+PATIENCE = 60.0  # seconds until a node must serve or be gone
 _TROUBLE = re.compile(r"^\S+ (ERROR|CRITICAL)|^Traceback", re.MULTILINE)
 
 Options = dict[str, Any]
@@ -53,6 +54,7 @@ class Server:
         self.expects_trouble = False  # a test that provokes errors in the log says so
         self.process: subprocess.Popen[bytes] | None = None
         self._batch: subprocess.Popen[bytes] | None = None
+        self._batch_used = 0.0
         self._watcher: Watcher | None = None
         self._seen = 0  # how much of the log has been judged
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,6 +206,9 @@ class Server:
 
     def quick(self, *argv: str) -> str:
         """What a command prints, over one connection that stays open: milliseconds."""
+        if time.monotonic() - self._batch_used > BATCH_IDLE:
+            self._end_batch()
+        self._batch_used = time.monotonic()
         if self._batch is None:
             self._batch = subprocess.Popen(
                 [sys.executable, "-m", "xmppd.ctl", "--config", str(self.path), "batch"],

@@ -170,3 +170,27 @@ def test_no_message_is_lost_under_a_short_load(tls):
     assert result["messages"] > 0
     assert (result["lost"], result["bounced"], result["failed"], result["closed_early"]) == (0, 0, 0, 0)
     assert result["server_cpu_us_per_message"] > 0
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the load generator needs a C compiler")
+def test_no_message_between_two_nodes_is_lost_under_a_short_load():
+    measured = script("bench", "cluster", "--pairs", "5", "--warm", "0.2", "--time", "0.5")
+
+    assert measured.returncode == 0, measured.stderr
+    result = json.loads(measured.stdout)
+    assert result["nodes"] == 2
+    for layout in (result["cross"], result["same"]):
+        assert layout["messages"] > 0
+        assert (layout["lost"], layout["bounced"], layout["failed"], layout["closed_early"]) == (0, 0, 0, 0)
+        assert layout["server_processes"] == 4  # each node has a nats-server
+        assert layout["server_cpu_us_per_message"] >= layout["of_it_descendants_us_per_message"] >= 0
+
+
+def test_what_the_sessions_of_a_cluster_cost_a_newcomer_is_measured():
+    measured = script("bench", "cluster", "--rows", "1000")
+
+    assert measured.returncode == 0, measured.stderr
+    result = json.loads(measured.stdout)
+    assert result["rows"] == 1000
+    assert 0 <= result["rows_arrive_s"] < result["join_s"]
+    assert set(result["longest_pause_ms"]) == {"owner", "newcomer"}

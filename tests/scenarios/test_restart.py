@@ -60,6 +60,7 @@ async def test_what_was_stored_is_there_after_a_restart(fresh, end):
     assert await scene.stored("nurse") == 5
     scene.account("mercutio")
     romeo.send_message("mercutio@localhost", "once")
+    await romeo.sync()
     assert await scene.stored("mercutio") == 1
     mercutio = await scene.raw_login("mercutio")
     assert await bodies(mercutio, 1) == ["once"]

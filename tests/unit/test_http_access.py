@@ -112,7 +112,10 @@ def test_a_token_may_what_it_was_made_with():
         ({"api_permissions": {"a": {"who": "all", "what": []}}}, "expected at least 1 entry"),
         ({"api_permissions": {"a": {"who": {"token": []}, "what": "*"}}}, "an empty list of tokens"),
         ({"api_permissions": {"a": {"who": "all", "what": "Stats!"}}}, "expected a command, a pattern"),
-        ({"api_permissions": {"a": {"who": "all", "what": "*", "from": "ctl"}}}, "expected one of http, observer, got"),
+        (
+            {"api_permissions": {"a": {"who": "all", "what": "*", "from": "ctl"}}},
+            "expected one of http, observer, got 'ctl'",
+        ),
         ({"api_tokens": {"grafana": "abc"}}, "expected the SHA-256 of the token, 64 hexadecimal digits"),
     ],
 )

@@ -352,22 +352,26 @@ def test_a_repair_that_changes_nothing_tells_nothing():
     assert table.count() == 1
 
 
-def test_who_goes_with_an_owner_is_told_except_who_is_bound_elsewhere():
+def test_who_goes_with_an_owner_is_told_except_who_is_as_available_elsewhere():
     table, gone = SessionTable(), []
-    for number in range(3):
+    for number in range(4):
         put(table, FAR, f"user{number}@example.net/r", 5, number)
-    own(table, "user1@example.net/r", 6)
+    put(table, FAR, "silent@example.net/r", 5)
+    own(table, "user1@example.net/r", 6, 0)
+    own(table, "silent@example.net/r", 6)
     put(table, NEAR, "user1@example.net/other", 1)
     for _ in range(2):  # each observer has an iterator of its own
         table.on_vanished.append(lambda owner, rows: gone.append((owner, rows)))
 
     table.drop(FAR)
-    put(table, NEAR, "user2@example.net/r", 7)  # between the death and the reading
+    put(table, NEAR, "user2@example.net/r", 7, 0)  # between the death and the reading
+    own(table, "user3@example.net/r", 7)  # bound, and nobody sees it yet
 
     for owner, rows in gone:
         assert owner == FAR
-        assert [(row.jid.full, row.priority) for row in rows] == [("user0@example.net/r", 0)]
-    assert table.count() == 3
+        for _ in range(2):
+            assert [row.jid.full for row in rows] == ["user0@example.net/r", "user3@example.net/r"]
+    assert table.count() == 5
     assert table.rows("user0@example.net") == {}
 
 

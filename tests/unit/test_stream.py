@@ -110,6 +110,8 @@ def test_an_ordinary_prolog_is_accepted(prolog):
         (b"<?xml version='1.0'?><!DOCTYPE stream SYSTEM 'http://localhost/x'>", "restricted-xml"),
         (b"<!-- hello -->", "restricted-xml"),
         (b"<?php echo ?>", "restricted-xml"),
+        (b"<?xml-stylesheet href='x'?>", "restricted-xml"),
+        (b"<?xml?>", "restricted-xml"),
         (b"<?xml version='1.0'?><?x y?>", "restricted-xml"),
         (b"GET / HTTP/1.1\r\n", "not-well-formed"),
         (b"\x16\x03\x01\x02\x00\x01", "not-well-formed"),

@@ -25,10 +25,14 @@ def tool(name: str) -> ModuleType:
     return module
 
 
-sampling, devnode, devcluster, bench, announce = map(tool, ("sampling", "devnode", "devcluster", "bench", "announce"))
+sampling, devnode, devcluster, _, bench, announce = map(
+    tool, ("sampling", "devnode", "devcluster", "bench_join", "bench", "announce")
+)
 
 
-@pytest.mark.parametrize("name", ["run", "test", "check", "lock", "devcluster", "bench", "tools/venv.sh", "../.ci/run"])
+@pytest.mark.parametrize(
+    "name", ["run", "test", "check", "lock", "devcluster", "bench", "tools/venv.sh", "tools/ejabberd.sh", "../.ci/run"]
+)
 def test_shell_scripts_parse(name):
     done = subprocess.run(["bash", "-n", str(ROOT / "scripts" / name)], capture_output=True, text=True)
 
@@ -252,6 +256,11 @@ def test_a_sample_counts_a_process_with_its_descendants():
         ["chat", "--users", "3"],
         ["register"],
         ["login", "--auth", "plain"],
+        ["cluster", "--users", "3"],
+        ["cluster", "--target", "127.0.0.1:5222"],
+        ["cluster", "--rows", "0"],
+        ["cluster", "--rows", "5", "--target", "127.0.0.1:5222,127.0.0.1:5223"],
+        ["chat", "--rows", "5"],
         ["juggle"],
     ],
 )
@@ -269,3 +278,22 @@ def test_bench_says_what_to_install_when_there_is_no_compiler(monkeypatch, tmp_p
 
     with pytest.raises(bench.Failed, match="apt-get install gcc"):
         bench.build()
+
+
+def test_of_several_rounds_the_middle_one_counts_and_trouble_adds_up(monkeypatch):
+    costs = iter([90.0, 40.0, 70.0, 60.0, 80.0, 50.0])  # cross and same by turns
+
+    def run(generator, server, cache, arguments, *, layout):
+        return {"layout": layout, "server_cpu_us_per_message": next(costs), "lost": 1} | dict.fromkeys(
+            ("bounced", "failed", "closed_early"), 0
+        )
+
+    monkeypatch.setattr(bench, "run", run)
+    arguments = bench.parse(["cluster", "--rounds", "3"])
+
+    found = bench.run_cluster(Path("loadgen"), bench.Server("a:1,b:2", "", "localhost", [1, 2]), "", arguments)
+
+    assert found["nodes"] == 2
+    assert (found["cross"]["server_cpu_us_per_message"], found["same"]["server_cpu_us_per_message"]) == (80.0, 50.0)
+    assert (found["cross_over_same"], found["cross"]["lost"]) == (1.6, 3)
+    assert found["same"]["server_cpu_us_per_message_of_rounds"] == [40.0, 50.0, 60.0]

@@ -49,7 +49,8 @@ class Router(Protocol):
 
 
 class Server(Protocol):
-    """The node. `status` is `starting` until every listener is open, then `started`, and from stop() on `stopping`."""
+    """The node. `status` is `starting`, `syncing` until the other members' tables and every listener are there, then
+    `started`, and from stop() on `stopping`."""
 
     @property
     def node(self) -> str: ...

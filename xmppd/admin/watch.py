@@ -11,7 +11,7 @@ the links of the node that is asked.
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, Final, NamedTuple
@@ -189,11 +189,12 @@ class Watch:
         for fields in events:
             self._show(Event(*map(str, fields[:5])))
 
-    def _vanished(self, owner: Owner, rows: Iterator[SessionRow]) -> None:
+    def _vanished(self, owner: Owner, rows: Iterable[SessionRow]) -> None:
         """The sessions of a node went with it, perhaps very many: in pieces, so that nothing else has to wait."""
         if not self._watchers:
             return
         node = self._names.get(owner.member, str(owner))
+        rows = iter(rows)
         some = list(islice(rows, BATCH))
         for row in some:
             self._show(self._event("session_closed", node, row.jid.full, "its node is gone"))

@@ -6,7 +6,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 from xmppd.auth import Auth
 from xmppd.c2s.connection import Connection, Settings
@@ -30,6 +30,13 @@ class Address:
     tls: bool
 
 
+class _TurnedAway(asyncio.Protocol):
+    """A client there is no room for. It is not told why: that would take a file while it listens."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).abort()
+
+
 class ClientListener:
     """Accepts clients on one address; knows its connections until they are gone."""
 
@@ -46,7 +53,9 @@ class ClientListener:
         parts: Callable[[], Parts],
         ticks: Ticks,
         spawn: Spawn,
+        room: int,
     ) -> None:
+        """`room`: how many clients the node takes, those of other listeners included."""
         self._ip = ip
         self._port = port
         self._direct_tls = direct_tls
@@ -57,6 +66,7 @@ class ClientListener:
         self._parts = parts
         self._ticks = ticks
         self._spawn = spawn
+        self._room = room
         self._server: asyncio.Server | None = None
         self._connections: set[Connection] = set()
         self._gone: asyncio.Event | None = None
@@ -71,10 +81,15 @@ class ClientListener:
         _log.info("listening", module="c2s", ip=self._ip, port=port, tls=self._direct_tls)
         return Address(self._ip, port, self._direct_tls)
 
-    def _accept(self) -> Connection:
-        log = _log.bind(secrets.token_hex(2))
+    def _accept(self) -> asyncio.Protocol:
         parts = self._parts()
+        if parts.counters.open >= self._room:
+            parts.counters.refused += 1
+            _log.warning("client connection refused", connections=parts.counters.open)
+            return _TurnedAway()
+        log = _log.bind(secrets.token_hex(2))
         parts.counters.accepted += 1
+        parts.counters.open += 1
         connection = Connection(
             self.settings,
             self._ticks,
@@ -91,6 +106,7 @@ class ClientListener:
 
     def _forget(self, connection: Connection) -> None:
         self._connections.discard(connection)
+        connection.counters.open -= 1
         if self._gone is not None and not self._connections:
             self._gone.set()
 

@@ -170,6 +170,8 @@ class Session:
     def guard(self, module: str, on: bool) -> None:
         """Whether a module wants to see every stanza of this session."""
         self.guards = self.guards | {module} if on else self.guards - {module}
+        if self.priority is not None:  # else the others hear of it when it becomes available
+            self._parts.manager.set_priority(self._row, self.priority, guarded=bool(self.guards))
 
     def _stamp(self, stanza: Stanza) -> Stanza:
         """A stanza that was parsed before the resource was bound (pipelined behind the bind request)."""
@@ -241,7 +243,7 @@ class Session:
         new = _priority(presence) if priority is None else priority
         previous, self.priority, self.presence = self.presence, new, presence
         presence.forget_element()
-        self.parts.manager.set_priority(self._row, new)
+        self.parts.manager.set_priority(self._row, new, guarded=bool(self.guards))
         changed = hooks.notify(PresenceChanged(self, presence, previous))
         came = None
         if old is None or (old < 0 <= new):

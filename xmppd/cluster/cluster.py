@@ -20,7 +20,7 @@ from xmppd.cluster.links import LinkSet
 from xmppd.cluster.membership import MEMBER, REMOVED, Identity, Membership, Node, Store
 from xmppd.cluster.replica import Replica
 from xmppd.errors import NodeUnreachable, StorageError, StorageUnavailable, XmppdError
-from xmppd.events import NodeDown, NodeUp
+from xmppd.events import NodeDown, NodeSynced, NodeUp
 from xmppd.hooks import Hooks
 from xmppd.log import get_logger
 
@@ -105,6 +105,7 @@ class Cluster:
         links.on_up(self._up)
         links.on_down(self._down)
         replica.on_synced.append(lambda peer: self._changed.set())
+        replica.on_exchanged.append(lambda peer: self._notify(NodeSynced(peer.name, peer.node)))
         calls.on_cast(_MEMBERS, self._told)
         calls.on_call(_CARD, lambda peer, payload: self.card().as_json())
 
@@ -134,8 +135,9 @@ class Cluster:
         self._done = True
         if self._beating is not None:
             self._beating.cancel()
-        await self._flush()
+        await self._until(lambda: not self.links.queued)  # what the ending sessions have said goes out first
         self.links.stop()
+        await self._until(lambda: not self.links.farewells)
         self.replica.stop()
         async with self._turning:
             await self._stop_engine()
@@ -145,10 +147,9 @@ class Cluster:
         except (StorageError, TimeoutError):
             log.debug("lease not released")
 
-    async def _flush(self) -> None:
-        """What the ending sessions have said goes out first."""
+    async def _until(self, condition: Callable[[], bool]) -> None:
         deadline = self._loop.time() + FLUSH
-        while self.links.queued and self._loop.time() < deadline:  # noqa: ASYNC110
+        while not condition() and self._loop.time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     @property

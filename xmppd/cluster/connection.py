@@ -1,27 +1,19 @@
 """Our connection to NATS: kept up, watched, subscribed again after each loss.
 
-The client library's own reconnecting is not used: it hides for how long we heard nothing, replays what has waited, and
-gives up for good at some errors. Here a lost connection is thrown away, and each new one begins with `on_up`.
+A lost connection is thrown away with all that waited in it, and each new one begins with `on_up`: nobody is left to
+believe that nothing was lost.
 """
 
 import asyncio
-import ssl
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Final
 
-import nats.errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
-
+from xmppd.cluster.nats_client import Handler, NatsClient, NobodyAnswers, Server
+from xmppd.cluster.nats_protocol import NatsError
 from xmppd.errors import NodeUnreachable
 from xmppd.log import get_logger
 
-MAX_WAITING: Final = 16 * 1024 * 1024  # bytes that wait to be written; beyond it packets are dropped
-_PENDING_MESSAGES: Final = 512 * 1024
-_PENDING_BYTES: Final = 128 * 1024 * 1024
-_CONNECT_TIMEOUT: Final = 2  # seconds
+_FLUSH_TIMEOUT: Final = 2.0  # seconds
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
 _PING: Final = 2.0
@@ -29,25 +21,12 @@ _MISSED: Final = 3  # pings without an answer
 
 log = get_logger("cluster")
 
-Handler = Callable[[Msg], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """Where to connect, and as whom."""
-
-    url: str  # nats://address:port or tls://...
-    user: str | None = None
-    password: str | None = None
-    tls: ssl.SSLContext | None = None
-    token: str | None = None
-
 
 class Connection:
     """One connection at a time, to the first of `servers()` that takes it.
 
-    `on_up(first)` is called when it stands and is subscribed; `on_lost()` when it is gone; `on_dropped()` when messages
-    came too fast, and some are lost; `on_stuck()` when the server keeps the connection and is silent.
+    `on_up(first)` is called when it stands and is subscribed; `on_lost()` when it is gone; `on_stuck()` when the server
+    keeps the connection and is silent. Nothing that has come is dropped here: where we are too slow, the server closes.
     """
 
     def __init__(
@@ -57,7 +36,6 @@ class Connection:
         *,
         on_up: Callable[[bool], None],
         on_lost: Callable[[], None],
-        on_dropped: Callable[[], None],
         on_stuck: Callable[[], None],
     ) -> None:
         self.last_error = ""
@@ -65,24 +43,19 @@ class Connection:
         self._servers = servers
         self._on_up = on_up
         self._on_lost = on_lost
-        self._on_dropped = on_dropped
         self._on_stuck = on_stuck
-        self._client: Client | None = None
-        self._handlers: dict[str, Handler] = {}
-        self._queues: dict[str, str] = {}
-        self._present: dict[str, Subscription] = {}  # of the present client
-        self._subscribing = asyncio.Lock()
-        self._changed = asyncio.Event()
+        self._client: NatsClient | None = None
+        self._handlers: dict[str, tuple[Handler, str]] = {}  # by subject, with the queue
         self._task: asyncio.Task[None] | None = None
         self._up = asyncio.Event()
         self._stopping = False
         self._kick = asyncio.Event()
 
     @property
-    def client(self) -> Client | None:
-        """The library's connection while it stands."""
+    def client(self) -> NatsClient | None:
+        """The connection while it stands."""
         client = self._client
-        return client if client is not None and client.is_connected else None
+        return client if client is not None and not client.closed.is_set() else None
 
     async def start(self, timeout: float) -> None:
         """Returns when it stands. NodeUnreachable when that takes too long; it goes on trying all the same."""
@@ -101,33 +74,30 @@ class Connection:
         """Close it for good."""
         task, self._task = self._task, None
         self._stopping = True
-        while task is not None and not task.done():
-            task.cancel()  # more than once: the library swallows it in some places
-            await asyncio.wait([task], timeout=0.5)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
 
     async def handle(self, subject: str, handler: Handler | None, *, queue: str = "") -> None:
         """Who gets what comes to a subject, on this connection and all later ones. None: nobody any more. Of all that
-        share a `queue`, one gets each message."""
+        share a `queue`, one gets each message. A handler does not wait, and raises nothing."""
         if handler is None:
             self._handlers.pop(subject, None)
         else:
-            self._handlers[subject] = handler
-            self._queues[subject] = queue
+            self._handlers[subject] = handler, queue
         client = self.client
         if client is None:
             return
         try:
-            await self._subscribe(client)
-        except (OSError, nats.errors.Error, TimeoutError) as exc:
+            async with asyncio.timeout(_FLUSH_TIMEOUT):
+                await self._subscribe(client)
+        except (NatsError, TimeoutError) as exc:
             log.debug("subscription failed", subject=subject, error=repr(exc))  # comes again with the next connection
 
     def publish(self, subject: str, payload: bytes) -> bool:
         """Hand a message over without waiting; False when it is lost."""
         client = self._client
-        if client is None or not client.is_connected or client.pending_data_size > MAX_WAITING:
-            return False
-        _run_now(client.publish(subject, payload))
-        return True
+        return client is not None and client.publish(subject, payload)
 
     async def request(self, subject: str, payload: bytes, timeout: float) -> bytes:
         """The first answer. Raises `NodeUnreachable`."""
@@ -135,12 +105,12 @@ class Connection:
         if client is None:
             raise NodeUnreachable("no connection to NATS")
         try:
-            return bytes((await client.request(subject, payload, timeout=timeout)).data)
-        except nats.errors.NoRespondersError:
-            raise NodeUnreachable("nobody answers to this name") from None
-        except (nats.errors.TimeoutError, TimeoutError):
+            return await client.request(subject, payload, timeout)
+        except NobodyAnswers as exc:
+            raise NodeUnreachable(str(exc)) from None
+        except TimeoutError:
             raise NodeUnreachable(f"no answer within {timeout:g} s") from None
-        except (nats.errors.Error, OSError, ValueError) as exc:
+        except NatsError as exc:
             raise NodeUnreachable(f"NATS: {exc}") from exc
 
     async def _keep(self) -> None:
@@ -148,7 +118,7 @@ class Connection:
         while not self._stopping:
             try:
                 client = await self._connect()
-            except Exception as exc:  # a fault of the library must not end this task
+            except Exception as exc:  # a bug must not end this task
                 log.error("nats connection failed", exc=exc)
                 client = None
             if client is None:
@@ -169,114 +139,63 @@ class Connection:
                 await self._watch(client)
             finally:
                 self._client = None
-                await _discard(client)
+                await client.close()
+                self.last_error = client.error
             if not self._stopping:
                 self._on_lost()
 
-    async def _connect(self) -> Client | None:
+    async def _connect(self) -> NatsClient | None:
         for server in self._servers():
-            client = Client()
-            self._changed.clear()
-            self.last_error = ""
+            client = None
             try:
-                async with asyncio.timeout(2 * _CONNECT_TIMEOUT):
-                    await client.connect(
-                        server.url,
-                        name=self._name,
-                        user=server.user,
-                        password=server.password,
-                        token=server.token,
-                        tls=server.tls,
-                        allow_reconnect=False,
-                        max_reconnect_attempts=1,  # of the first attempt; endless otherwise
-                        reconnect_time_wait=0,
-                        connect_timeout=_CONNECT_TIMEOUT,
-                        ping_interval=3600,  # we ask ourselves, see _watch
-                        pending_size=4 * MAX_WAITING,  # `publish` looks at our own limit, and never waits
-                        flusher_queue_size=65536,
-                        skip_subject_validation=True,  # ours are made of hex digits
-                        error_cb=self._error,
-                        closed_cb=self._closed,
-                    )
-                    await self._subscribe(client, afresh=True)
-            except (OSError, nats.errors.Error, TimeoutError, ssl.SSLError, ValueError) as exc:
-                self.last_error = self.last_error or str(exc) or type(exc).__name__
-                await _discard(client)
+                client = await NatsClient.open(server, self._name)
+                async with asyncio.timeout(_FLUSH_TIMEOUT):
+                    while await self._subscribe(client):
+                        pass
+            except (NatsError, OSError, ValueError) as exc:  # TimeoutError and those of TLS are OSErrors
+                self.last_error = str(exc) or "no answer"
+                if client is not None:
+                    client.abort()
                 continue
             except BaseException:
-                await _discard(client)
+                if client is not None:
+                    client.abort()
                 raise
             return client
         return None
 
-    async def _subscribe(self, client: Client, *, afresh: bool = False) -> None:
-        """Make the client's subscriptions those of `_handlers`; they are in force when this returns."""
-        async with self._subscribing:
-            if afresh:
-                self._present = {}
-            present = self._present
-            while changed := self._handlers.keys() ^ present.keys():
-                for subject in changed:
-                    handler = self._handlers.get(subject)
-                    if handler is None:
-                        await present.pop(subject).unsubscribe()
-                        continue
-                    present[subject] = await client.subscribe(
-                        subject,
-                        queue=self._queues.get(subject, ""),
-                        cb=handler,
-                        pending_msgs_limit=_PENDING_MESSAGES,
-                        pending_bytes_limit=_PENDING_BYTES,
-                    )
-                for _ in range(2):  # the first ping may overtake what the library has not written yet
-                    await client.flush(_CONNECT_TIMEOUT)
+    async def _subscribe(self, client: NatsClient) -> bool:
+        """Make the client's subscriptions those of `_handlers`, in force when this returns. Whether that was news."""
+        gone = client.sids.keys() - self._handlers.keys()
+        for subject in gone:
+            client.unsubscribe(subject)
+        new = self._handlers.keys() - client.sids.keys()
+        for subject, (handler, queue) in self._handlers.items():
+            client.subscribe(subject, handler, queue)
+        if gone or new:
+            await client.flush()
+        return bool(gone or new)
 
-    async def _watch(self, client: Client) -> None:
+    async def _watch(self, client: NatsClient) -> None:
         """Returns when the connection is of no use any more."""
         missed = 0
-        while client.is_connected and not self._stopping:
+        while not self._stopping:
             try:
                 async with asyncio.timeout(_PING):
-                    await self._changed.wait()
+                    await client.closed.wait()
                 return
             except TimeoutError:
                 pass
             try:
                 async with asyncio.timeout(_PING):
-                    await client.flush(60)
+                    await client.flush()
                 missed = 0
-            except (TimeoutError, OSError, nats.errors.Error):
+            except (NatsError, TimeoutError):
                 missed += 1
             if missed >= _MISSED:
+                client.error = "no answer"
                 self._on_stuck()
                 return
 
-    async def _error(self, error: Exception) -> None:
-        if isinstance(error, nats.errors.SlowConsumerError):
-            self._on_dropped()
-            return
-        self.last_error = str(error) or type(error).__name__
-        log.debug("nats client", error=repr(error))
 
-    async def _closed(self) -> None:
-        self._changed.set()
-
-
-def _run_now(step: Coroutine[Any, Any, None]) -> None:
-    """Run what has no reason to wait: the library has queued the message when it would, and writes it by and by."""
-    try:
-        step.send(None)
-    except StopIteration:
-        return
-    except nats.errors.Error as exc:
-        log.debug("nats client", error=repr(exc))
-        return
-    step.close()
-
-
-async def _discard(client: Client) -> None:
-    try:
-        async with asyncio.timeout(1):
-            await client.close()
-    except (TimeoutError, OSError, nats.errors.Error):
-        pass
+__all__ = ["Connection", "Handler", "Server"]

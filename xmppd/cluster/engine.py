@@ -11,8 +11,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from nats.aio.msg import Msg
-
 from xmppd.cluster import nats_config, pki, subjects
 from xmppd.cluster.addresses import Resolver, split
 from xmppd.cluster.child import Child, NatsServerError, find_nats_server
@@ -171,7 +169,6 @@ class Engine:
                 self._servers,
                 on_up=self._up,
                 on_lost=self._lost,
-                on_dropped=self._slow,
                 on_stuck=self._stuck,
             )
             await self._subscribe_all(self._connection)
@@ -369,31 +366,31 @@ class Engine:
         if self._options.nats_url is None:
             await connection.handle(nats_config.DISCONNECTED, self._client_gone)
 
-    async def _take(self, message: Msg) -> None:
+    def _take(self, subject: str, reply: str, data: bytes) -> None:
         self.received += 1
         try:
-            self.on_packet(message.data)
+            self.on_packet(data)
         except Exception as exc:
             log.error("packet failed", exc=exc)
 
-    async def _hello(self, message: Msg) -> None:
-        handler = self._hellos.get(message.subject)
+    def _hello(self, subject: str, reply: str, data: bytes) -> None:
+        handler = self._hellos.get(subject)
         if handler is not None and len(self._tasks) < _HELLOS:
-            self._spawn(self._answer(handler, message), "cluster hello")
+            self._spawn(self._answer(handler, reply, data), "cluster hello")
 
-    async def _answer(self, handler: HelloHandler, message: Msg) -> None:
+    async def _answer(self, handler: HelloHandler, reply: str, data: bytes) -> None:
         try:
-            answer = await handler(message.data)
+            answer = await handler(data)
         except Exception as exc:
             log.error("hello failed", exc=exc)
             return
-        if answer is not None and message.reply and self._connection is not None:
-            self._connection.publish(message.reply, answer)
+        if answer is not None and reply and self._connection is not None:
+            self._connection.publish(reply, answer)
 
-    async def _client_gone(self, message: Msg) -> None:
+    def _client_gone(self, subject: str, reply: str, data: bytes) -> None:
         try:
-            node = subjects.node_of(json.loads(message.data)["client"].get("name", ""))
-        except (ValueError, LookupError, AttributeError, TypeError):
+            node = subjects.node_of(json.loads(data)["client"].get("name", ""))
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
             return
         self._suspect(node)
 
@@ -457,10 +454,6 @@ class Engine:
     def _lost(self) -> None:
         log.warning("nats connection lost", error=self._connection.last_error if self._connection else "")
 
-    def _slow(self) -> None:
-        log.debug("nats client dropped a packet")
-        self._gap()
-
     def _stuck(self) -> None:
         log.warning("nats server does not answer", pid=self.child_pid)
         if self._child is not None:
@@ -479,12 +472,12 @@ class Engine:
         task.add_done_callback(self._tasks.discard)
 
 
-def _calling(handler: Hear) -> Callable[[Msg], Awaitable[None]]:
-    async def heard(message: Msg) -> None:
+def _calling(handler: Hear) -> Hear:
+    def heard(subject: str, reply: str, data: bytes) -> None:
         try:
-            handler(message.subject, message.reply, message.data)
+            handler(subject, reply, data)
         except Exception as exc:
-            log.error("observer's message failed", subject=message.subject, exc=exc)
+            log.error("observer's message failed", subject=subject, exc=exc)
 
     return heard
 

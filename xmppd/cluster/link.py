@@ -39,7 +39,7 @@ from xmppd.cluster.frames import (
     text,
 )
 from xmppd.cluster.interfaces import Peer
-from xmppd.cluster.link_types import Counts, Down, Event, Incompatible, Local, State, Up, Way
+from xmppd.cluster.link_types import Counts, Down, Event, Farewell, Incompatible, Local, State, Up, Way
 from xmppd.cluster.tables import Owner
 
 DIRECT_BEATS: Final = 3
@@ -425,6 +425,7 @@ class Link:
             reason, _ = read_text(data, HEADER.size)
             self._go_down(reason or "goodbye", "goodbye", now)
             self._beat_at = now + self._local.settings.heartbeat
+            self._beat(now)  # of another session: so it knows that we have understood
             return
         if header.number > self._in.number and not self._in.early and now - self._greeted_at >= GREET_EVERY:
             self._greeted_at = now
@@ -437,12 +438,14 @@ class Link:
 
     # The end
 
-    def close(self, reason: str, now: float) -> None:
-        """Go down and say so."""
-        if self.state is State.UP:
-            for _ in range(2):  # nobody repeats it when it is lost
-                self._emit(self._header(GOODBYE, 0, self._out.number, now) + text(reason), now)
-            self._go_down(reason, "local", now)
+    def close(self, reason: str, now: float) -> Farewell | None:
+        """Go down and say so; what was said, None when the link was down."""
+        if self.state is not State.UP:
+            return None
+        farewell = Farewell(self._theirs, self._header(GOODBYE, 0, self._out.number, now) + text(reason))
+        self._emit(farewell.packet, now)
+        self._go_down(reason, "local", now)
+        return farewell
 
     def block(self, seconds: float, reason: str, now: float) -> None:
         """Go down, and neither send nor listen for so long."""

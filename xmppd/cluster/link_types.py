@@ -84,6 +84,14 @@ class Incompatible:
     beat: Beat
 
 
+@dataclass(frozen=True, slots=True)
+class Farewell:
+    """A goodbye that was sent. A packet of that node from another session shows that it has come."""
+
+    session: tuple[int, int]  # incarnation and session of the other end
+    packet: bytes
+
+
 Event = Up | Down | Way | Incompatible
 
 

@@ -14,7 +14,7 @@ from xmppd.cluster.frames import FrameError, Header, read_header, relayed, stran
 from xmppd.cluster.interfaces import Kind, Peer, Transport
 from xmppd.cluster.link import Link
 from xmppd.cluster.link_status import LinkCounters, LinkStatus, status_of
-from xmppd.cluster.link_types import Down, Event, Incompatible, Local, Settings, State, Up, Way
+from xmppd.cluster.link_types import Down, Event, Farewell, Incompatible, Local, Settings, State, Up, Way
 from xmppd.cluster.tables import Owner
 from xmppd.log import get_logger
 from xmppd.metrics import add
@@ -89,6 +89,7 @@ class LinkSet:
         self._due = inf  # when the timer goes off
         self._told: set[tuple[bytes, int]] = set()  # (node, version) of which the log knows that we cannot talk
         self._stopped = False
+        self._farewells: dict[bytes, Farewell] = {}  # that may not have come yet
 
     # interfaces.Links
 
@@ -186,13 +187,19 @@ class LinkSet:
         return True
 
     def stop(self, reason: str = "stopped") -> None:
-        """Say goodbye to all; nothing is sent or heard afterwards. See `queued` for what should go out before."""
+        """Say goodbye to all; nothing else is sent or heard afterwards. See `queued` for what should go out before, and
+        `farewells` for how long the transport is still needed."""
         self._flush()
         self._stopped = True
-        self._close_all(reason)
+        self._farewells = self._close_all(reason)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    @property
+    def farewells(self) -> int:
+        """Nodes that have not shown yet that they know of our stop. Some never will: do not wait long."""
+        return len(self._farewells)
 
     @property
     def queued(self) -> int:
@@ -212,12 +219,12 @@ class LinkSet:
     # What the transport brings
 
     def _packet(self, data: bytes) -> None:
-        if self._stopped:
-            return
         try:
             header = read_header(data)
         except FrameError:
             return self._unreadable(data)
+        if self._stopped:
+            return self._after_goodbye(header)
         local = self._local
         if header.cluster != local.cluster:
             self.counters.foreign += 1
@@ -239,6 +246,14 @@ class LinkSet:
         if not link.dirty and link.wants_flush(now):
             self._flush_soon(link)
         self._arm_for(link)
+
+    def _after_goodbye(self, header: Header) -> None:
+        farewell = self._farewells.get(header.sender)
+        if farewell is not None and header.target == self._local.owner.member:
+            if (header.sender_incarnation, header.sender_session) == farewell.session:
+                self._local.emit(header.sender, farewell.packet)  # it was lost
+            else:
+                del self._farewells[header.sender]
 
     def _dispatch(self, link: Link, frames: list[tuple[int, bytes]]) -> None:
         peer, handlers = link.peer, self._handlers
@@ -341,11 +356,11 @@ class LinkSet:
         add(self.counters.downs, kind)
         self._up.pop(link.node, None)
         self._peers.pop(link.node, None)
-        fields: dict[str, object] = {"node": peer.name, "id": link.node.hex()}
+        id, lasted_s = link.node.hex(), round(lasted, 1)
         if kind in ("goodbye", "local"):
-            _log.info("node down", reason=reason, lasted_s=round(lasted, 1), **fields)
+            _log.info("node down", node=peer.name, id=id, reason=reason, lasted_s=lasted_s)
         else:
-            _log.warning("node down", reason=reason, lasted_s=round(lasted, 1), **fields)
+            _log.warning("node down", node=peer.name, id=id, reason=reason, lasted_s=lasted_s)
         self._each(self._on_down, peer, reason)
 
     def _each(self, handlers: list[Callable[..., None]], *arguments: Any) -> None:
@@ -356,11 +371,14 @@ class LinkSet:
                 self.counters.handler_failures += 1
                 _log.error("link handler failed", exc=exc, node=arguments[0].name)
 
-    def _close_all(self, reason: str) -> None:
+    def _close_all(self, reason: str) -> dict[bytes, Farewell]:
         now = self._loop.time()
+        farewells = {}
         for link in list(self._links.values()):
-            link.close(reason, now)
+            if (farewell := link.close(reason, now)) is not None:
+                farewells[link.node] = farewell
             self._happened(link)
+        return farewells
 
     # Time
 

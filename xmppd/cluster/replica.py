@@ -133,12 +133,17 @@ class Replica:
         self._timer: Timer | None = None
         self._version = 0
         self._incoming: dict[bytes, _Incoming] = {}
-        self._snapshots = SnapshotSender(links, self._turns, self._tables, lambda: self._version, self._tallies)
+        self._snapshots = SnapshotSender(
+            links, self._turns, self._tables, lambda: self._version, self._tallies, self._exchanged
+        )
         self.deltas_sent = 0
         self.deltas_applied = 0
         self.snapshots_applied = 0
         self.resyncs = 0
         self.on_synced: list[Callable[[Peer], None]] = []  # a first snapshot, or a repair, is complete
+        # Both of us have all rows of the other: whatever either of us does from here on, it knows of them. Again after
+        # each repair.
+        self.on_exchanged: list[Callable[[Peer], None]] = []
         for kind, handler in (
             (Kind.SNAPSHOT_BEGIN, self._snapshot_begins),
             (Kind.SNAPSHOT_ROWS, self._snapshot_goes_on),
@@ -348,6 +353,12 @@ class Replica:
         self._compare(incoming, body, at)
         if incoming.synced:
             tell(self.on_synced, incoming.peer)
+            self._exchanged(incoming.peer.node)
+
+    def _exchanged(self, node: bytes) -> None:
+        incoming = self._incoming.get(node)
+        if incoming is not None and incoming.synced and self.known_to(node):
+            tell(self.on_exchanged, incoming.peer)
 
     # -- digests
 

@@ -59,12 +59,15 @@ class SnapshotSender:
         tables: Mapping[int, ReplicatedTable],
         version: Callable[[], int],
         tallies: Callable[[], bytes],
+        on_known: Callable[[bytes], None] = lambda node: None,
     ) -> None:
+        """`on_known` is told of a node that has got all of a snapshot."""
         self._links = links
         self._turns = turns
         self._tables = tables
         self._version = version
         self._tallies = tallies
+        self._on_known = on_known
         self._snapshots: dict[bytes, _Snapshot] = {}  # by node, the last one
         self._numbers = 0
         self.completed = 0  # seen to their end by the other side
@@ -95,6 +98,7 @@ class SnapshotSender:
         snapshot.seen = seen
         if self.known_to(peer.node):
             self.completed += 1
+            self._on_known(peer.node)
         elif snapshot.asleep:
             snapshot.asleep = False
             self._turns.add(lambda: self._step(snapshot))

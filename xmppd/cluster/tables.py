@@ -20,7 +20,7 @@ from xmppd.protocol.stanza import Stanza
 class SessionRow:
     """One bound resource. `session` is the live object where the row's owner is this process, else None."""
 
-    __slots__ = ("anonymous", "bound_at", "jid", "owner", "priority", "session", "waiting")
+    __slots__ = ("anonymous", "bound_at", "guarded", "jid", "owner", "priority", "session", "waiting")
 
     def __init__(self, jid: JID, owner: Owner, bound_at: int, session: Any = None, *, anonymous: bool = False) -> None:
         self.jid = jid  # full
@@ -30,6 +30,7 @@ class SessionRow:
         self.session = session
         self.waiting = False  # it has no stream and may be resumed; changed by SessionTable.set_waiting alone
         self.anonymous = anonymous  # the account is this session's alone: this row is all there is of it
+        self.guarded = False  # a module guards it: not everybody may see it; as set_priority
 
 
 _NO_ROWS: Final[dict[str, SessionRow]] = {}
@@ -37,12 +38,14 @@ _DECODED: Final = 2048  # bare JIDs per generation of the cache
 _VALUE: Final = Struct(">QbB")  # bound_at, priority, flags; new fields go behind these
 _AVAILABLE: Final = 1
 _ANONYMOUS: Final = 2
-_WAITING: Final = 4
+_GUARDED: Final = 4
+_WAITING: Final = 8
 
 
 def pack_session(row: SessionRow) -> bytes:
     """A row's value as other nodes get it."""
-    flags = (row.priority is not None) * _AVAILABLE + row.anonymous * _ANONYMOUS + row.waiting * _WAITING
+    flags = (row.priority is not None) * _AVAILABLE + row.anonymous * _ANONYMOUS
+    flags += row.guarded * _GUARDED + row.waiting * _WAITING
     return _VALUE.pack(row.bound_at, row.priority or 0, flags)
 
 
@@ -54,6 +57,7 @@ def unpack_session(owner: Owner, bare: str, item: bytes, value: bytes) -> Sessio
     jid = JID(local, domain, resource, bare, f"{bare}/{resource}" if resource else bare)
     row = SessionRow(jid, owner, bound_at, anonymous=bool(flags & _ANONYMOUS))
     row.priority = priority if flags & _AVAILABLE else None
+    row.guarded = bool(flags & _GUARDED)
     row.waiting = bool(flags & _WAITING)
     return row
 
@@ -89,8 +93,8 @@ class SessionTable(SharedTable):
         # (bare JID, row): a row of another node is available now, or no longer negative.
         self.on_appeared: list[Callable[[str, SessionRow], None]] = []
         # (owner, its rows): they went without being taken out one by one. To be read in pieces, at any later time; a
-        # full JID that is bound again by then is not among them.
-        self.on_vanished: list[Callable[[Owner, Iterator[SessionRow]], None]] = []
+        # full JID that is bound again by then, and available if it was, is not among them.
+        self.on_vanished: list[Callable[[Owner, Lost], None]] = []
 
     # -- look-ups
 
@@ -128,9 +132,19 @@ class SessionTable(SharedTable):
         Rows may come and go between two steps; those that stay are all named."""
         yield from self.own_sessions()
         for held in list(self._held.values()):
-            for layer in list(held.layers):
-                for bare, item, value in layer.all():
-                    yield unpack_session(held.owner, bare, item, value)
+            yield from self._unpacked(held)
+
+    def rows_on(self, node: bytes) -> Iterator[SessionRow]:
+        """Every row of another node. Rows may come and go between two steps; those that stay are all named."""
+        held = self._held.get(node)
+        if held is not None:
+            yield from self._unpacked(held)
+
+    @staticmethod
+    def _unpacked(held: Held) -> Iterator[SessionRow]:
+        for layer in list(held.layers):
+            for bare, item, value in layer.all():
+                yield unpack_session(held.owner, bare, item, value)
 
     def pieces(self, size: int = 500) -> Iterator[list[SessionRow]]:
         """Every row, some at a time: let the loop turn between two pieces."""
@@ -177,13 +191,15 @@ class SessionTable(SharedTable):
         self._write(row, pack_session(row), None)
         return True
 
-    def set_priority(self, row: SessionRow, priority: int | None) -> None:
-        """The priority of a row of this process, -128 to 127, or None when it is no longer available."""
+    def set_priority(self, row: SessionRow, priority: int | None, *, guarded: bool | None = None) -> None:
+        """The priority of a row of this process, -128 to 127, or None when it is no longer available; and whether a
+        module guards its session."""
+        guarded = row.guarded if guarded is None else guarded
         if self._own_rows_of(row.jid.bare).get(row.jid.resource) is not row:
-            row.priority = priority  # displaced: nobody sees it any more
-        elif row.priority != priority:
+            row.priority, row.guarded = priority, guarded  # displaced: nobody sees it any more
+        elif row.priority != priority or row.guarded != guarded:
             before = pack_session(row)
-            row.priority = priority
+            row.priority, row.guarded = priority, guarded
             self._write(row, before, pack_session(row))
 
     def set_waiting(self, row: SessionRow, waiting: bool) -> None:
@@ -275,14 +291,21 @@ class SessionTable(SharedTable):
 
     def _vanished(self, owner: Owner, layers: list[PackedRows]) -> None:
         self._young, self._old = {}, {}
-        for observer in self.on_vanished:
-            tell([observer], owner, self._unbound(owner, layers))
+        tell(self.on_vanished, owner, Lost(self, owner, layers))
 
-    def _unbound(self, owner: Owner, layers: list[PackedRows]) -> Iterator[SessionRow]:
-        for layer in layers:
+
+class Lost:
+    """Rows that went with their owner: read them as often as you like, in pieces."""
+
+    def __init__(self, table: SessionTable, owner: Owner, layers: list[PackedRows]) -> None:
+        self._table, self._owner, self._layers = table, owner, layers
+
+    def __iter__(self) -> Iterator[SessionRow]:
+        for layer in self._layers:
             for bare, item, value in layer.all():
-                row = unpack_session(owner, bare, item, value)
-                if not self.is_bound(row.jid):
+                row = unpack_session(self._owner, bare, item, value)
+                now = self._table.rows(bare).get(row.jid.resource)
+                if now is None or (now.priority is None and row.priority is not None):
                     yield row
 
 

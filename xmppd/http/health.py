@@ -1,7 +1,8 @@
 """/livez and /readyz: one word each, and no word about why (requirements LB-03).
 
-/livez answers `alive` as long as the event loop turns. /readyz answers 200 `ready`, or 503 and `starting`, `stopping`
-or `unavailable`: the last when the database does not answer or a listener is closed. What is wrong stands in the log.
+/livez answers `alive` as long as the event loop turns. /readyz answers 200 `ready`, or 503 and `starting`, `syncing`,
+`stopping` or `unavailable`: the last when the database does not answer or a listener is closed. What is wrong stands in
+the log.
 """
 
 import asyncio

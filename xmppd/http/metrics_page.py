@@ -60,6 +60,7 @@ class NodeCollector(Collector):
         yield InfoMetricFamily("xmppd", "This node", value={"node": src.node, "version": src.version})
         yield GaugeMetricFamily("xmppd_uptime_seconds", "Since the start of the node", value=src.uptime())
         yield _histogram("xmppd_event_loop_lag_seconds", "How late the event loop was, sampled", src.lag.histogram)
+        yield _count("xmppd_memory_given_back", "Times that freed memory was given back", src.counters.given_back)
         days = _gauge("xmppd_certificate_days_left", "Until a host's certificate ends", "host")
         for host, left in src.certificate_days().items():
             days.add_metric([host], left)
@@ -80,6 +81,7 @@ class NodeCollector(Collector):
             connections.add_metric([listener], count)
         yield connections
         yield _count("xmppd_connections_accepted", "Client connections accepted", counters.accepted)
+        yield _count("xmppd_connections_refused", "Client connections there was no room for", counters.refused)
         yield _counts("xmppd_logins", "Successful authentications", "mechanism", counters.logins)
         yield _counts("xmppd_login_failures", "Failed authentications", "reason", counters.login_failures)
         yield _counts("xmppd_streams_refused", "Streams ended with an error", "condition", counters.stream_errors)

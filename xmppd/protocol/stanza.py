@@ -257,9 +257,19 @@ def error_reply(stanza: Stanza, error: StanzaError) -> Stanza | None:
             "id": stanza.id or None,
             "to": stanza.from_.full if stanza.from_ else None,
             "from": stanza.to.full if stanza.to else None,
+            **_prefixes(stanza),
         },
         stanza.inner + error_element(error),
     )
+
+
+def _prefixes(stanza: Stanza) -> dict[str, str | None]:
+    """The declarations in a stanza's start tag, which what is inside of it may rely on."""
+    start = _START_TAG.match(stanza.xml)
+    if start is None or b"xmlns:" not in start.group():
+        return {}
+    usual = {None: ns.CLIENT, "stream": ns.STREAMS}
+    return {f"xmlns:{prefix}": uri for prefix, uri in stanza.editable().nsmap.items() if usual.get(prefix) != uri}
 
 
 def error_element(error: StanzaError) -> bytes:

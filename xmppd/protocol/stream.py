@@ -593,7 +593,7 @@ def _acknowledging(found: re.Match[bytes]) -> Event:
 def _is_undecided(prolog: bytes) -> bool:
     """Whether more bytes are needed to see that the root element comes now; StreamError when something else does."""
     rest = prolog
-    if b"<?xml"[: len(rest)] == rest[:5]:
+    if b"<?xml"[: len(rest)] == rest[:5] and (len(rest) < 6 or rest[5] in _BLANK_BYTES):
         declaration = _DECLARATION.match(rest)
         if declaration is None:
             if b"?>" in rest:

@@ -26,6 +26,7 @@ struct options {
     const char *tls;         /* none, starttls, direct */
     const char *auth;        /* scram-sha-1, scram-sha-256, plain */
     const char *to;          /* chat to the bare or the full address of the peer */
+    const char *layout;      /* the users of a pair have sessions on: different targets (cross), one target (same) */
     const char *depth;       /* login ends at: full (roster, presence and a ping answered), bind */
     const char *scram_cache; /* file of salted passwords; "" for none */
     int users;               /* how many sessions */

@@ -13,6 +13,7 @@ struct options opt = {
     .tls = "none",
     .auth = "scram-sha-1",
     .to = "bare",
+    .layout = "cross",
     .depth = "full",
     .scram_cache = "",
     .users = 2,
@@ -35,6 +36,7 @@ static const struct {
     {"tls", TEXT, offsetof(struct options, tls)},
     {"auth", TEXT, offsetof(struct options, auth)},
     {"to", TEXT, offsetof(struct options, to)},
+    {"layout", TEXT, offsetof(struct options, layout)},
     {"depth", TEXT, offsetof(struct options, depth)},
     {"scram-cache", TEXT, offsetof(struct options, scram_cache)},
     {"users", INTEGER, offsetof(struct options, users)},
@@ -88,6 +90,7 @@ int main(int argc, char **argv) {
     if (!target_count) die("--target is needed");
     if (opt.users < 1 || opt.first_user < 0 || opt.first_user + opt.users > 100000) die("users must lie in 0 to 99999");
     if (opt.body < MARK_LENGTH || opt.body > 7000) die("--body must be %d to 7000", MARK_LENGTH);
+    if (strcmp(opt.layout, "cross") && strcmp(opt.layout, "same")) die("--layout: expected cross or same");
     signal(SIGPIPE, SIG_IGN);
     net_init();
     scram_init();

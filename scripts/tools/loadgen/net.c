@@ -50,12 +50,13 @@ void net_init(void) {
 
     poller = epoll_create1(0);
     if (poller < 0) die("epoll: %s", strerror(errno));
+    bool same = !strcmp(opt.layout, "same");
     conns = allocate((size_t)opt.users * sizeof *conns);
     to_flush = allocate((size_t)opt.users * sizeof *to_flush);
     for (int i = 0; i < opt.users; i++) {
         conns[i].fd = -1;
         conns[i].user = opt.first_user + i;
-        conns[i].target = &targets[i % target_count];
+        conns[i].target = &targets[(same ? i / 2 : i) % target_count]; /* users 0 and 1 are a pair, 2 and 3 are ... */
     }
 }
 
