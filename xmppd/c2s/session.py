@@ -171,7 +171,7 @@ class Session:
         """Whether a module wants to see every stanza of this session."""
         self.guards = self.guards | {module} if on else self.guards - {module}
         if self.priority is not None:  # else the others hear of it when it becomes available
-            self._parts.manager.set_priority(self._row, self.priority, guarded=bool(self.guards))
+            self.parts.manager.set_priority(self._row, self.priority, guarded=bool(self.guards))
 
     def _stamp(self, stanza: Stanza) -> Stanza:
         """A stanza that was parsed before the resource was bound (pipelined behind the bind request)."""
