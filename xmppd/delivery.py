@@ -146,10 +146,13 @@ def as_stanza_error(error: BaseException) -> StanzaError:
 
 
 def first_of(outcomes: list[Outcome]) -> Outcome:
-    """The outcome of several copies of one stanza: safe as soon as one of them is."""
-    if any(outcome is SAFE for outcome in outcomes):
-        return SAFE
+    """The outcome of several copies of one stanza: safe as soon as one of them is, and then all of them are: none has
+    to be sent again."""
     waiting = [outcome for outcome in outcomes if isinstance(outcome, Pending)]
+    if any(outcome is SAFE for outcome in outcomes):
+        for outcome in waiting:
+            outcome.settle(SAFE)
+        return SAFE
     if not waiting:
         return ERROR
     if len(waiting) == 1:
@@ -160,8 +163,10 @@ def first_of(outcomes: list[Outcome]) -> Outcome:
     def one(result: Settled) -> None:
         nonlocal left
         left -= 1
-        if result is SAFE or left == 0:
+        if (result is SAFE or left == 0) and combined.result is None:
             combined.settle(result)
+            for other in waiting:
+                other.settle(result)
 
     for outcome in waiting:
         outcome.then(one)

@@ -52,12 +52,13 @@ class StanzaError(XmppdError):
 
 
 class StreamError(XmppdError):
-    """The stream is ended with a condition of RFC 6120 4.9.3."""
+    """The stream is ended with a condition of RFC 6120 4.9.3; `application` is an element that says more."""
 
-    def __init__(self, condition: str, text: str = "") -> None:
+    def __init__(self, condition: str, text: str = "", *, application: bytes = b"") -> None:
         super().__init__(f"{condition}: {text}" if text else condition)
         self.condition = condition
         self.text = text
+        self.application = application
 
 
 class JidError(XmppdError):

@@ -3,7 +3,8 @@
 Bodies of the frames (integers big-endian, texts UTF-8 and separated by NUL, XML neutral as in protocol/stanza.py):
 
     STANZA    flags u8, number u32, lengths of way and id u32; way: type, to, from, resource...; id; XML
-              flags: 0x03 kind (0 message, 1 presence, 2 iq), 0x0c nodes it has come from, 0x10 a copy
+              flags: 0x03 kind (0 message, 1 presence, 2 iq), 0x0c nodes it has come from, 0x10 a copy (with number
+              0: for sessions that wait for resumption, while others have got it)
     PRESENCE  length of the texts u32; type, id, from, bare JID...; XML without `to`
     OUTCOMES  how many are safe u32, went wrong u32, found nobody u32; their numbers u32 each; JSON list of the
               copies that were refused: [number, condition, type, text, application]
@@ -66,6 +67,10 @@ class Users(Protocol):
 
     def arrived_copy(self, stanza: Stanza, resources: Sequence[str]) -> Outcome | None:
         """The same for one of several copies; None when none of the resources is there. Raises StanzaError."""
+        ...
+
+    def arrived_extra(self, stanza: Stanza, resources: Sequence[str]) -> None:
+        """A copy for sessions that wait for resumption, while others have the message."""
         ...
 
     def spread(self, stanza: Stanza, users: Sequence[JID]) -> None:
@@ -203,7 +208,13 @@ class Forwarder:
 
     # -- to other nodes
 
-    def send(self, node: bytes, stanza: Stanza, resources: Sequence[str], *, copy: bool = False) -> Outcome | None:
+    def send_extra(self, node: bytes, stanza: Stanza, resources: Sequence[str]) -> None:
+        """Send a copy to sessions that wait for resumption; what becomes of it is nobody's business."""
+        self.send(node, stanza, resources, extra=True)
+
+    def send(
+        self, node: bytes, stanza: Stanza, resources: Sequence[str], *, copy: bool = False, extra: bool = False
+    ) -> Outcome | None:
         """Send a stanza to some resources of its recipient, all of them on one node; None when that node is not up."""
         channel = self._channels.get(node)
         if channel is None:
@@ -219,10 +230,12 @@ class Forwarder:
             flags |= 1
             wanted = False
         number = 0
+        if extra:
+            wanted = False
         if wanted:
             number = channel.last = channel.last + 1 if channel.last < _LAST_NUMBER else 1
-            if copy:
-                flags |= _COPY
+        if (wanted and copy) or extra:
+            flags |= _COPY
         to, from_ = stanza.to, stanza.from_
         assert to is not None
         sender = "" if from_ is None else from_.full
@@ -308,6 +321,9 @@ class Forwarder:
         self, channel: Channel, stanza: Forwarded, resources: list[str], number: int, copy: int
     ) -> Outcome | None:
         """Deliver, and see to it that the sender's node hears of the outcome."""
+        if copy and not number:
+            self._users.arrived_extra(stanza, resources)
+            return None
         try:
             outcome = self._users.arrived_copy(stanza, resources) if copy else self._users.arrived(stanza, resources)
         except Exception as exc:

@@ -24,6 +24,7 @@ from xmppd.admin.registry import Registry
 from xmppd.admin.socket import ControlSocket
 from xmppd.allocator import give_back
 from xmppd.auth import Auth
+from xmppd.c2s.resumption import Resumption
 from xmppd.c2s.session import Parts
 from xmppd.c2s.sweeper import RecordSweeper
 from xmppd.c2s.ticks import Ticks
@@ -335,6 +336,7 @@ class Server:
             self.spawn,
             self.sweeper,
             self.counters,
+            Resumption(lambda: self.config.stream_management, self.owner.member),
         )
         try:
             yield
@@ -458,6 +460,7 @@ class Server:
         finally:
             self.folder.remove_ready()
             await self._listeners.close_clients(self.config.shutdown_grace)
+            self.parts.resumption.close()
             await self._finish_tasks()
 
     def _ready(self) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from xmppd.cluster.tables import Lost, Owner, SessionRow, SessionTable
 from xmppd.delivery import ERROR, SAFE, Bounce, Gate, Outcome, Pending, Record, Settled, Spawn, first_of
@@ -75,11 +75,26 @@ class Remote(Protocol):
         """None when the node is not up. The outcome of a copy is SAFE or a `Copy`."""
         ...
 
+    def send_extra(self, node: bytes, stanza: Stanza, resources: Sequence[str]) -> None:
+        """To sessions that wait for resumption there: nothing is told of what becomes of it."""
+        ...
+
     def spread(self, node: bytes, stanza: Stanza, users: Sequence[str]) -> None: ...
 
     def kick(self, nodes: Sequence[bytes], jid: JID, reason: str, condition: str) -> None: ...
 
     def hand_over(self, node: bytes, jid: JID, bound_at: int) -> Coroutine[object, object, None]: ...
+
+
+class ExtraCopy(Stanza):
+    """Of a message that others have: it is not sent again when its session ends."""
+
+    __slots__ = ()
+    copy: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, stanza: Stanza) -> "ExtraCopy":
+        return cls(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
 
 
 class _Unreachable(Exception):
@@ -200,6 +215,10 @@ class SessionManager:
     def set_priority(self, row: SessionRow, priority: int | None, *, guarded: bool = False) -> None:
         """The priority of its presence, or None when it is no longer available; and whether a module guards it."""
         self._table.set_priority(row, priority, guarded=guarded)
+
+    def set_waiting(self, row: SessionRow, waiting: bool) -> None:
+        """Whether it has lost its stream and may be resumed."""
+        self._table.set_waiting(row, waiting)
 
     def end_oldest(self, user: JID, keep: int) -> None:
         """End the user's oldest sessions beyond `keep`, on whatever node (requirements ST-02)."""
@@ -345,6 +364,13 @@ class SessionManager:
         rows = self._named(stanza.to, resources)
         return self._deliver_all(rows, stanza) if rows else None
 
+    def arrived_extra(self, stanza: Stanza, resources: Sequence[str]) -> None:
+        """A copy for sessions that wait for resumption."""
+        assert stanza.to is not None
+        for row in self._named(stanza.to, resources):
+            with suppress(StanzaError):
+                row.session.deliver(ExtraCopy.of(stanza))
+
     def _named(self, to: JID, resources: Sequence[str]) -> list[SessionRow]:
         rows = self._table.rows(to.bare)
         found = [rows[resource] for resource in resources if resource in rows]
@@ -484,8 +510,25 @@ class SessionManager:
             raise StanzaError("service-unavailable")
         if len(takers) == 1:
             return self._deliver(takers[0], stanza)
-        highest = max(row.priority or 0 for row in takers)
-        return self._deliver_all([row for row in takers if row.priority == highest], stanza)
+        connected = [row for row in takers if not row.waiting] or takers
+        highest = max(row.priority or 0 for row in connected)
+        outcome = self._deliver_all([row for row in connected if row.priority == highest], stanza)
+        if len(connected) < len(takers):
+            self._copy_to_waiting([row for row in takers if row.waiting and (row.priority or 0) >= highest], stanza)
+        return outcome
+
+    def _copy_to_waiting(self, rows: list[SessionRow], stanza: Stanza) -> None:
+        """Who has no stream at the moment finds it when it is resumed; if it never is, the others had it."""
+        elsewhere: dict[bytes, list[str]] = {}
+        for row in rows:
+            if row.session is None:
+                elsewhere.setdefault(row.owner.member, []).append(row.jid.resource)
+            else:
+                with suppress(StanzaError):  # it may not see it
+                    row.session.deliver(ExtraCopy.of(stanza))
+        if self._remote is not None:
+            for node, resources in elsewhere.items():
+                self._remote.send_extra(node, stanza, resources)
 
     def _message_to_none(self, stanza: Stanza, to: JID, kind: str) -> Outcome:
         if kind == "headline":

@@ -86,8 +86,8 @@ class Field:
 async def field(
     real_cluster: Callable[..., RealCluster], databases: Databases, tmp_path: Path
 ) -> AsyncIterator[Callable[..., Any]]:
-    """`field()`; with `load=True` on MariaDB: three processes that write a lot would only wait for each other's locks
-    on one SQLite file."""
+    """`field()`; with `load=True` on MariaDB, as three processes that write a lot would only wait for each other's
+    locks on one SQLite file."""
     made: list[Field] = []
 
     async def make(count: int = 3, *, load: bool = False, **changes: Any) -> Field:

@@ -29,6 +29,10 @@ class Scene:
             self._accounts.add((user, host))
             self.node.register(user, password, host)
 
+    @property
+    def accounts(self) -> list[tuple[str, str]]:
+        return sorted(self._accounts)
+
     def forget_accounts(self) -> None:
         """They go with the server."""
         self._accounts.clear()

@@ -97,9 +97,8 @@ async def test_it_comes_back_after_a_lost_connection(server, enter):
     juliet = await enter("juliet", "balcony")
     await juliet.drop()
     romeo.send_message("juliet@localhost", "art thou gone so?")
-    await juliet.event("online")
+    await juliet.event("resumed")
     assert juliet.jid == "juliet@localhost/balcony"
-    await juliet.become_available()
     assert (await juliet.next_message()).body == "art thou gone so?"
 
 

@@ -512,7 +512,7 @@ async def test_a_shown_message_that_is_lost_is_neither_bounced_nor_delivered_els
 
     await world.until(lambda: len(phone.bodies) == 3)
     assert all(stanza.child(SPACE) is None for stanza in phone.received)
-    assert [s for s in romeo._carrier.received if s.type == "error"] == []
+    assert [s for s in romeo.carrier.received if s.type == "error"] == []
 
 
 async def test_a_large_backlog_is_fetched_as_fast_as_the_client_takes_it(world):

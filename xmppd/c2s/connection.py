@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 from xml.sax.saxutils import escape, quoteattr
 
+from xmppd.c2s.managed import Managed
 from xmppd.c2s.session import Session
+from xmppd.c2s.stream_management import failed
 from xmppd.c2s.ticks import Ticks
 from xmppd.delivery import ERROR, SAFE, Pending, Spawn
 from xmppd.errors import StreamError
@@ -27,7 +29,16 @@ from xmppd.metrics import Counters, add
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
-from xmppd.protocol.stream import Event, Limits, Nonza, Stream, StreamClosed, StreamOpened
+from xmppd.protocol.stream import (
+    Acknowledgement,
+    AcknowledgementRequest,
+    Event,
+    Limits,
+    Nonza,
+    Stream,
+    StreamClosed,
+    StreamOpened,
+)
 from xmppd.shaper import ShaperLimits, TokenBucket
 
 SECURE: Final = "c2s_tls"  # how operators are shown any connection with TLS
@@ -38,6 +49,11 @@ _CLOSE_PATIENCE: Final = 2.0  # seconds for the peer to answer our closing tag
 _CLOSE_SIZE: Final = 256 * 1024  # bytes the peer may still send before it does
 _SLICE: Final = 512  # bytes; what takes longest is a hundred stanzas of five bytes
 _HIGH_WATER: Final = 64 * 1024
+_RESUMABLE: Final = frozenset({"connection-timeout"})  # stream errors that say nothing against the client
+_BACKLOG: Final = 256 * 1024  # bytes read behind a stanza that waits, in search of acknowledgements
+_ENABLE: Final = f"{{{ns.SM}}}enable"
+_ACK: Final = f"{{{ns.SM}}}a"
+_MANAGEMENT: Final = f"{{{ns.SM}}}"
 _SIOCOUTQ: Final = termios.TIOCOUTQ
 
 
@@ -85,6 +101,7 @@ class Connection(asyncio.Protocol):
         self.last_heard = time.monotonic()
         self.session: Session | None = None
         self.negotiator: Negotiator | None = None
+        self._managed: Managed | None = None  # the session's stream management
         self.on_lost: Callable[[Connection], None] | None = None
         self.counters = counters
         self.choose_shaper: Callable[[JID | None, str], ShaperLimits | None] = _unlimited  # by user and address
@@ -100,6 +117,7 @@ class Connection(asyncio.Protocol):
         self._read_to = 0
         self._queued = False  # for a turn
         self._busy = False  # a stanza waits for something; the next ones wait behind it
+        self._backlog = 0  # bytes read while they do
         self._bucket: TokenBucket | None = None  # how fast the peer may send
         self._throttled: asyncio.TimerHandle | None = None  # the peer has sent too fast; reading goes on then
         self._paused = False  # the peer does not take our bytes
@@ -146,21 +164,38 @@ class Connection(asyncio.Protocol):
         try:
             for event in self._stream.receive(data):
                 if self._busy:
-                    self._waiting.append(event)
+                    self._keep(event)
                 else:
                     self._handle(event)
         except Exception as exc:
             self._crashed(exc)
+        if self._busy and self._managed is not None:
+            self._backlog += len(data)
+            if self._backlog >= _BACKLOG:
+                self._pause()
+
+    def _keep(self, event: Event) -> None:
+        """A stanza waits. Acknowledgements pass: what it waits for may be waiting for them."""
+        if self._managed is not None and isinstance(event, Acknowledgement | AcknowledgementRequest):
+            self._manage(event)
+        else:
+            self._waiting.append(event)
+
+    def _reads(self) -> bool:
+        return not self._busy or (self._managed is not None and self._backlog < _BACKLOG)
+
+    def _pause(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
 
     def _put_by(self, data: bytes) -> None:
         """Too much for this tick."""
         self._unread, self._read_to = self._unread[self._read_to :] + data, 0
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.pause_reading()
+        self._pause()
         self._queue()
 
     def _queue(self) -> None:
-        if not self._queued and not self._busy:
+        if not self._queued and self._reads():
             self._queued = True
             self._ticks.queue(self)
 
@@ -176,7 +211,7 @@ class Connection(asyncio.Protocol):
         if self._read_to >= len(self._unread):
             self._unread = b""
             self._read_on()
-        self._queued = bool(self._unread) and not self._busy
+        self._queued = bool(self._unread) and self._reads()
         return self._queued
 
     def eof_received(self) -> bool:
@@ -207,10 +242,7 @@ class Connection(asyncio.Protocol):
         self._waiting.clear()
         self._unread = b""
         self._out.clear()
-        session, self.session = self.session, None
-        if session is not None:
-            session.close(clean=False)
-            self.log.info("session closed", jid=session.jid.full, reason=exc or "connection lost")
+        self._leave_session(exc or "connection lost", clean=False, resumable=True)
         self.negotiator = None
         self._stream.release()
         self._transport = None
@@ -226,7 +258,7 @@ class Connection(asyncio.Protocol):
     def _handle(self, event: Event) -> None:
         if type(event) is Stanza and self.session is not None:
             try:
-                outcome = self.session.receive(event)
+                outcome = self.session.receive(event) if self._managed is None else self._managed.receive(event)
             except StreamError as error:
                 self.end(error)
                 return
@@ -255,8 +287,8 @@ class Connection(asyncio.Protocol):
             self._peer_closes()
         elif self._closing:
             pass
-        elif self.session is not None:
-            self.end(StreamError("unsupported-stanza-type", "this element has no meaning here"))
+        elif self.session is not None or isinstance(event, Acknowledgement | AcknowledgementRequest):
+            self._manage(event)
         elif self.negotiator is not None:
             if isinstance(event, StreamOpened):
                 return self.negotiator.opened(event)
@@ -266,10 +298,30 @@ class Connection(asyncio.Protocol):
                 return self.negotiator.stanza(event)
         return None
 
+    def _manage(self, event: Event) -> None:
+        """Stream management (XEP-0198)."""
+        managed = self._managed
+        if isinstance(event, Nonza) and not str(event.element.tag).startswith(_MANAGEMENT):
+            self.end(StreamError("unsupported-stanza-type", "this element has no meaning here"))
+        elif isinstance(event, Nonza) and event.element.tag == _ENABLE and managed is None and self.session is not None:
+            self.write(self.session.parts.resumption.enable(self.session, event.element))
+            self._managed = self.session.managed
+        elif isinstance(event, Nonza) and event.element.tag == _ACK:
+            self.end(StreamError("bad-format", "an acknowledgement has a count"))
+        elif managed is None or isinstance(event, Nonza):
+            self.write(failed("unexpected-request"))
+        elif isinstance(event, Acknowledgement):
+            try:
+                managed.acknowledged(event.h)
+            except StreamError as error:
+                self.end(error)
+        else:
+            managed.requested(sum(type(each) is Stanza for each in self._waiting))
+
     def _hold(self) -> None:
         self._busy = True
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.pause_reading()
+        if self._managed is None:
+            self._pause()
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         async def run() -> None:
@@ -297,12 +349,14 @@ class Connection(asyncio.Protocol):
                 self._handle(self._waiting.popleft())
         except Exception as exc:
             self._crashed(exc)
+        if not self._waiting:
+            self._backlog = 0
         if self._unread:
             self._queue()
         self._read_on()
 
     def _read_on(self) -> None:
-        if self._busy or self._unread or self._throttled is not None:
+        if not self._reads() or self._unread or self._throttled is not None:
             return
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
@@ -351,7 +405,11 @@ class Connection(asyncio.Protocol):
         if not out or transport is None:
             return
         self._out = []
-        transport.write(out[0] if len(out) == 1 else b"".join(out))
+        if self._managed is not None:
+            out.append(self._managed.tail())
+        data = out[0] if len(out) == 1 else b"".join(out)
+        if data:
+            transport.write(data)
         if self._paused and transport.get_write_buffer_size() > self.settings.max_write_queue:
             self._cut_off("reads too slowly")
 
@@ -364,7 +422,7 @@ class Connection(asyncio.Protocol):
             return queued
         try:
             answer = fcntl.ioctl(self._socket.fileno(), _SIOCOUTQ, b"\0\0\0\0")
-        except OSError:
+        except (OSError, ValueError):  # closed a moment ago, and we are about to be told
             return 1
         unacknowledged: int = struct.unpack("i", answer)[0]
         return unacknowledged
@@ -459,9 +517,15 @@ class Connection(asyncio.Protocol):
         found: ssl.SSLObject | None = self._transport.get_extra_info("ssl_object") if self._transport else None
         return found
 
+    @property
+    def is_open(self) -> bool:
+        """Whether what is written may still arrive."""
+        return not self._closing and self._transport is not None
+
     def carry(self, session: Session) -> None:
         """The resource is bound: stanzas go to the session from here on."""
         self.session = session
+        self._managed = session.managed
         self.negotiator = None
         self._stream.bind(session.jid)
         self.shape()
@@ -487,21 +551,38 @@ class Connection(asyncio.Protocol):
         if not self._header_sent:
             self.send_header("", "0", None)
         text = f"<text xmlns='{ns.STREAM_ERRORS}' xml:lang='en'>{escape(error.text)}</text>" if error.text else ""
-        self.write(
-            f"<stream:error><{error.condition} xmlns='{ns.STREAM_ERRORS}'/>{text}</stream:error>".encode() + _CLOSE
-        )
-        self._close(clean=False)
+        defined = f"<stream:error><{error.condition} xmlns='{ns.STREAM_ERRORS}'/>{text}".encode()
+        self._acknowledge_last()
+        self.write(defined + error.application + b"</stream:error>" + _CLOSE)
+        self._close(clean=False, resumable=error.condition in _RESUMABLE)
+
+    def _acknowledge_last(self) -> None:
+        """What the client has not been told yet; behind the closing tag nothing may come."""
+        managed, self._managed = self._managed, None
+        if managed is not None:
+            self.write(managed.inbound.last_word())
 
     def _peer_closes(self) -> None:
         self._peer_closed = True
         if not self._closing:
             if self._header_sent:
+                self._acknowledge_last()
                 self.write(_CLOSE)
             self._close(clean=True)
         elif self._transport is not None:
             self._transport.close()
 
-    def _close(self, *, clean: bool) -> None:
+    def _leave_session(self, why: object, *, clean: bool, resumable: bool = False) -> None:
+        session, self.session = self.session, None
+        self._managed = None
+        if session is None or session.carrier is not self:
+            return
+        if session.lost(clean=clean, resumable=resumable):
+            self.log.info("session waits", jid=session.jid.full, reason=why)
+        else:
+            self.log.info("session closed", jid=session.jid.full, reason=why)
+
+    def _close(self, *, clean: bool, resumable: bool = False) -> None:
         taken = clean and self.unsent() <= len(_CLOSE)
         self.flush()
         self._closing = True
@@ -509,13 +590,10 @@ class Connection(asyncio.Protocol):
         if self._throttled is not None:
             self._throttled.cancel()
             self._throttled = None
-        session, self.session = self.session, None
         self.negotiator = None
         self._unread = b""
         self._stream.release()
-        if session is not None:
-            session.close(clean=taken)
-            self.log.info("session closed", jid=session.jid.full, reason="closed by the client" if clean else "ended")
+        self._leave_session("closed by the client" if clean else "ended", clean=taken, resumable=resumable)
         if self._transport is None:
             return
         if self._deadline is not None:

@@ -3,10 +3,11 @@ them is authentication.py.
 
 What is to come has its place. SASL2 (XEP-0388) is another set of elements in authentication.py, announced by its
 `features` and let in by `nonza`; its success opens no new stream, so the features that follow are sent at once. Bind 2
-(XEP-0386), which comes inside of it, calls `_open_session` and answers in `<success/>` instead of with an IQ. Resuming
-a stream (XEP-0198) stands beside `_bind`: it carries a session that is there already.
+(XEP-0386), which comes inside of it, calls `_open_session` and `Resumption.enable`, and answers in `<success/>` instead
+of with an IQ; `_resume` stands beside it: it carries a session that is there already.
 """
 
+import asyncio
 import secrets
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine
@@ -18,7 +19,8 @@ from xmppd.auth import Auth
 from xmppd.c2s.authentication import Authentication
 from xmppd.c2s.connection import Connection
 from xmppd.c2s.session import Parts, Session
-from xmppd.delivery import as_stanza_error
+from xmppd.c2s.stream_management import MODULO, failed
+from xmppd.delivery import Pending, as_stanza_error
 from xmppd.errors import JidError, StanzaError, StreamError
 from xmppd.events import FeaturesOffering, Handled, UnauthenticatedIq
 from xmppd.protocol import ns
@@ -28,6 +30,7 @@ from xmppd.protocol.stream import Nonza, StreamOpened
 from xmppd.shaper import ShaperLimits
 
 _SASL: Final = f"{{{ns.SASL}}}"
+_SM: Final = f"{{{ns.SM}}}"
 _STARTTLS: Final = f"{{{ns.TLS}}}starttls"
 _BIND: Final = f"{{{ns.BIND}}}bind"
 _RESOURCE: Final = f"{{{ns.BIND}}}resource"
@@ -109,6 +112,7 @@ class Negotiation:
         if self._user is not None:
             features.append(b"<bind xmlns='%b'/>" % ns.BIND.encode())
             features.append(b"<session xmlns='%b'><optional/></session>" % ns.SESSION.encode())
+            features.append(b"<sm xmlns='%b'/>" % ns.SM.encode())
         else:
             if not secure and rules.starttls and self._tls is not None:
                 required = b"<required/>" if rules.starttls_required else b""
@@ -122,7 +126,7 @@ class Negotiation:
     # -- TLS
 
     def nonza(self, event: Nonza) -> Coroutine[Any, Any, None] | None:
-        """STARTTLS and SASL elements."""
+        """STARTTLS, SASL, and the resumption of a stream."""
         element = event.element
         tag = str(element.tag)
         if not self._host:
@@ -131,6 +135,10 @@ class Negotiation:
             self._starttls()
         elif tag.startswith(_SASL):
             return self._login.element(tag[len(_SASL) :], element)
+        elif tag == f"{_SM}resume" and self._user is not None:
+            return self._resume(element.get("previd") or "", element.get("h") or "")
+        elif tag.startswith(_SM):
+            self._connection.write(failed("unexpected-request"))
         else:
             self._connection.end(StreamError("not-authorized", "authenticate first"))
         return None
@@ -197,6 +205,36 @@ class Negotiation:
             )
         return session
 
+    # -- instead of a bind: the session of a stream that was lost (XEP-0198 5)
+
+    async def _resume(self, previd: str, h: str) -> None:
+        """<resumed/>, or <failed/>, after which a resource may be bound."""
+        user, connection, resumption = self._user, self._connection, self._parts.resumption
+        assert user is not None
+        if not previd or not (h.isascii() and h.isdigit() and len(h) < 11 and int(h) < MODULO):
+            connection.write(failed("bad-request"))
+            return
+        session = resumption.find(previd, user)
+        if session is not None and not self._rules.allowed(session.jid, connection.peer[0]):
+            connection.log.info("login refused by access rule", jid=session.jid.full, ip=connection.peer[0])
+            connection.write(failed("not-allowed"))
+            return
+        managed = None if session is None else session.managed
+        if session is None or managed is None or not await managed.come_back(int(h)):
+            resumption.failed += 1
+            connection.write(failed("item-not-found", resumption.handled(previd, user)))
+            return
+        if not connection.is_open:
+            return
+        resumption.here += 1
+        session.log = connection.log
+        undecided = managed.resume(connection)
+        connection.log.info(
+            "session resumed", jid=session.jid.full, stanzas=len(managed.outbound), ip=connection.peer[0]
+        )
+        if undecided is not None:
+            await _decided(undecided)
+
     def _choose(self, user: JID, wanted: str) -> JID:
         """The full JID to bind; StanzaError bad-request or conflict (RFC 6120 7.7.2)."""
         manager = self._parts.manager
@@ -241,6 +279,12 @@ class Negotiation:
     def _reply(self, stanza: Stanza | None) -> None:
         if stanza is not None:
             self._connection.write(stanza.xml)
+
+
+async def _decided(pending: Pending) -> None:
+    decided = asyncio.Event()
+    pending.when_decided(decided.set)
+    await decided.wait()
 
 
 def _host_of(to: str | None) -> str:

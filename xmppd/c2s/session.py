@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from xmppd.c2s.managed import Managed
+from xmppd.c2s.resumption import Resumption
 from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Records, Spawn, as_stanza_error
 from xmppd.errors import JidError, StanzaError, StreamError
 from xmppd.events import (
@@ -82,6 +84,7 @@ class Parts:
     spawn: Spawn
     sweeper: Sweeper
     counters: Counters = field(default_factory=Counters)
+    resumption: Resumption = field(default_factory=Resumption)
 
 
 class Session:
@@ -89,15 +92,17 @@ class Session:
 
     __slots__ = (
         "_bound_at",
-        "_carrier",
+        "_flushes",
         "_held",
-        "_log",
-        "_parts",
         "_row",
         "anonymous",
+        "carrier",
         "closed",
         "guards",
         "jid",
+        "log",
+        "managed",
+        "parts",
         "presence",
         "priority",
         "records",
@@ -116,23 +121,25 @@ class Session:
         self.records = Records()
         self.closed = False
         self.guards: frozenset[str] = frozenset()  # the modules that want to see every stanza of this one
-        self._carrier = carrier
-        self._parts = parts
-        self._log = log
+        self.managed: Managed | None = None  # with stream management
+        self.carrier = carrier
+        self.parts = parts
+        self.log = log
         self._bound_at = time.time()
         self._held: list[tuple[Stanza, Pending]] | None = None  # messages that wait for the offline flush
+        self._flushes = 0  # how many of these go on
         self._row = parts.manager.open(self)
 
     def bound(self) -> Awaitable[None] | None:
         """Tell the modules; what comes back must be awaited before the client is told."""
-        told, undisputed = self._parts.hooks.notify(SessionBound(self)), self._parts.manager.undisputed(self._row)
+        told, undisputed = self.parts.hooks.notify(SessionBound(self)), self.parts.manager.undisputed(self._row)
         return told if undisputed is None else _both(told, undisputed)
 
     # -- from the client
 
     def receive(self, stanza: Stanza) -> Outcome:
         """A stanza of this client. Never raises but StreamError; an error goes to the client as a stanza."""
-        parts = self._parts
+        parts = self.parts
         if stanza.from_ is not self.jid:
             stanza = self._stamp(stanza)
         try:
@@ -155,16 +162,16 @@ class Session:
         return ERROR
 
     def _let_out(self, stanza: Stanza) -> Outcome:
-        if self._parts.hooks.wants(StanzaSending):
+        if self.parts.hooks.wants(StanzaSending):
             event = StanzaSending(self, stanza)
-            return self._parts.gate.ask(event, stanza, lambda decided: self._route(decided.stanza))
+            return self.parts.gate.ask(event, stanza, lambda decided: self._route(decided.stanza))
         return self._route(stanza)
 
     def guard(self, module: str, on: bool) -> None:
         """Whether a module wants to see every stanza of this session."""
         self.guards = self.guards | {module} if on else self.guards - {module}
         if self.priority is not None:  # else the others hear of it when it becomes available
-            self._parts.manager.set_priority(self._row, self.priority, guarded=bool(self.guards))
+            self.parts.manager.set_priority(self._row, self.priority, guarded=bool(self.guards))
 
     def _stamp(self, stanza: Stanza) -> Stanza:
         """A stanza that was parsed before the resource was bound (pipelined behind the bind request)."""
@@ -190,7 +197,7 @@ class Session:
             raise StanzaError("bad-request", "an IQ has an id and a type of get, set, result or error")
         if stanza.to is None:
             stanza = stanza.addressed(self.user)
-        return self._parts.router.route(stanza)
+        return self.parts.router.route(stanza)
 
     def _presence(self, stanza: Stanza) -> Outcome:
         kind = stanza.type
@@ -199,15 +206,15 @@ class Session:
             if to is None or to.full == self.user.full:
                 # A wrong one is refused before anybody is told.
                 priority = _priority(stanza) if kind == "available" else None
-                return self._parts.gate.ask(
+                return self.parts.gate.ask(
                     PresenceSending(self, stanza),
                     stanza,
                     lambda event: self._own_presence(event.presence, priority if event.presence is stanza else None),
                 )
-            return self._parts.gate.ask(
+            return self.parts.gate.ask(
                 DirectedPresenceSending(self, stanza),
                 stanza,
-                lambda event: self._parts.router.route(event.presence),
+                lambda event: self.parts.router.route(event.presence),
             )
         if to is None:
             if kind in ("error", "probe"):
@@ -218,12 +225,12 @@ class Session:
                 raise StanzaError("not-allowed", "an anonymous account has no roster")
             plain = stanza.replace(from_=self.user.full, to=to.bare)
             # A refusal is for this resource: with the stanza as it came, not as it goes out.
-            return self._parts.gate.ask(
-                SubscriptionSending(self, plain), stanza, lambda event: self._parts.router.route(event.stanza)
+            return self.parts.gate.ask(
+                SubscriptionSending(self, plain), stanza, lambda event: self.parts.router.route(event.stanza)
             )
         if kind not in ("error", "probe"):
             raise StanzaError("bad-request", f"{kind[:20]!r} is no presence type")
-        return self._parts.router.route(stanza)
+        return self.parts.router.route(stanza)
 
     def _own_presence(self, presence: Stanza, priority: int | None) -> Outcome:
         """`priority`: None where it has to be read once more, because a module has changed the presence."""
@@ -232,44 +239,65 @@ class Session:
         if presence.type == "unavailable":
             self._become_unavailable(presence)
             return SAFE
-        old, hooks = self.priority, self._parts.hooks
+        old, hooks = self.priority, self.parts.hooks
         new = _priority(presence) if priority is None else priority
         previous, self.priority, self.presence = self.presence, new, presence
         presence.forget_element()
-        self._parts.manager.set_priority(self._row, new, guarded=bool(self.guards))
+        self.parts.manager.set_priority(self._row, new, guarded=bool(self.guards))
         changed = hooks.notify(PresenceChanged(self, presence, previous))
         came = None
         if old is None or (old < 0 <= new):
             came = hooks.notify(SessionBecameAvailable(self, new, old))
-            if came is not None:
-                # What was kept for the user comes before what arrives from here on.
-                self._held = []
-        waiting = [each for each in (changed, came) if each is not None]
-        return self._parts.gate.wait(presence, self._until_told(waiting)) if waiting else SAFE
+        if came is None:
+            return SAFE if changed is None else self.parts.gate.wait(presence, self._until_told(changed))
+        # What was kept for the user comes before what arrives from here on.
+        self._held = self._held or []
+        self._flushes += 1
+        if self.managed is None:
+            return self.parts.gate.wait(presence, self._until_flushed(changed, came, lambda: None))
+        # What was kept waits for acknowledgements, which may be behind other stanzas of this client: they are not held
+        # back until it has gone out.
+        told = Pending(decided=False)
+        self.parts.gate.wait(presence, self._until_flushed(changed, came, lambda: told.settle(SAFE)))
+        return told
 
-    async def _until_told(self, waiting: list[Awaitable[None]]) -> Outcome:
-        try:
-            for each in waiting:
-                await each
-        finally:
-            held, self._held = self._held or [], None
-            for stanza, pending in held:
-                try:
-                    pending.follow(self._deliver(stanza))
-                except Exception as exc:
-                    pending.fail(as_stanza_error(exc))
+    async def _until_told(self, changed: Awaitable[None]) -> Outcome:
+        await changed
         return SAFE
+
+    async def _until_flushed(
+        self, changed: Awaitable[None] | None, came: Awaitable[None], told: Callable[[], None]
+    ) -> Outcome:
+        try:
+            if changed is not None:
+                await changed
+            told()
+            await came
+        finally:
+            told()
+            self._flushes -= 1
+            if not self._flushes:
+                self._release_held()
+        return SAFE
+
+    def _release_held(self) -> None:
+        held, self._held = self._held or [], None
+        for stanza, pending in held:
+            try:
+                pending.follow(self._deliver(stanza))
+            except Exception as exc:
+                pending.fail(as_stanza_error(exc))
 
     def _become_unavailable(self, presence: Stanza) -> None:
         if self.priority is None:
             return
         self.priority = None
-        self._parts.manager.set_priority(self._row, None)
+        self.parts.manager.set_priority(self._row, None)
         self._notify(SessionBecameUnavailable(self, presence))
         self.presence = None
 
     def _notify(self, event: object, afterwards: Callable[[], None] = lambda: None) -> None:
-        waiting = self._parts.hooks.notify(event)
+        waiting = self.parts.hooks.notify(event)
         if waiting is None:
             afterwards()
             return
@@ -278,7 +306,7 @@ class Session:
             await rest
             afterwards()
 
-        self._parts.spawn(finish(waiting), name=type(event).__name__)
+        self.parts.spawn(finish(waiting), name=type(event).__name__)
 
     # -- to the client
 
@@ -288,7 +316,7 @@ class Session:
         if held is not None and stanza.kind == "message":
             if len(held) >= _HELD_MESSAGES:
                 raise StanzaError("resource-constraint", "too many messages wait for this recipient")
-            pending = Pending(failed=lambda error: self._parts.router.bounce(stanza, error))
+            pending = Pending(failed=lambda error: self.parts.router.bounce(stanza, error))
             held.append((stanza, pending))
             return pending
         return self._deliver(stanza)
@@ -296,25 +324,28 @@ class Session:
     def _deliver(self, stanza: Stanza) -> Outcome:
         if self.guards:
             event = GuardedDelivering(self, stanza)
-            return self._parts.gate.ask(event, stanza, lambda decided: self._let_in(decided.stanza))
-        if self._parts.hooks.wants(StanzaDelivering):
+            return self.parts.gate.ask(event, stanza, lambda decided: self._let_in(decided.stanza))
+        if self.parts.hooks.wants(StanzaDelivering):
             return self._let_in(stanza)
         return self.send(stanza)
 
     def _let_in(self, stanza: Stanza) -> Outcome:
-        if self._parts.hooks.wants(StanzaDelivering):
+        if self.parts.hooks.wants(StanzaDelivering):
             event = StanzaDelivering(self, stanza)
-            return self._parts.gate.ask(event, stanza, lambda decided: self.send(decided.stanza))
+            return self.parts.gate.ask(event, stanza, lambda decided: self.send(decided.stanza))
         return self.send(stanza)
 
     def send(self, stanza: Stanza) -> Outcome:
-        """Write to the client. SAFE for what nobody waits for; a message or an IQ request is pending until it is
-        certain that the client has it, and is routed again (or bounced) when the connection turns out to be dead."""
+        """Write to the client, or queue for it. SAFE for what nobody waits for; a message or an IQ request is pending
+        until it is certain that the client has it, and is routed again (or bounced) when it turns out that it will
+        not."""
         if self.closed:
             return self._too_late(stanza)
-        self._carrier.write(stanza.xml)
         kind = stanza.kind
-        self._parts.counters.stanzas[kind].sent += 1
+        self.parts.counters.stanzas[kind].sent += 1
+        if self.managed is not None:
+            return self.managed.send(stanza)
+        self.carrier.write(stanza.xml)
         if (
             kind == "presence"
             or (kind == "message" and stanza.type in ("headline", "error"))
@@ -323,33 +354,62 @@ class Session:
             return SAFE
         records = self.records
         if not records:
-            self._parts.sweeper.add(self)
+            self.parts.sweeper.add(self)
         stanza.forget_element()
         return records.add(stanza)
 
     def _too_late(self, stanza: Stanza) -> Outcome:
         # The row is gone, so routing cannot come back here.
-        return self._parts.router.route(stanza) if stanza.to is not None and stanza.kind != "presence" else ERROR
+        return self.parts.router.route(stanza) if stanza.to is not None and stanza.kind != "presence" else ERROR
 
     def sweep(self) -> bool:
         """Called about once a second while there are records: settle what is certain. False: none left."""
-        if not self.closed and self._carrier.unsent() == 0:
+        if not self.closed and self.carrier.unsent() == 0:
             self.records.ripen()
         return bool(self.records)
 
     # -- its end
 
+    def lost(self, *, clean: bool, resumable: bool) -> bool:
+        """The stream is over. `clean`: the client closed it properly and had taken every byte. Whether the session
+        waits for another one: where it is `resumable`, and the client asked for that."""
+        if self.closed:
+            return False
+        managed = self.managed
+        if resumable and managed is not None and managed.wait():
+            return True
+        self.close(clean=clean)
+        return False
+
+    def leave_carrier(self, error: StreamError) -> None:
+        """Wait for another stream, and end this one."""
+        carrier = self.carrier
+        if self.managed is not None and self.managed.wait():
+            carrier.end(error)
+
+    def set_waiting(self, on: bool) -> None:
+        """Whether it has no stream, for those who choose sessions."""
+        self.parts.manager.set_waiting(self._row, on)
+        if on:
+            # What was written before stream management began is in no queue of it.
+            self.parts.manager.reroute(self.records.take())
+
     def close(self, *, clean: bool) -> None:
-        """The stream is over. `clean`: the client closed it properly and had taken every byte."""
+        """The session is over. `clean`: the client closed the stream properly and had taken every byte."""
         if self.closed:
             return
         self.closed = True
         self._become_unavailable(build("presence", {"type": "unavailable", "from": self.jid.full}))
-        last = self._parts.manager.close(self._row)
+        last = self.parts.manager.close(self._row)
         self._notify(SessionClosed(self, last), self.state.clear)
         if clean:
             self.records.confirm_all()
-        self._parts.manager.reroute(self.records.take())
+        left = self.records.take()
+        managed, self.managed = self.managed, None
+        if managed is not None:
+            self.parts.resumption.leave(managed, self.user.bare)
+            left += managed.close()
+        self.parts.manager.reroute(left)
 
     def replaced(self) -> None:
         """Another stream bound this resource (requirements ST-01)."""
@@ -359,12 +419,23 @@ class Session:
         """An operator ends the session, with the stream error condition that goes with the reason."""
         self._end(StreamError(condition, reason or "Kicked"))
 
-    def unreachable(self) -> None:
-        """The client does not answer; what it has not acknowledged goes elsewhere."""
-        self._end(StreamError("connection-timeout", "no answer to a ping"))
+    def overflowed(self) -> None:
+        """The client has not acknowledged as much as is kept for one."""
+        self._end(StreamError("policy-violation", "too many stanzas without an acknowledgement"))
+
+    def unreachable(self, why: str = "no answer to a ping") -> None:
+        """The client does not answer: it may come back on another stream; if not, what it has not acknowledged goes
+        elsewhere."""
+        carrier = self.carrier
+        taken = carrier.unsent() == 0
+        carrier.end(StreamError("connection-timeout", why))
+        if self.carrier is carrier:
+            self.lost(clean=taken, resumable=True)
 
     def _end(self, error: StreamError) -> None:
-        carrier = self._carrier
+        if self.managed is not None:
+            self.managed.max = 0  # it is over
+        carrier = self.carrier
         taken = carrier.unsent() == 0
         carrier.end(error)
         self.close(clean=taken)
@@ -372,7 +443,7 @@ class Session:
     @property
     def idle_seconds(self) -> float:
         """How long the client has been silent."""
-        return max(0.0, time.monotonic() - self._carrier.last_heard)
+        return max(0.0, time.monotonic() - self.carrier.last_heard)
 
     def info(self) -> SessionInfo:
         """What operators are shown."""
@@ -381,18 +452,18 @@ class Session:
             show = self.presence.element.findtext(_SHOW) or "available"
             text = self.presence.element.findtext(_STATUS) or ""
             self.presence.forget_element()
-        ip, port = self._carrier.peer
+        ip, port = self.carrier.peer
         uptime = int(time.time() - self._bound_at)
         jid = self.jid
         return SessionInfo(
             jid.local,
             jid.domain,
             jid.resource,
-            self._carrier.name,
+            self.carrier.name,
             ip,
             port,
             self.priority,
-            self._parts.node,
+            self.parts.node,
             uptime,
             show,
             text,

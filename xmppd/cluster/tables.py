@@ -20,7 +20,7 @@ from xmppd.protocol.stanza import Stanza
 class SessionRow:
     """One bound resource. `session` is the live object where the row's owner is this process, else None."""
 
-    __slots__ = ("anonymous", "bound_at", "guarded", "jid", "owner", "priority", "session")
+    __slots__ = ("anonymous", "bound_at", "guarded", "jid", "owner", "priority", "session", "waiting")
 
     def __init__(self, jid: JID, owner: Owner, bound_at: int, session: Any = None, *, anonymous: bool = False) -> None:
         self.jid = jid  # full
@@ -28,6 +28,7 @@ class SessionRow:
         self.bound_at = bound_at  # nanoseconds since the epoch: of two rows of one full JID the later one counts
         self.priority: int | None = None  # None until available presence; changed by SessionTable.set_priority alone
         self.session = session
+        self.waiting = False  # it has no stream and may be resumed; changed by SessionTable.set_waiting alone
         self.anonymous = anonymous  # the account is this session's alone: this row is all there is of it
         self.guarded = False  # a module guards it: not everybody may see it; as set_priority
 
@@ -38,11 +39,13 @@ _VALUE: Final = Struct(">QbB")  # bound_at, priority, flags; new fields go behin
 _AVAILABLE: Final = 1
 _ANONYMOUS: Final = 2
 _GUARDED: Final = 4
+_WAITING: Final = 8
 
 
 def pack_session(row: SessionRow) -> bytes:
     """A row's value as other nodes get it."""
-    flags = (row.priority is not None) * _AVAILABLE + row.anonymous * _ANONYMOUS + row.guarded * _GUARDED
+    flags = (row.priority is not None) * _AVAILABLE + row.anonymous * _ANONYMOUS
+    flags += row.guarded * _GUARDED + row.waiting * _WAITING
     return _VALUE.pack(row.bound_at, row.priority or 0, flags)
 
 
@@ -55,6 +58,7 @@ def unpack_session(owner: Owner, bare: str, item: bytes, value: bytes) -> Sessio
     row = SessionRow(jid, owner, bound_at, anonymous=bool(flags & _ANONYMOUS))
     row.priority = priority if flags & _AVAILABLE else None
     row.guarded = bool(flags & _GUARDED)
+    row.waiting = bool(flags & _WAITING)
     return row
 
 
@@ -196,6 +200,15 @@ class SessionTable(SharedTable):
         elif row.priority != priority or row.guarded != guarded:
             before = pack_session(row)
             row.priority, row.guarded = priority, guarded
+            self._write(row, before, pack_session(row))
+
+    def set_waiting(self, row: SessionRow, waiting: bool) -> None:
+        """Whether the session of a row of this process has no stream at the moment."""
+        if self._own_rows_of(row.jid.bare).get(row.jid.resource) is not row:
+            row.waiting = waiting
+        elif row.waiting != waiting:
+            before = pack_session(row)
+            row.waiting = waiting
             self._write(row, before, pack_session(row))
 
     def own_rows(self) -> Iterator[tuple[str, bytes, bytes]]:

@@ -294,6 +294,19 @@ class Cluster(Options):
     observers: Observers = Field(default_factory=Observers)
 
 
+class StreamManagement(Options):
+    """XEP-0198: acknowledgements, and streams that go on after a lost connection."""
+
+    max_ack_queue: Annotated[int, between(10, 1_000_000)] = 5000
+    max_ack_queue_size: Annotated[Size, sized(64 << 10, 1 << 30)] = 2 << 20
+    resume_timeout: Annotated[Duration, lasting(0, 86400)] = 300.0
+    max_resume_timeout: Annotated[Duration, lasting(0, 86400)] = Field(
+        default_factory=lambda data: data.get("resume_timeout", 0.0)
+    )
+    ack_timeout: Annotated[Duration, lasting(1, 3600)] = 60.0
+    location: HostPort | None = None
+
+
 class Routing(Options):
     """Where the RFC and ejabberd's habits differ."""
 
@@ -381,6 +394,7 @@ class Schema(Options):
     database: Database = Field(default_factory=Database)
     cluster: Cluster = Field(default_factory=Cluster)
     routing: Routing = Field(default_factory=Routing)
+    stream_management: StreamManagement = Field(default_factory=StreamManagement)
     acl: NamedAcls = Field(default_factory=lambda: _freeze({}))
     access_rules: NamedAccessRules = Field(default_factory=lambda: _freeze({}))
     shaper: Annotated[Mapping[str, Shaper], frozen, as_dict] = Field(default_factory=lambda: _freeze({}))

@@ -12,6 +12,7 @@ SASL: Final = "urn:ietf:params:xml:ns:xmpp-sasl"
 SASL_CB: Final = "urn:xmpp:sasl-cb:0"
 BIND: Final = "urn:ietf:params:xml:ns:xmpp-bind"
 SESSION: Final = "urn:ietf:params:xml:ns:xmpp-session"
+SM: Final = "urn:xmpp:sm:3"
 XML: Final = "http://www.w3.org/XML/1998/namespace"
 
 ROSTER: Final = "jabber:iq:roster"

@@ -48,6 +48,23 @@ _DECLARATION: Final = re.compile(rb"""<\?xml[ \t\r\n](?:[^?"']++|"[^"]*+"|'[^']*
 _ENCODING: Final = re.compile(rb"""[ \t\r\n]encoding[ \t\r\n]*=[ \t\r\n]*["']([^"']*)["']""")
 _TAG: Final = re.compile(rb"""<!\[CDATA\[(?:.*?\]\]>|.*)|<(?![!?])(?:[^<>"']++|"[^"]*+"|'[^']*+')*+>|<""", re.DOTALL)
 _BLANK_RUN: Final = re.compile(rb">([ \t\r\n]{16,59})(?=<)")
+# Acknowledgements and requests for them as clients usually write them, of which there may be as many as messages.
+_SM: Final = re.compile(
+    b"|".join(
+        b"<(?:r xmlns=%b|a xmlns=%b h=%b|a h=%b xmlns=%b) ?/>" % (named, named, counted, counted, named)
+        for named, counted in ((q + ns.SM.encode() + q, q + b"([0-9]{1,9})" + q) for q in (b'"', b"'"))
+    )
+)
+_SM_ALL: Final = re.compile(rb"(?:%b)+" % _SM.pattern)
+_SM_LENGTH: Final = 80  # bytes; longer than two of them
+_REQUESTS: Final = frozenset(
+    {b"<r xmlns='urn:xmpp:sm:3'/>", b'<r xmlns="urn:xmpp:sm:3"/>', b'<r xmlns="urn:xmpp:sm:3" />'}
+)
+_ACKS: Final = frozenset({b"<a xmlns='urn:xmpp:sm:3' h='", b'<a xmlns="urn:xmpp:sm:3" h="'})
+_SM_COUNT: Final = 28  # where the count begins
+_SM_START: Final = b"<r xmlns="
+_SM_REQUEST: Final = f"{{{ns.SM}}}r"
+_SM_ACK: Final = f"{{{ns.SM}}}a"
 _NAME_LENGTH: Final = 128
 _UNDECLARED_ENTITY: Final = 26  # libxml2's XML_ERR_UNDECLARED_ENTITY
 _PLAIN_NAMESPACES: Final = {None: ns.CLIENT, "stream": ns.STREAMS}
@@ -83,12 +100,24 @@ class Nonza:
     element: _Element
 
 
+@dataclass(slots=True)  # not frozen, which costs: there may be one for each message
+class Acknowledgement:
+    """<a/> (XEP-0198): the peer has handled so many stanzas, modulo 2^32."""
+
+    h: int
+
+
+@dataclass(frozen=True, slots=True)
+class AcknowledgementRequest:
+    """<r/> (XEP-0198)."""
+
+
 @dataclass(frozen=True, slots=True)
 class StreamClosed:
     """The peer sent </stream:stream>."""
 
 
-Event = StreamOpened | Stanza | Nonza | StreamClosed | StreamError
+Event = StreamOpened | Stanza | Nonza | Acknowledgement | AcknowledgementRequest | StreamClosed | StreamError
 
 
 @dataclass(slots=True)
@@ -195,6 +224,21 @@ class Stream:
             return []
         if not data:
             return []
+        if self._stamp is not None and data[-2:] == b"/>" and not self._held and self._depth == 1:
+            if len(data) < _SM_LENGTH:
+                if data in _REQUESTS:
+                    return [_REQUEST]
+                if data[:_SM_COUNT] in _ACKS and data[-3] == data[_SM_COUNT - 1] and data[_SM_COUNT:-3].isdigit():
+                    h = int(data[_SM_COUNT:-3])
+                    if h < 1 << 32:
+                        return [Acknowledgement(h)]
+                if (one := _SM.fullmatch(data)) is not None:
+                    return [_acknowledging(one)]
+                if _SM_ALL.fullmatch(data) is not None:
+                    return [_acknowledging(found) for found in _SM.finditer(data)]
+            cut = data.rfind(_SM_START)
+            if cut > 0 and _SM.fullmatch(data, cut):
+                return self.receive(data[:cut]) + self._receive_behind(data[cut:])
         if data[0] in _BLANK_BYTES and not self._held and not self._prolog and self._depth < 2:
             stripped = data.lstrip(_BLANKS)
             if (self._root is None or self._limits.total is not None) and self._blank(len(data) - len(stripped)):
@@ -214,6 +258,14 @@ class Stream:
         except StreamError as error:
             self._ended = True
             return [_bare(error)]
+
+    def _receive_behind(self, data: bytes) -> list[Event]:
+        """What looks like a request for an acknowledgement, and is one if it stands between stanzas."""
+        if self._ended:
+            return []
+        if self._held or self._depth != 1:
+            return self._read(data)
+        return [_REQUEST]
 
     def _blank(self, count: int) -> bool:
         """So much white space came before the header, or before authentication; is it too much?"""
@@ -380,12 +432,21 @@ class Stream:
             if self._total > limits.total:
                 raise StreamError("policy-violation", f"more than {limits.total} elements before authentication")
         kind = KINDS.get(element.tag)
-        out.append(self._nonza(element) if kind is None else self._stanza(element, kind, chunk))
+        out.append(self._other(element) if kind is None else self._stanza(element, kind, chunk))
         self._elements = 0
         stray = _has_text(element.tail)
         del root[0]
         if stray:
             raise _stray_text()
+
+    def _other(self, element: _Element) -> Event:
+        if element.tag == _SM_REQUEST:
+            return _REQUEST
+        if element.tag == _SM_ACK:
+            h = element.get("h", "")
+            if h.isascii() and h.isdigit() and len(h) < 11 and int(h) < 1 << 32:
+                return Acknowledgement(int(h))
+        return self._nonza(element)
 
     def _nonza(self, element: _Element) -> Nonza:
         namespace = etree.QName(element).namespace
@@ -498,6 +559,11 @@ class Stream:
                     raise fault
                 start = end
             if self._ended:
+                empty = header_too and len(out) == 2 and data[start - 2] == 47  # <stream:stream/>
+                stray = None if empty else _misplaced(data[start:].lstrip(_BLANKS))
+                if stray is not None:  # a blank, but written as a character reference
+                    out.pop()
+                    raise stray
                 return
             for run in _BLANK_RUN.findall(data, 0, start):
                 self._novel(run)
@@ -520,6 +586,13 @@ class Stream:
             if len(unit) > self._limits.size:
                 return _too_large(self._limits.size)
         return None
+
+
+_REQUEST: Final = AcknowledgementRequest()
+
+
+def _acknowledging(found: re.Match[bytes]) -> Event:
+    return _REQUEST if found.lastindex is None else Acknowledgement(int(found[found.lastindex]))
 
 
 def _is_undecided(prolog: bytes) -> bool:
@@ -563,8 +636,10 @@ def _unit_ends(data: bytes, depth: int) -> Iterator[int]:
             elif depth == 0:
                 return
         elif data[end - 2] == 47:
-            if depth == 1:
+            if depth < 2:
                 yield end
+            if depth == 0:
+                return  # the header is the end, too: <stream:stream/>
         else:
             depth += 1
             if depth == 1:

@@ -7,6 +7,7 @@ import { client } from "@xmpp/client";
 import parse from "@xmpp/xml/lib/parse.js";
 
 let xmpp;
+const sending = new Set();
 
 function tell(event, data) {
   process.stdout.write(JSON.stringify({ event, data }) + "\n");
@@ -19,14 +20,18 @@ const operations = {
     xmpp.on("online", (address) => tell("online", address.toString()));
     xmpp.on("stanza", (stanza) => tell("stanza", stanza.toString()));
     xmpp.on("error", (error) => tell("error", String(error)));
+    xmpp.streamManagement.on("resumed", () => tell("resumed"));
     xmpp.on("disconnect", () => tell("disconnect"));
     xmpp.on("offline", () => tell("offline"));
     xmpp.start().catch((error) => tell("error", String(error)));
   },
   async send({ xml }) {
-    await xmpp.send(parse(xml));
+    const sent = xmpp.send(parse(xml));
+    sending.add(sent);
+    await sent.finally(() => sending.delete(sent));
   },
-  drop() {
+  async drop() {
+    await Promise.allSettled(sending); // the library's own queue has them
     (xmpp.socket.socket ?? xmpp.socket).destroy();
   },
   async stop() {
