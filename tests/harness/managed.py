@@ -38,6 +38,8 @@ class Managed(Raw):
             return
         if element.tag.startswith("{jabber:client}") and self.counting:
             self.handled += 1
+        elif element.tag == f"{{{SM}}}enabled":
+            self.counting, self.handled = True, 0  # what came before does not count
         super()._arrive(element)
 
     def acknowledge(self, h: int | None = None) -> None:
@@ -51,7 +53,6 @@ class Managed(Raw):
         wanted = " resume='true'" if resume else ""
         wanted += "" if max is None else f" max='{max}'"
         self.send_raw(f"<enable xmlns='{SM}'{wanted}/>")
-        self.counting, self.handled = True, 0
         answer = await self.wait_for(lambda got: got.name in ("enabled", "failed"), "enabled")
         self.id = answer.xml.get("id", "")
         return answer
