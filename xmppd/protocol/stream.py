@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
-from xml.sax.saxutils import quoteattr
+from xml.sax.saxutils import escape, quoteattr
 
 from lxml import etree
 from lxml.etree import _Element
@@ -520,6 +520,12 @@ class Stream:
             if len(unit) > self._limits.size:
                 return _too_large(self._limits.size)
         return None
+
+
+def error_bytes(error: StreamError) -> bytes:
+    """<stream:error/> as it goes to the peer (RFC 6120 4.9.2)."""
+    text = f"<text xmlns='{ns.STREAM_ERRORS}' xml:lang='en'>{escape(error.text)}</text>" if error.text else ""
+    return f"<stream:error><{error.condition} xmlns='{ns.STREAM_ERRORS}'/>{text}</stream:error>".encode()
 
 
 def _is_undecided(prolog: bytes) -> bool:
