@@ -90,10 +90,10 @@ async def field(
     locks on one SQLite file."""
     made: list[Field] = []
 
-    async def make(count: int = 3, *, load: bool = False, **changes: Any) -> Field:
+    async def make(count: int = 3, *, load: bool = False, timeout: float = TIMEOUT, **changes: Any) -> Field:
         if load:
             changes["database"] = await databases.migrated("mariadb", tmp_path)
-        cluster = real_cluster(count, start=False, cluster={"peer_timeout": TIMEOUT}, **changes)
+        cluster = real_cluster(count, start=False, cluster={"peer_timeout": timeout}, **changes)
         field = Field(cluster, Wires(cluster))
         made.append(field)
         await asyncio.to_thread(start, cluster)
@@ -114,8 +114,9 @@ def start(cluster: RealCluster) -> None:
     cluster.converged()
 
 
-async def test_after_a_kill_every_contact_hears_once_within_a_second(field):
-    scene = await field()
+async def test_after_a_kill_every_contact_hears_once_and_long_before_silence_would_tell(field):
+    """Some 0.8 s where the machine is idle; how much more here says little about xmppd."""
+    scene = await field(timeout=6.0)
     juliet, romeo, nurse = scene.people
     scene.ledger.begin([romeo, nurse])
     before = {person.name: len(person.seen(juliet)) for person in (romeo, nurse)}
@@ -133,13 +134,18 @@ async def test_after_a_kill_every_contact_hears_once_within_a_second(field):
     served = time.monotonic() - began
     await scene.ledger.until(lambda: all(scene.ledger.truth()), "juliet is back", 5)
 
-    assert took < 2.0, took
-    assert served < 2.0, served
+    assert took < 4.0, took
+    assert served < 4.0, served
     for person in (romeo, nurse):
         assert person.seen(juliet)[before[person.name] :] == ["unavailable", "available"]
     await scene.accounts()
     for node in (scene.cluster[1], scene.cluster[2]):
-        story(node, "node down node=xmppd@node01", "contacts told of lost sessions sessions=1 told=1")
+        story(
+            node,
+            "node down node=xmppd@node01",
+            'reason="its process has gone"',
+            "contacts told of lost sessions sessions=1 told=1",
+        )
 
 
 async def test_a_node_that_is_cut_off_in_silence_and_comes_back(field):
