@@ -17,6 +17,8 @@ from tests.harness.cluster import ClusterNode, RealCluster
 from tests.harness.ledger import Ledger, Person
 from tests.harness.wires import Wires
 
+pytestmark = pytest.mark.long
+
 TIMEOUT = 2.0  # seconds: cluster.peer_timeout
 HEALED = 3.0  # seconds from the end of a cut until nobody notices it any more
 CONVERGED = "converged: yes"
@@ -202,7 +204,6 @@ async def test_a_cut_between_two_of_three_nobody_notices(field):
     await scene.accounts()
 
 
-@pytest.mark.long
 @pytest.mark.mariadb
 async def test_a_split_of_half_a_minute_under_load(field):
     scene = await field(load=True)
@@ -214,7 +215,6 @@ async def test_a_split_of_half_a_minute_under_load(field):
     await scene.accounts()
 
 
-@pytest.mark.long
 @pytest.mark.mariadb
 async def test_twenty_splits_in_a_row(field):
     dice = random.Random(5)
@@ -233,7 +233,6 @@ async def test_twenty_splits_in_a_row(field):
     await scene.accounts()
 
 
-@pytest.mark.long
 async def test_a_node_that_is_frozen_for_twenty_seconds(field):
     """Its people are gone for the others and the others for them; they may write to each other all the same."""
     scene = await field()
@@ -257,7 +256,6 @@ async def test_a_node_that_is_frozen_for_twenty_seconds(field):
     await scene.accounts()
 
 
-@pytest.mark.long
 async def test_two_nodes_that_die_at_once(field):
     scene = await field()
     juliet, romeo, nurse = scene.people
@@ -285,7 +283,6 @@ async def person_come(scene: Field, node: ClusterNode) -> None:
             await person.come()
 
 
-@pytest.mark.long
 async def test_all_nodes_start_again_in_any_order(field):
     scene = await field()
     for seed in range(3):

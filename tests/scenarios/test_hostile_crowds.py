@@ -109,6 +109,7 @@ async def besiege(served):
         await pulse.end()
 
 
+@pytest.mark.alone
 async def test_two_thousand_stop_in_the_middle_of_a_handshake(besiege):
     siege = await besiege()
     stages = {"tcp": 500, "tcp before tls": 500, "half a client hello": 400, "half a header": 400}
@@ -195,6 +196,7 @@ CASES = [
 ]
 
 
+@pytest.mark.alone
 async def test_a_thousand_streams_break_a_limit(besiege):
     siege = await besiege(**LIMITS)
     before = siege.gauge.values("xmppd_streams_refused")
@@ -234,6 +236,7 @@ def in_log(node, phrase):
 # -- slow ones
 
 
+@pytest.mark.alone
 async def test_who_dribbles_and_who_takes_nothing_is_cut_off(besiege):
     siege = await besiege(negotiation_timeout="2s", send_timeout="2s", max_write_queue="256KiB")
     names = ("xmppd_negotiations_timed_out", "xmppd_slow_readers")
@@ -270,6 +273,7 @@ LOUD = [
 ]
 
 
+@pytest.mark.long
 async def test_floods_below_and_above_the_shaper_and_of_invented_names(besiege):
     siege = await besiege()
 
