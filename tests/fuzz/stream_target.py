@@ -13,7 +13,16 @@ from xmppd.protocol import stanza as stanzas
 from xmppd.protocol.jid import parse
 from xmppd.protocol.names import KNOWN_NAMES
 from xmppd.protocol.stanza import Stanza, neutral
-from xmppd.protocol.stream import Event, Limits, Nonza, Stream, StreamClosed, StreamOpened
+from xmppd.protocol.stream import (
+    Acknowledgement,
+    AcknowledgementRequest,
+    Event,
+    Limits,
+    Nonza,
+    Stream,
+    StreamClosed,
+    StreamOpened,
+)
 
 ROMEO: Final = parse("romeo@localhost/orchard")
 AMPLE: Final = Limits(size=1 << 20, names=100_000)
@@ -217,7 +226,7 @@ def _examine(events: list[Event], judge: _Judge, limits: Limits, bound: bool) ->
                 break
             assert event == StreamOpened(*(header.get(name) for name in ("to", "from", "version", _LANG, "id")))
             assert judge.header_end - _leading(judge.data, 0) <= limits.size, "a header over the size limit"
-        if not isinstance(event, Stanza | Nonza):
+        if not isinstance(event, Stanza | Nonza | Acknowledgement | AcknowledgementRequest):
             continue
         if number >= len(units) and judge.forgiven:
             if isinstance(event, Stanza):
@@ -236,7 +245,10 @@ def _examine(events: list[Event], judge: _Judge, limits: Limits, bound: bool) ->
         total += unit.elements
         assert limits.total is None or total <= limits.total, f"{total} elements in all, {limits.total} allowed"
         assert unit.node is not None
-        if isinstance(event, Nonza):
+        if isinstance(event, Acknowledgement | AcknowledgementRequest):
+            name = "a" if isinstance(event, Acknowledgement) else "r"
+            assert unit.node[0] == f"urn:xmpp:sm:3 {name}"
+        elif isinstance(event, Nonza):
             uri, _, local = unit.node[0].rpartition(" ")
             assert event.element.tag == f"{{{uri}}}{local}"
             assert uri not in ("", "jabber:client", "jabber:server")

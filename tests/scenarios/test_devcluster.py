@@ -44,6 +44,7 @@ def answers(address: str) -> bool:
     return True
 
 
+@pytest.mark.alone
 def test_a_node_serves_when_up_returns(folder):
     node = up(folder)
 
@@ -56,6 +57,7 @@ def test_a_node_serves_when_up_returns(folder):
     assert subprocess.run([*node["xmppctl"], "status"], capture_output=True).returncode == 0
 
 
+@pytest.mark.alone
 def test_a_killed_node_comes_back_on_its_ports(folder):
     before = up(folder)
 
@@ -112,6 +114,7 @@ def ask(node: dict, *command: str) -> list[str]:
     return sorted(done.stdout.split())
 
 
+@pytest.mark.alone
 def test_two_nodes_are_one_cluster_when_up_returns(folder):
     one, two = lines(script("devcluster", "up", "2", "--dir", folder, "--json"))
     names = [one["name"], two["name"]]

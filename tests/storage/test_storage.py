@@ -535,6 +535,7 @@ async def test_writes_fail_when_the_server_stays_away_longer_than_their_deadline
 
 
 @pytest.mark.mariadb
+@pytest.mark.alone
 async def test_a_server_that_stands_still_is_unavailable_in_time(
     mariadb_server, mariadb_database, make_storage, monkeypatch
 ):
