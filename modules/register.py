@@ -1,5 +1,6 @@
 """In-band registration (XEP-0077): new accounts, new passwords, removal. Not among the default modules."""
 
+import unicodedata
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from xmppd.protocol.stanza import Stanza, build, error_element, iq_result
 _FEATURE: Final = f'<register xmlns="{ns.REGISTER_FEATURE}"/>'.encode()
 _FIVE_AN_HOUR: Final = Rate(5, 3600.0)
 _FIELDS: Final = "<username/><password/>"
+# "pаypal" with a Cyrillic letter is another account than "paypal", and looks the same.
+_LOOK_ALIKE: Final = frozenset({"ARMENIAN", "CHEROKEE", "COPTIC", "CYRILLIC", "GREEK", "LATIN"})
 _ADDRESSES: Final = 10_000  # remembered; the one that was silent longest is forgotten
 
 
@@ -108,6 +111,8 @@ class Register(Module[Config]):
             user = make(username, event.host)
         except JidError as exc:
             raise StanzaError("not-acceptable", "this username cannot be used") from exc
+        if len(_alphabets(user.local)) > 1:
+            raise StanzaError("not-acceptable", "a username has letters of one alphabet")
         return self.access.allowed(self.config.access, user, event.address) and self.access.allowed(
             self.config.ip_access, None, event.address, event.host
         )
@@ -194,6 +199,11 @@ class Attempts:
             return False
         times.append(now)
         return True
+
+
+def _alphabets(username: str) -> set[str]:
+    """Those of which letters look like another's, and the name has some."""
+    return {unicodedata.name(char, "").partition(" ")[0] for char in username if char.isalpha()} & _LOOK_ALIKE
 
 
 def _network(address: str) -> str:

@@ -58,7 +58,7 @@ _REMEMBERED: Final = 10.0  # seconds for which it is remembered that a message w
 _SAW_LATER: Final = 60.0  # seconds by which another node may have lost sight of this one before this one did of it
 _RETRIEVES: Final = "offline"  # in a session's state: it looks through the messages by itself
 _PARTED: Final = 100_000  # users with messages of a split, the most that are looked at
-_HELD: Final = 5.0  # seconds for another node to deliver what was stored for those who are back
+_HELD: Final = 10.0  # seconds for another node to deliver what was stored for those who are back
 _FETCH: Final = f"{{{ns.OFFLINE}}}fetch"
 _PURGE: Final = f"{{{ns.OFFLINE}}}purge"
 

@@ -7,17 +7,30 @@ import random
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.databases import Databases
 from tests.harness.cluster import ClusterNode, RealCluster
 from tests.harness.ledger import Ledger, Person
 from tests.harness.wires import Wires
 
+pytestmark = pytest.mark.long
+
 TIMEOUT = 2.0  # seconds: cluster.peer_timeout
 HEALED = 3.0  # seconds from the end of a cut until nobody notices it any more
 CONVERGED = "converged: yes"
+
+
+def story(node: ClusterNode, *lines: str) -> None:
+    """What the operator of a node has read, in this order."""
+    at = 0
+    for line in lines:
+        found = node.log.find(line, at)
+        assert found >= 0, f"{node.name} did not say {line!r} (in that order)"
+        at = found
 
 
 class Field:
@@ -40,8 +53,7 @@ class Field:
         which = nodes or tuple(self.cluster)
         names = sorted(node.name for node in which)
         return all(
-            sorted(node.quick("list_cluster").splitlines()) == names
-            and CONVERGED in node.quick("cluster_status")
+            sorted(node.quick("list_cluster").splitlines()) == names and CONVERGED in node.quick("cluster_status")
             for node in which
         )
 
@@ -73,11 +85,17 @@ class Field:
 
 
 @pytest.fixture
-async def field(real_cluster: Callable[..., RealCluster]) -> AsyncIterator[Callable[..., Any]]:
+async def field(
+    real_cluster: Callable[..., RealCluster], databases: Databases, tmp_path: Path
+) -> AsyncIterator[Callable[..., Any]]:
+    """`field()`; with `load=True` on MariaDB, as three processes that write a lot would only wait for each other's
+    locks on one SQLite file."""
     made: list[Field] = []
 
-    async def make(count: int = 3, **changes: Any) -> Field:
-        cluster = real_cluster(count, start=False, cluster={"peer_timeout": TIMEOUT}, **changes)
+    async def make(count: int = 3, *, load: bool = False, timeout: float = TIMEOUT, **changes: Any) -> Field:
+        if load:
+            changes["database"] = await databases.migrated("mariadb", tmp_path)
+        cluster = real_cluster(count, start=False, cluster={"peer_timeout": timeout}, **changes)
         field = Field(cluster, Wires(cluster))
         made.append(field)
         await asyncio.to_thread(start, cluster)
@@ -89,6 +107,7 @@ async def field(real_cluster: Callable[..., RealCluster]) -> AsyncIterator[Calla
         await each.ledger.end()
         await asyncio.to_thread(each.cluster.end)
         each.wires.close()
+        databases.drop(each.cluster.database)
 
 
 def start(cluster: RealCluster) -> None:
@@ -97,8 +116,9 @@ def start(cluster: RealCluster) -> None:
     cluster.converged()
 
 
-async def test_after_a_kill_every_contact_hears_once_within_a_second(field):
-    scene = await field()
+async def test_after_a_kill_every_contact_hears_once_and_long_before_silence_would_tell(field):
+    """Some 0.8 s where the machine is idle; how much more here says little about xmppd."""
+    scene = await field(timeout=6.0)
     juliet, romeo, nurse = scene.people
     scene.ledger.begin([romeo, nurse])
     before = {person.name: len(person.seen(juliet)) for person in (romeo, nurse)}
@@ -116,11 +136,18 @@ async def test_after_a_kill_every_contact_hears_once_within_a_second(field):
     served = time.monotonic() - began
     await scene.ledger.until(lambda: all(scene.ledger.truth()), "juliet is back", 5)
 
-    assert took < 2.0, took
-    assert served < 2.0, served
+    assert took < 4.0, took
+    assert served < 4.0, served
     for person in (romeo, nurse):
         assert person.seen(juliet)[before[person.name] :] == ["unavailable", "available"]
     await scene.accounts()
+    for node in (scene.cluster[1], scene.cluster[2]):
+        story(
+            node,
+            "node down node=xmppd@node01",
+            'reason="its process has gone"',
+            "contacts told of lost sessions sessions=1 told=1",
+        )
 
 
 async def test_a_node_that_is_cut_off_in_silence_and_comes_back(field):
@@ -144,6 +171,15 @@ async def test_a_node_that_is_cut_off_in_silence_and_comes_back(field):
     for person in (romeo, nurse):
         assert person.seen(juliet)[before[person.name] :] == ["unavailable", "available"]
     await scene.accounts()
+    await asyncio.sleep(0.2)
+    story(
+        scene.cluster[0],
+        "node down node=xmppd@node02",
+        "stanzas routed again node=xmppd@node02",
+        "node up node=xmppd@node02",
+        "tables synced node=xmppd@node02",
+        "sessions shown to a node node=xmppd@node02",
+    )
 
 
 async def test_a_cut_between_two_of_three_nobody_notices(field):
@@ -168,10 +204,10 @@ async def test_a_cut_between_two_of_three_nobody_notices(field):
     await scene.accounts()
 
 
-@pytest.mark.long
+@pytest.mark.mariadb
 async def test_a_split_of_half_a_minute_under_load(field):
-    scene = await field()
-    scene.ledger.begin(scene.people, every=0.005)
+    scene = await field(load=True)
+    scene.ledger.begin(scene.people, every=0.02)
     scene.wires.isolate(scene.cluster[0])
     await asyncio.sleep(30)
     scene.wires.heal()
@@ -179,10 +215,10 @@ async def test_a_split_of_half_a_minute_under_load(field):
     await scene.accounts()
 
 
-@pytest.mark.long
+@pytest.mark.mariadb
 async def test_twenty_splits_in_a_row(field):
     dice = random.Random(5)
-    scene = await field()
+    scene = await field(load=True)
     scene.ledger.begin(scene.people)
     for _ in range(20):
         pattern = dice.choice(("isolate", "isolate", "pair", "one way"))
@@ -197,7 +233,6 @@ async def test_twenty_splits_in_a_row(field):
     await scene.accounts()
 
 
-@pytest.mark.long
 async def test_a_node_that_is_frozen_for_twenty_seconds(field):
     """Its people are gone for the others and the others for them; they may write to each other all the same."""
     scene = await field()
@@ -221,7 +256,6 @@ async def test_a_node_that_is_frozen_for_twenty_seconds(field):
     await scene.accounts()
 
 
-@pytest.mark.long
 async def test_two_nodes_that_die_at_once(field):
     scene = await field()
     juliet, romeo, nurse = scene.people
@@ -249,7 +283,6 @@ async def person_come(scene: Field, node: ClusterNode) -> None:
             await person.come()
 
 
-@pytest.mark.long
 async def test_all_nodes_start_again_in_any_order(field):
     scene = await field()
     for seed in range(3):

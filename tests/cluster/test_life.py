@@ -192,7 +192,7 @@ async def test_an_engine_that_does_not_start_is_tried_again_and_the_node_lives_o
     await node.cluster.stop()
 
 
-async def test_a_lease_that_cannot_be_renewed_is_not_claimed_to_be_held(start):
+async def test_a_lease_that_cannot_be_renewed_is_not_claimed_to_be_held(start, caplog):
     node = await start("member")
     await beats(node)
     node.store.away = True
@@ -203,6 +203,7 @@ async def test_a_lease_that_cannot_be_renewed_is_not_claimed_to_be_held(start):
 
     assert node.cluster.lease_until == held
     assert node.engine.runs
+    assert [record.msg for record in caplog.records].count("members not readable") == 1
     node.store.away = False
     await until(lambda: node.cluster.lease_until > held)
 

@@ -40,10 +40,8 @@ async def heal(nodes):
 
 async def calm_after_death(nodes, index):
     """The dead one takes no part any more."""
-    world, replica = nodes.worlds[index], nodes.replicas[index]
-    for session in list(world.manager.local()):
-        session._carrier.received.clear()
-    replica.stop()
+    world = nodes.worlds[index]
+    nodes.replicas[index].stop()
     for _ in range(3):
         for other in nodes.worlds:
             if other is not world:

@@ -178,14 +178,18 @@ def _shape(event: Event) -> object:
     return ("error", event.condition) if isinstance(event, StreamError) else event
 
 
+def _is_error(shape: object) -> bool:
+    return isinstance(shape, tuple) and shape[0] == "error"
+
+
 def _agree(one: list[Event], other: list[Event], data: bytes, limits: Limits) -> None:
     """Equal, but that a fault inside an unfinished stanza may be noticed later: the parser reads ahead as it likes."""
     shorter, longer = sorted(([_shape(event) for event in events] for events in (one, other)), key=len)
     ends = [shorter[-1:], longer[-1:]]
     if limits is not AMPLE and (_BLANK_RUN.search(data) or sum(map(data.count, _BLANKS)) > limits.size):
         # Blanks are counted by reads, so the cuts decide when they are too many.
-        shorter = [event for event in shorter if not isinstance(event, tuple) or event[0] != "error"]
-        longer = longer[: len(shorter)]
+        kept = [[shape for shape in shapes if not _is_error(shape)] for shapes in (shorter, longer)]
+        shorter, longer = (shapes[: min(map(len, kept))] for shapes in kept)
     elif len(shorter) < len(longer) and longer[-1] in (("error", "not-well-formed"), ("error", "restricted-xml")):
         del longer[-1]
     elif (

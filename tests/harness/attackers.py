@@ -298,25 +298,27 @@ async def flood(target: Target, count: int, stanzas: list[str], rate: float = 0.
     return {"sent": sent, "heard": heard, "named": Counter(names), "seconds": max(took)}
 
 
-async def deaf(target: Target, count: int) -> Result:
-    """Each asks and asks and takes no answer, until it is cut off."""
-    ask = "<iq type='get' id='1' to='localhost'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>" * 20
+async def deaf(target: Target, count: int, talkers: int) -> Result:
+    """Each takes nothing, while so many others talk to it: more than the kernels keep for it. Until it is cut off."""
 
     async def one(number: int) -> float:
         peer = await target.login(tls=number % 2 == 0)
         peer.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        note = f"<message to='{peer.jid}' type='headline'><body>{'x' * 8000}</body></message>"
+        others = [await target.login() for _ in range(talkers)]
         began = time.monotonic()
-        while time.monotonic() - began < PATIENCE:
-            try:
-                peer.send(ask)
-                await asyncio.wait_for(peer.writer.drain(), 0.2)
-            except TimeoutError:
-                continue
-            except OSError:
-                break
-        peer.drop()
-        return time.monotonic() - began
+        while not peer.writer.transport.is_closing() and time.monotonic() - began < PATIENCE:
+            for other in others:
+                if other.writer.transport.get_write_buffer_size() < 65536:
+                    other.send(note)
+            with contextlib.suppress(OSError):
+                peer.send(" ")  # or it would not notice its end
+            await asyncio.sleep(0.02)
+        took = time.monotonic() - began
+        for each in (peer, *others):
+            each.drop()
+        return took
 
     asyncio.get_running_loop().call_later(0.5, target.under_way)
     return {"seconds": await asyncio.gather(*(one(number) for number in range(count)))}

@@ -290,6 +290,7 @@ async def test_a_database_that_is_away_harms_nobody_who_is_online(node, mariadb_
         await play.check(logins={"temporary-auth-failure"})
 
 
+@pytest.mark.alone
 @pytest.mark.mariadb
 async def test_a_database_that_stutters_is_borne(node, mariadb_server):
     node.write(database={"url": mariadb_server.new_database(), "pool": {"timeout": 3}})

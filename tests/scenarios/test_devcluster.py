@@ -131,6 +131,7 @@ def test_two_nodes_are_one_cluster_when_up_returns(folder):
     assert script("devcluster", "status", "--dir", folder).returncode == 0
 
 
+@pytest.mark.long
 def test_a_cluster_grows_and_shrinks_and_its_data_stay(folder):
     one = up(folder)
     ask(one, "register", "romeo", "localhost", "s3cret")
@@ -146,6 +147,7 @@ def test_a_cluster_grows_and_shrinks_and_its_data_stay(folder):
     assert not (Path(folder) / "xmppd@node02").exists()
 
 
+@pytest.mark.long
 @pytest.mark.mariadb
 def test_a_cluster_may_have_its_database_in_mariadb(folder, mariadb_server):
     url = mariadb_server.new_database()
@@ -172,6 +174,7 @@ def test_no_message_is_lost_under_a_short_load(tls):
     assert result["server_cpu_us_per_message"] > 0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the load generator needs a C compiler")
 def test_no_message_between_two_nodes_is_lost_under_a_short_load():
     measured = script("bench", "cluster", "--pairs", "5", "--warm", "0.2", "--time", "0.5")
@@ -186,6 +189,7 @@ def test_no_message_between_two_nodes_is_lost_under_a_short_load():
         assert layout["server_cpu_us_per_message"] >= layout["of_it_descendants_us_per_message"] >= 0
 
 
+@pytest.mark.long
 def test_what_the_sessions_of_a_cluster_cost_a_newcomer_is_measured():
     measured = script("bench", "cluster", "--rows", "1000")
 

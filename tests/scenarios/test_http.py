@@ -183,6 +183,8 @@ async def test_readiness_goes_and_comes_back_with_the_database(fresh, http):
     with sqlite3.connect(fresh.data_dir / "xmppd.db") as database:
         database.execute("ALTER TABLE gone RENAME TO alembic_version")
     await eventually(readiness, lambda found: found == (200, "ready"))
+    assert "not ready: the database does not answer" in fresh.log
+    assert "ready again: the database answers" in fresh.log
 
 
 async def test_a_node_that_stops_says_so_before_it_goes(fresh, http):

@@ -600,3 +600,10 @@ def test_a_second_of_damaged_messages():
         except SaslError as error:
             seen.add(error.condition)
     assert {"malformed-request", "not-authorized", "invalid-authzid"} <= seen
+
+
+@pytest.mark.parametrize("name", ["\U0002f868", "a\U0002f874b", "\U0002f91f", "\U0002f95f", "\U0002f9bf"])
+def test_a_name_that_is_another_in_an_address_is_nobodys(name):
+    """Five characters, whose normal form was corrected after Unicode 3.2."""
+    with pytest.raises(JidError):
+        sasl.prep_username(name)

@@ -213,3 +213,20 @@ def test_no_error_for_an_error(kind, type):
 def test_a_representation_shows_no_body():
     assert repr(message()).startswith("<message to=")
     assert "O&amp;O" not in repr(message())
+
+
+@pytest.mark.parametrize("prefix", ["x", "stream"])
+def test_an_error_reply_declares_the_prefixes_of_its_payload(prefix):
+    """They were declared in the start tag of the stanza, which is not copied."""
+    xml = f"<iq type='get' id='1' xmlns:y='urn:y' xmlns:{prefix}='urn:a'><{prefix}:query/></iq>".encode()
+    reply = error_reply(Stanza.from_bytes(xml), StanzaError("service-unavailable"))
+    assert inside_a_stream(reply.xml)[2][0] == ("urn:a query", (), ())
+
+
+@pytest.mark.parametrize(
+    "start", [b" xmlns:x='urn:x'", b" id='1' xmlns:x = \"urn:x\" type='chat'", b" id=' xmlns:x=\"no\"' xmlns:x='urn:x'"]
+)
+def test_an_error_declares_the_prefixes_of_what_it_carries(start):
+    stanza = Stanza.from_bytes(b"<message" + start + b"><x:a/></message>")
+    reply = error_reply(stanza, StanzaError("service-unavailable"))
+    assert inside_a_stream(reply.xml)[2][0] == ("urn:x a", (), ())

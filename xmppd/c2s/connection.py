@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
-from xml.sax.saxutils import escape, quoteattr
+from xml.sax.saxutils import quoteattr
 
 from xmppd.c2s.managed import Managed
 from xmppd.c2s.session import Session
@@ -38,6 +38,7 @@ from xmppd.protocol.stream import (
     Stream,
     StreamClosed,
     StreamOpened,
+    error_bytes,
 )
 from xmppd.shaper import ShaperLimits, TokenBucket
 
@@ -48,6 +49,7 @@ _CLOSING_TAG: Final = b"</stream:stream"
 _CLOSE_PATIENCE: Final = 2.0  # seconds for the peer to answer our closing tag
 _CLOSE_SIZE: Final = 256 * 1024  # bytes the peer may still send before it does
 _SLICE: Final = 512  # bytes; what takes longest is a hundred stanzas of five bytes
+_LEAST: Final = 128  # bytes that a stanza counts for the shaper: what it costs does not depend on its size alone
 _HIGH_WATER: Final = 64 * 1024
 _RESUMABLE: Final = frozenset({"connection-timeout"})  # stream errors that say nothing against the client
 _BACKLOG: Final = 256 * 1024  # bytes read behind a stanza that waits, in search of acknowledgements
@@ -149,10 +151,7 @@ class Connection(asyncio.Protocol):
         self._deadline = loop.call_later(self.settings.negotiation_timeout, self._too_slow)
 
     def data_received(self, data: bytes) -> None:
-        self.last_heard = now = time.monotonic()
-        bucket = self._bucket
-        if bucket is not None and (wait := bucket.take(len(data), now)) > 0:
-            self._throttle(wait, now)
+        self.last_heard = time.monotonic()
         if self._closing:
             self._ignore(data)
         elif self._unread or len(data) > _SLICE or self._tls is not None:
@@ -161,8 +160,10 @@ class Connection(asyncio.Protocol):
             self._read(data)
 
     def _read(self, data: bytes) -> None:
+        events: list[Event] = []
         try:
-            for event in self._stream.receive(data):
+            events = self._stream.receive(data)
+            for event in events:
                 if self._busy:
                     self._keep(event)
                 else:
@@ -173,6 +174,12 @@ class Connection(asyncio.Protocol):
             self._backlog += len(data)
             if self._backlog >= _BACKLOG:
                 self._pause()
+        bucket = self._bucket
+        if bucket is not None:
+            now = time.monotonic()
+            wait = bucket.take(max(len(data), len(events) * _LEAST), now)
+            if wait > 0:
+                self._throttle(wait, now)
 
     def _keep(self, event: Event) -> None:
         """A stanza waits. Acknowledgements pass: what it waits for may be waiting for them."""
@@ -195,7 +202,7 @@ class Connection(asyncio.Protocol):
         self._queue()
 
     def _queue(self) -> None:
-        if not self._queued and self._reads():
+        if not self._queued and self._throttled is None and self._reads():
             self._queued = True
             self._ticks.queue(self)
 
@@ -211,7 +218,7 @@ class Connection(asyncio.Protocol):
         if self._read_to >= len(self._unread):
             self._unread = b""
             self._read_on()
-        self._queued = bool(self._unread) and self._reads()
+        self._queued = bool(self._unread) and self._throttled is None and self._reads()
         return self._queued
 
     def eof_received(self) -> bool:
@@ -234,6 +241,8 @@ class Connection(asyncio.Protocol):
         if self._lost:
             return
         self._lost = True
+        if self._paused and isinstance(exc, TimeoutError):  # the kernel's patience (TCP_USER_TIMEOUT) ended before ours
+            self._note_slow("takes nothing")
         for timer in (self._deadline, self._stuck, self._throttled):
             if timer is not None:
                 timer.cancel()
@@ -385,6 +394,8 @@ class Connection(asyncio.Protocol):
 
     def _unthrottle(self) -> None:
         self._throttled = None
+        if self._unread:
+            self._queue()
         self._read_on()
 
     # -- writing
@@ -550,10 +561,8 @@ class Connection(asyncio.Protocol):
         add(self.counters.stream_errors, error.condition)
         if not self._header_sent:
             self.send_header("", "0", None)
-        text = f"<text xmlns='{ns.STREAM_ERRORS}' xml:lang='en'>{escape(error.text)}</text>" if error.text else ""
-        defined = f"<stream:error><{error.condition} xmlns='{ns.STREAM_ERRORS}'/>{text}".encode()
         self._acknowledge_last()
-        self.write(defined + error.application + b"</stream:error>" + _CLOSE)
+        self.write(error_bytes(error) + _CLOSE)
         self._close(clean=False, resumable=error.condition in _RESUMABLE)
 
     def _acknowledge_last(self) -> None:
@@ -645,9 +654,12 @@ class Connection(asyncio.Protocol):
             self.abort()
 
     def _cut_off(self, why: str) -> None:
-        self.counters.cut_off += 1
-        self.log.warning("slow reader cut off", why=why, peer=self.peer[0], queued=self.unsent())
+        self._note_slow(why)
         self.abort()
+
+    def _note_slow(self, why: str) -> None:
+        self.counters.cut_off += 1
+        self.log.warning("slow reader cut off", why=why, peer=self.peer[0], queued=self.queued())
 
     def _watch_idle(self) -> None:
         silent = time.monotonic() - self.last_heard

@@ -123,7 +123,9 @@ async def open_port(cluster: Cluster, name: str, row: Node | None, progress: Pro
     deadline = asyncio.get_running_loop().time() + (OPENING if row is not None and row.running else 0)
     while True:
         probe = await cluster.engine.probe(where)
-        if probe.finding is not Finding.REFUSED or asyncio.get_running_loop().time() > deadline:
+        # Behind a balancer or a forwarded port a port that is not open yet looks like one of somebody else.
+        opening = probe.finding in (Finding.REFUSED, Finding.NOT_A_NODE)
+        if not opening or asyncio.get_running_loop().time() > deadline:
             return probe
         await asyncio.sleep(_PAUSE * 3)
 

@@ -59,7 +59,8 @@ class _Reader:
     __slots__ = ("_left", "_names", "_parser")
 
     def __init__(self) -> None:
-        self._parser = etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=False)
+        # Without the ids: two of one value are no error for the stream's parser, so they must not be one here.
+        self._parser = etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=False, collect_ids=False)
         self._names = NameTable()
         self._left = _READ_AT_MOST
 

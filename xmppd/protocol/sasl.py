@@ -135,11 +135,17 @@ def saslprep(text: str) -> str:
 
 
 def prep_username(text: str) -> str:
-    """A SASL user name as the local part of an address: SASLprep, then nodeprep. Raises `JidError`."""
+    """A SASL user name as the local part of an address: SASLprep, then nodeprep. Raises `JidError`.
+
+    Nobody's name is one that would be another as an address alone: their tables differ in a few characters (U+2F868).
+    """
     try:
-        return prepare_local(saslprep(text))
+        prepared = prepare_local(saslprep(text))
     except ValueError as exc:
         raise JidError(f"{text[:80]!r} is no local part of an address: {exc}") from exc
+    if not text.isascii() and prepare_local(text) != prepared:
+        raise JidError(f"{text[:80]!r} is one name in a login and another in an address")
+    return prepared
 
 
 def prep_password(password: str) -> bytes:

@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
-from xml.sax.saxutils import quoteattr
+from xml.sax.saxutils import escape, quoteattr
 
 from lxml import etree
 from lxml.etree import _Element
@@ -559,6 +559,11 @@ class Stream:
                     raise fault
                 start = end
             if self._ended:
+                empty = header_too and len(out) == 2 and data[start - 2] == 47  # <stream:stream/>
+                stray = None if empty else _misplaced(data[start:].lstrip(_BLANKS))
+                if stray is not None:  # a blank, but written as a character reference
+                    out.pop()
+                    raise stray
                 return
             for run in _BLANK_RUN.findall(data, 0, start):
                 self._novel(run)
@@ -588,6 +593,16 @@ _REQUEST: Final = AcknowledgementRequest()
 
 def _acknowledging(found: re.Match[bytes]) -> Event:
     return _REQUEST if found.lastindex is None else Acknowledgement(int(found[found.lastindex]))
+
+
+def error_bytes(error: StreamError) -> bytes:
+    """<stream:error/> as it goes to the peer (RFC 6120 4.9.2)."""
+    text = f"<text xmlns='{ns.STREAM_ERRORS}' xml:lang='en'>{escape(error.text)}</text>" if error.text else ""
+    return (
+        f"<stream:error><{error.condition} xmlns='{ns.STREAM_ERRORS}'/>{text}".encode()
+        + error.application
+        + b"</stream:error>"
+    )
 
 
 def _is_undecided(prolog: bytes) -> bool:
@@ -631,8 +646,10 @@ def _unit_ends(data: bytes, depth: int) -> Iterator[int]:
             elif depth == 0:
                 return
         elif data[end - 2] == 47:
-            if depth == 1:
+            if depth < 2:
                 yield end
+            if depth == 0:
+                return  # the header is the end, too: <stream:stream/>
         else:
             depth += 1
             if depth == 1:
