@@ -7,7 +7,7 @@ from xml.sax.saxutils import escape
 from sqlalchemy import BigInteger, Column
 
 from xmppd.errors import StanzaError, StorageError
-from xmppd.events import SessionBecameUnavailable, SessionClosed, UserDeleted
+from xmppd.events import SessionArrived, SessionBecameUnavailable, SessionClosed, SessionLeft, UserDeleted
 from xmppd.module_api import (
     IqRequest,
     Module,
@@ -99,6 +99,15 @@ class Last(Module[object]):
         """One that was never available was here all the same."""
         if event.last and self.name not in event.session.state and not event.session.anonymous:
             self._remember(event.session.user, "")
+
+    @hook(SessionLeft)
+    def give(self, event: SessionLeft) -> None:
+        event.luggage[self.name] = self.name in event.session.state
+
+    @hook(SessionArrived)
+    def take(self, event: SessionArrived) -> None:
+        if event.luggage.get(self.name):
+            event.session.state[self.name] = True
 
     @hook(UserDeleted)
     async def forget(self, event: UserDeleted) -> None:

@@ -277,6 +277,24 @@ class SessionClosed:
     last: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Luggage:
+    session: Session
+    luggage: dict[str, Any]  # by the modules' names: JSON
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLeft(_Luggage):
+    """A session goes on on another node, where its stream was resumed; on the node where it was. It is not closed and
+    nobody is told of an end. A module puts what it needs there into `luggage`, under its own name, as JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionArrived(_Luggage):
+    """A session has come from another node, and is available if it was there; on its new node. It was not bound and did
+    not become available: modules take up what they had put into `luggage`."""
+
+
 # -- blocking
 
 

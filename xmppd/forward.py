@@ -4,7 +4,8 @@ Bodies of the frames (integers big-endian, texts UTF-8 and separated by NUL, XML
 
     STANZA    flags u8, number u32, lengths of way and id u32; way: type, to, from, resource...; id; XML
               flags: 0x03 kind (0 message, 1 presence, 2 iq), 0x0c nodes it has come from, 0x10 a copy (with number
-              0: for sessions that wait for resumption, while others have got it)
+              0: for sessions that wait for resumption, while others have got it), 0x20 passed on by the node where
+              the session was before
     PRESENCE  length of the texts u32; type, id, from, bare JID...; XML without `to`
     OUTCOMES  how many are safe u32, went wrong u32, found nobody u32; their numbers u32 each; JSON list of the
               copies that were refused: [number, condition, type, text, application]
@@ -41,6 +42,7 @@ _KIND_BITS: Final = 0x03
 _HOP_SHIFT: Final = 2
 _HOP_BITS: Final = 0x03
 _COPY: Final = 0x10
+_MOVED: Final = 0x20
 _NUL: Final = "\0"
 _HEAD: Final = Struct("!BIII")  # of STANZA
 _WAYS: Final = 4096  # that are kept decoded
@@ -91,15 +93,17 @@ class Users(Protocol):
 class Forwarded(Stanza):
     """A stanza that has come from another node: `hops` links it has crossed."""
 
-    __slots__ = ("hops",)
+    __slots__ = ("hops", "moved")
 
     hops: int  # type: ignore[misc]
+    moved: bool  # type: ignore[misc]
 
     @classmethod
     def again(cls, stanza: Stanza) -> "Forwarded":
         """The stanza as if it had crossed one more link."""
         made = cls(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
         made.hops = stanza.hops + 1
+        made.moved = False
         return made
 
 
@@ -212,15 +216,26 @@ class Forwarder:
         """Send a copy to sessions that wait for resumption; what becomes of it is nobody's business."""
         self.send(node, stanza, resources, extra=True)
 
+    def pass_on(self, node: bytes, stanza: Stanza, resource: str) -> Outcome | None:
+        """Send what waited for a session that was here and is there now; None when that node is not up."""
+        return self.send(node, stanza, (resource,), extra=stanza.copy, moved=True)
+
     def send(
-        self, node: bytes, stanza: Stanza, resources: Sequence[str], *, copy: bool = False, extra: bool = False
+        self,
+        node: bytes,
+        stanza: Stanza,
+        resources: Sequence[str],
+        *,
+        copy: bool = False,
+        extra: bool = False,
+        moved: bool = False,
     ) -> Outcome | None:
         """Send a stanza to some resources of its recipient, all of them on one node; None when that node is not up."""
         channel = self._channels.get(node)
         if channel is None:
             return None
         kind, type = stanza.kind, stanza.type
-        flags = stanza.hops + 1 << _HOP_SHIFT
+        flags = min(stanza.hops + 1, HOPS) << _HOP_SHIFT | moved * _MOVED
         if kind == "message":
             wanted = type not in ("headline", "error")
         elif kind == "iq":
@@ -279,6 +294,7 @@ class Forwarder:
         type, to, from_, sender, resources = self._ways.get(way) or self._decode(way)
         stanza = Forwarded(_KINDS[flags & _KIND_BITS], type, body[at:end].decode(), to, from_, body[end:])
         stanza.hops = flags >> _HOP_SHIFT & _HOP_BITS
+        stanza.moved = bool(flags & _MOVED)
         self.frames_received += 1
         channel = self._channels[peer.owner.member]
         if self._behind and sender in self._behind:

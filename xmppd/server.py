@@ -24,6 +24,7 @@ from xmppd.admin.registry import Registry
 from xmppd.admin.socket import ControlSocket
 from xmppd.allocator import give_back
 from xmppd.auth import Auth
+from xmppd.c2s.handover import Handover
 from xmppd.c2s.resumption import Resumption
 from xmppd.c2s.session import Parts
 from xmppd.c2s.sweeper import RecordSweeper
@@ -362,6 +363,7 @@ class Server:
         self.cookies = Cookies(self.cluster, self.folder, external=self.config.cluster.nats_url is not None)
         self.forwarder = Forwarder(links, calls, self.sessions, bounce=self.router.bounce)
         self.sessions.connect(self.forwarder)
+        self.parts.resumption.handover = Handover(links, calls, self.forwarder, lambda: self.parts)
         self._node_handlers = NodeHandlers()
         self._node_handlers.connect(calls, self.spawn)
         Removals(calls, self.accounts, self.hooks, self.spawn)

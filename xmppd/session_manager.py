@@ -163,10 +163,12 @@ class SessionManager:
         """Hand in the way to the sessions of other nodes."""
         self._remote = remote
 
-    def open(self, session: LiveSession) -> SessionRow:
+    def open(self, session: LiveSession, *, priority: int | None = None, later_than: int = 0) -> SessionRow:
         """Enter a session that was just bound; one with the same full JID, here or elsewhere, ends with `conflict`
-        (requirements ST-01)."""
-        row = SessionRow(session.jid, self._owner, time.time_ns(), session, anonymous=session.anonymous)
+        (requirements ST-01). One that was on another node, with a row bound at `later_than`, has a priority already."""
+        bound_at = max(time.time_ns(), later_than + 1)
+        row = SessionRow(session.jid, self._owner, bound_at, session, anonymous=session.anonymous)
+        row.priority = priority
         displaced = self._table.insert(row)
         if displaced is not None:
             if displaced.session is not None:

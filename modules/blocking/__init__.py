@@ -27,8 +27,10 @@ from xmppd.events import (
     MessageUndeliverable,
     ProbeReceiving,
     RequestReceiving,
+    SessionArrived,
     SessionBound,
     SessionClosed,
+    SessionLeft,
     SubscriptionReceiving,
     UserDeleted,
     UserForgotten,
@@ -129,7 +131,9 @@ class Blocking(Module[Config]):
 
     @hook(SessionBound)
     async def load(self, event: SessionBound) -> None:
-        user = event.session.user
+        await self._load_now(event.session.user)
+
+    async def _load_now(self, user: JID) -> None:
         try:
             await self._lists.get(user)
         except StorageError as exc:
@@ -139,6 +143,21 @@ class Blocking(Module[Config]):
     @hook(SessionClosed)
     def unload(self, event: SessionClosed) -> None:
         self._lists.leave(event.session.user)
+
+    @hook(SessionLeft)
+    def pass_on(self, event: SessionLeft) -> None:
+        event.luggage[self.name] = _INTERESTED in event.session.state
+        self._lists.leave(event.session.user)
+
+    @hook(SessionArrived)
+    def take(self, event: SessionArrived) -> None:
+        self._guard(event.session)
+        if event.luggage.get(self.name):
+            event.session.state[_INTERESTED] = True
+
+    @hook(SessionArrived)
+    async def load_for(self, event: SessionArrived) -> None:
+        await self._load_now(event.session.user)
 
     async def _load(self, user: JID) -> frozenset[str]:
         return frozenset() if self.sessions.is_anonymous(user) else await self._store.load(user)

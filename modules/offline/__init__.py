@@ -19,8 +19,10 @@ from xmppd.events import (
     NodeDown,
     NodeSynced,
     SessionAppeared,
+    SessionArrived,
     SessionBecameAvailable,
     SessionClosed,
+    SessionLeft,
 )
 from xmppd.module_api import (
     SAFE,
@@ -208,6 +210,20 @@ class Offline(Module[Config]):
             if not any(_RETRIEVES in session.state for session in self.sessions.sessions(user)):
                 self.nodes.cast("retrieves", [user.bare, False])
             self._wake(user)  # what it has left goes to those who have not asked
+
+    @hook(SessionLeft)
+    def pass_on(self, event: SessionLeft) -> None:
+        event.luggage[self.name] = _RETRIEVES in event.session.state
+        self.session_closed(SessionClosed(event.session, last=False))
+
+    @hook(SessionArrived)
+    def take(self, event: SessionArrived) -> None:
+        session = event.session
+        if event.luggage.get(self.name):
+            session.state[_RETRIEVES] = True
+            self.nodes.cast("retrieves", [session.user.bare, True])
+        elif session.priority is not None and session.priority >= 0 and not self._is_retrieving(session.user):
+            self._retry(session)  # the other node may have been in the midst of it
 
     async def _flush(self, session: Session) -> bool:
         """Send what is kept for the user; False when the database could not give it."""

@@ -24,8 +24,10 @@ from xmppd.events import (
     PresenceChanged,
     PresenceSending,
     ProbeReceiving,
+    SessionArrived,
     SessionBecameUnavailable,
     SessionClosed,
+    SessionLeft,
     SessionsLost,
     StanzaDelivering,
     UserDeleted,
@@ -296,6 +298,28 @@ class Presence(Module[Config]):
         """One that never was available may have sent directed presence all the same."""
         session = event.session
         self._end_directed(session, build("presence", {"from": session.jid.full, "type": "unavailable"}))
+
+    @hook(SessionLeft)
+    def pass_on(self, event: SessionLeft) -> None:
+        """Nobody is told of an end, and the session will be told of nothing that it knows."""
+        state = _state(event.session)
+        event.luggage[self.name] = {
+            "since": state["since"],
+            "digest": state["digest"].hex(),
+            "complete": state["complete"],
+            "directed": list(state["directed"]),
+        }
+
+    @hook(SessionArrived)
+    def take(self, event: SessionArrived) -> None:
+        luggage = event.luggage.get(self.name)
+        if luggage is not None:
+            _state(event.session).update(
+                since=luggage["since"],
+                digest=bytes.fromhex(luggage["digest"]),
+                complete=luggage["complete"],
+                directed={target: parse(target) for target in luggage["directed"]},
+            )
 
     @hook(UserDeleted)
     def forget(self, event: UserDeleted) -> None:

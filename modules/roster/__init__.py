@@ -16,9 +16,11 @@ from xmppd.events import (
     HANDLED,
     FeaturesOffering,
     Handled,
+    SessionArrived,
     SessionBecameAvailable,
     SessionBound,
     SessionClosed,
+    SessionLeft,
     SubscriptionReceiving,
     SubscriptionSending,
     UserDeleted,
@@ -119,6 +121,17 @@ class Roster(Module[Config]):
     @hook(SessionClosed)
     def unload(self, event: SessionClosed) -> None:
         self._rosters.leave(event.session.user)
+
+    @hook(SessionLeft)
+    def pass_on(self, event: SessionLeft) -> None:
+        event.luggage[self.name] = _INTERESTED in event.session.state
+        self._rosters.leave(event.session.user)
+
+    @hook(SessionArrived, after=("blocking",))
+    async def take(self, event: SessionArrived) -> None:
+        if event.luggage.get(self.name):
+            event.session.state[_INTERESTED] = True
+        await self._rosters.get(event.session.user)
 
     @hook(FeaturesOffering)
     def offer(self, event: FeaturesOffering) -> None:

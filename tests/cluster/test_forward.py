@@ -399,6 +399,6 @@ async def test_the_last_session_is_the_last_of_the_cluster(three):
     first = await three[0].online("juliet", "a")
     second = await three[1].online("juliet", "b")
     await three.calm()
-    assert three[0].manager.close(first.session._row) is False
+    assert three[0].manager.close(first.session.row) is False
     await three.calm()
-    assert three[1].manager.close(second.session._row) is True
+    assert three[1].manager.close(second.session.row) is True

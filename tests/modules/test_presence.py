@@ -340,7 +340,7 @@ async def test_ten_thousand_contacts_do_not_stop_the_loop(friends):
     roster._rosters._kept[JULIET].items = contacts
     listeners = [friends.login(f"friend{number}") for number in range(0, 10_000, 2)]
     for listener in listeners:
-        friends.manager.set_priority(listener.session._row, 0)
+        friends.manager.set_priority(listener.session.row, 0)
         listener.write = listener.received.append  # bytes: parsing them is the client's work
     longest = await longest_pause_of(juliet.available())
     juliet.lose()
@@ -377,7 +377,7 @@ async def test_nobody_gets_an_old_presence_after_the_end(friends):
     roster = friends.loader.service(friends.loader._loaded["roster"].instance.provides[0])
     roster._rosters._kept[JULIET].items = contacts
     last = friends.login("friend2999")
-    friends.manager.set_priority(last.session._row, 0)
+    friends.manager.set_priority(last.session.row, 0)
 
     coming = asyncio.create_task(juliet.available())
     await friends.until(lambda: juliet.session.presence is not None)

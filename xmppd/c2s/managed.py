@@ -10,7 +10,8 @@ anyway, and one that is sent many answers once a round trip.
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from xmppd.c2s.stream_management import (
     REQUEST,
@@ -90,6 +91,18 @@ class Managed:
         self._timer: asyncio.TimerHandle | None = None  # of a session that waits
         self._attempt = 0  # the last one to resume it
         self._full = False
+
+    @classmethod
+    def arrived(cls, session: "Session", id: str, state: Mapping[str, Any]) -> "Managed":
+        """Of a session that was on another node; it waits for its stream."""
+        self = cls(session)
+        self.id, self.max = id, state["max"]
+        self.inbound.handled = state["handled"]
+        self.inbound.rewind()
+        self.outbound.acknowledged = state["acknowledged"]
+        self.outbound.shut()
+        self._await_resumption()
+        return self
 
     @property
     def waiting(self) -> bool:

@@ -214,19 +214,18 @@ class Negotiation:
         if not previd or not (h.isascii() and h.isdigit() and len(h) < 11 and int(h) < MODULO):
             connection.write(failed("bad-request"))
             return
-        session = resumption.find(previd, user)
-        if session is not None and not self._rules.allowed(session.jid, connection.peer[0]):
-            connection.log.info("login refused by access rule", jid=session.jid.full, ip=connection.peer[0])
+        if not self._rules.allowed(user, connection.peer[0]):
+            connection.log.info("login refused by access rule", jid=user.full, ip=connection.peer[0])
             connection.write(failed("not-allowed"))
             return
+        session, handled = await self._find(previd, user, int(h))
         managed = None if session is None else session.managed
-        if session is None or managed is None or not await managed.come_back(int(h)):
+        if session is None or managed is None:
             resumption.failed += 1
-            connection.write(failed("item-not-found", resumption.handled(previd, user)))
+            connection.write(failed("item-not-found", handled))
             return
         if not connection.is_open:
-            return
-        resumption.here += 1
+            return  # the session waits for the next one
         session.log = connection.log
         undecided = managed.resume(connection)
         connection.log.info(
@@ -234,6 +233,23 @@ class Negotiation:
         )
         if undecided is not None:
             await _decided(undecided)
+
+    async def _find(self, previd: str, user: JID, h: int) -> tuple[Session | None, int | None]:
+        """The session, ready to go on, or perhaps how much had arrived of it. StreamError."""
+        resumption = self._parts.resumption
+        session = resumption.find(previd, user)
+        if session is not None and session.managed is not None:
+            if await session.managed.come_back(h):
+                resumption.here += 1
+                return session, None
+        elif resumption.handover is not None:
+            found = await resumption.handover.fetch(previd, user, h)
+            if isinstance(found, Session):
+                resumption.from_elsewhere += 1
+                return found, None
+            if found is not None:
+                return None, found
+        return None, resumption.handled(previd, user)
 
     def _choose(self, user: JID, wanted: str) -> JID:
         """The full JID to bind; StanzaError bad-request or conflict (RFC 6120 7.7.2)."""

@@ -13,6 +13,7 @@ from xmppd.config.schema import StreamManagement
 from xmppd.protocol.jid import JID
 
 if TYPE_CHECKING:
+    from xmppd.c2s.handover import Handover
     from xmppd.c2s.session import Session
 
 _REMEMBERED: Final = 10_000  # sessions that have ended, whose clients may ask what had arrived
@@ -25,7 +26,9 @@ class Resumption:
 
     def __init__(self, options: Callable[[], StreamManagement] = StreamManagement, node: bytes = b"") -> None:
         self.options = options
+        self.handover: Handover | None = None  # to and from other nodes
         self.here = 0  # resumed so far
+        self.from_elsewhere = 0
         self.failed = 0
         self._node = node
         self._sessions: dict[str, Session] = {}
@@ -67,6 +70,14 @@ class Resumption:
         bare, inbound = self._ended.get(id, ("", None))
         return inbound.handled % MODULO if inbound is not None and bare == user.bare else None
 
+    def take(self, session: "Session", managed: Managed) -> None:
+        """A session has come from another node."""
+        self._sessions[managed.id] = session
+
+    def forget(self, managed: Managed) -> None:
+        """A session has gone to another node."""
+        self._sessions.pop(managed.id, None)
+
     def leave(self, managed: Managed, user: str) -> None:
         """A session has ended."""
         if self._sessions.pop(managed.id, None) is None:
@@ -79,3 +90,5 @@ class Resumption:
         """The node stops: what waits for these sessions is stored, or goes where they may still be."""
         for session in list(self._sessions.values()):
             session.close(clean=False)
+        if self.handover is not None:
+            self.handover.close()

@@ -5,11 +5,11 @@ manager, so that another carrier can take it over.
 """
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from xmppd.c2s.managed import Managed
+from xmppd.c2s.managed import Managed, Nobody
 from xmppd.c2s.resumption import Resumption
 from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Records, Spawn, as_stanza_error
 from xmppd.errors import JidError, StanzaError, StreamError
@@ -23,6 +23,7 @@ from xmppd.events import (
     SessionBecameUnavailable,
     SessionBound,
     SessionClosed,
+    SessionLeft,
     StanzaDelivering,
     StanzaSending,
     SubscriptionSending,
@@ -91,11 +92,12 @@ class Session:
     """One bound resource. Fulfils events.Session for modules and LiveSession for the session manager."""
 
     __slots__ = (
-        "_bound_at",
+        "_arriving",
         "_flushes",
         "_held",
-        "_row",
+        "_leaving",
         "anonymous",
+        "bound_at",
         "carrier",
         "closed",
         "guards",
@@ -106,17 +108,29 @@ class Session:
         "presence",
         "priority",
         "records",
+        "row",
         "state",
         "user",
     )
 
-    def __init__(self, jid: JID, carrier: Carrier, parts: Parts, log: Logger, *, anonymous: bool = False) -> None:
-        """`anonymous`: the account is this session's alone and ends with it."""
+    def __init__(
+        self,
+        jid: JID,
+        carrier: Carrier,
+        parts: Parts,
+        log: Logger,
+        *,
+        anonymous: bool = False,
+        presence: Stanza | None = None,
+        later_than: int = 0,
+    ) -> None:
+        """`anonymous`: the account is this session's alone and ends with it. The rest is for a session that was on
+        another node: its presence, and the `bound_at` of its row there."""
         self.jid = jid
         self.anonymous = anonymous
         self.user = bare(jid)
-        self.priority: int | None = None
-        self.presence: Stanza | None = None
+        self.priority: int | None = None if presence is None else _priority(presence)
+        self.presence = presence
         self.state: dict[str, Any] = {}
         self.records = Records()
         self.closed = False
@@ -125,14 +139,17 @@ class Session:
         self.carrier = carrier
         self.parts = parts
         self.log = log
-        self._bound_at = time.time()
+        self.bound_at = time.time()
         self._held: list[tuple[Stanza, Pending]] | None = None  # messages that wait for the offline flush
         self._flushes = 0  # how many of these go on
-        self._row = parts.manager.open(self)
+        # What waits until the session has left, or until all that comes from its old node has come.
+        self._leaving: list[tuple[Stanza, Pending | None]] | None = None
+        self._arriving: list[tuple[Stanza, Pending]] | None = None
+        self.row = parts.manager.open(self, priority=self.priority, later_than=later_than)
 
     def bound(self) -> Awaitable[None] | None:
         """Tell the modules; what comes back must be awaited before the client is told."""
-        told, undisputed = self.parts.hooks.notify(SessionBound(self)), self.parts.manager.undisputed(self._row)
+        told, undisputed = self.parts.hooks.notify(SessionBound(self)), self.parts.manager.undisputed(self.row)
         return told if undisputed is None else _both(told, undisputed)
 
     # -- from the client
@@ -171,7 +188,7 @@ class Session:
         """Whether a module wants to see every stanza of this session."""
         self.guards = self.guards | {module} if on else self.guards - {module}
         if self.priority is not None:  # else the others hear of it when it becomes available
-            self.parts.manager.set_priority(self._row, self.priority, guarded=bool(self.guards))
+            self.parts.manager.set_priority(self.row, self.priority, guarded=bool(self.guards))
 
     def _stamp(self, stanza: Stanza) -> Stanza:
         """A stanza that was parsed before the resource was bound (pipelined behind the bind request)."""
@@ -243,7 +260,7 @@ class Session:
         new = _priority(presence) if priority is None else priority
         previous, self.priority, self.presence = self.presence, new, presence
         presence.forget_element()
-        self.parts.manager.set_priority(self._row, new, guarded=bool(self.guards))
+        self.parts.manager.set_priority(self.row, new, guarded=bool(self.guards))
         changed = hooks.notify(PresenceChanged(self, presence, previous))
         came = None
         if old is None or (old < 0 <= new):
@@ -282,6 +299,9 @@ class Session:
 
     def _release_held(self) -> None:
         held, self._held = self._held or [], None
+        self._release(held)
+
+    def _release(self, held: list[tuple[Stanza, Pending]]) -> None:
         for stanza, pending in held:
             try:
                 pending.follow(self._deliver(stanza))
@@ -292,7 +312,7 @@ class Session:
         if self.priority is None:
             return
         self.priority = None
-        self.parts.manager.set_priority(self._row, None)
+        self.parts.manager.set_priority(self.row, None)
         self._notify(SessionBecameUnavailable(self, presence))
         self.presence = None
 
@@ -312,14 +332,19 @@ class Session:
 
     def deliver(self, stanza: Stanza) -> Outcome:
         """A stanza the session manager chose this session for. Raises StanzaError."""
+        if self._arriving is not None and not stanza.moved:
+            return self._hold(self._arriving, stanza)
         held = self._held
         if held is not None and stanza.kind == "message":
-            if len(held) >= _HELD_MESSAGES:
-                raise StanzaError("resource-constraint", "too many messages wait for this recipient")
-            pending = Pending(failed=lambda error: self.parts.router.bounce(stanza, error))
-            held.append((stanza, pending))
-            return pending
+            return self._hold(held, stanza)
         return self._deliver(stanza)
+
+    def _hold(self, held: list[tuple[Stanza, Pending]], stanza: Stanza) -> Outcome:
+        if len(held) >= _HELD_MESSAGES:
+            raise StanzaError("resource-constraint", "too many messages wait for this recipient")
+        pending = Pending(failed=lambda error: self.parts.router.bounce(stanza, error))
+        held.append((stanza, pending))
+        return pending
 
     def _deliver(self, stanza: Stanza) -> Outcome:
         if self.guards:
@@ -359,6 +384,10 @@ class Session:
         return records.add(stanza)
 
     def _too_late(self, stanza: Stanza) -> Outcome:
+        if self._leaving is not None:
+            waited_for = Pending(failed=lambda error: self.parts.router.bounce(stanza, error))
+            self._leaving.append((stanza, waited_for))
+            return waited_for
         # The row is gone, so routing cannot come back here.
         return self.parts.router.route(stanza) if stanza.to is not None and stanza.kind != "presence" else ERROR
 
@@ -367,6 +396,45 @@ class Session:
         if not self.closed and self.carrier.unsent() == 0:
             self.records.ripen()
         return bool(self.records)
+
+    # -- from node to node (handover.py)
+
+    def leave(self, event: SessionLeft) -> None:
+        """It goes on on another node: until it shows up there, what comes for it waits."""
+        self.closed = True
+        self._leaving = [*(self._held or ()), *(self._arriving or ())]
+        self._held = self._arriving = None
+        managed, self.managed = self.managed, None
+        if managed is not None:
+            self.parts.resumption.forget(managed)
+            managed.close()
+        self._notify(event, self.state.clear)
+        self.priority = self.presence = None  # whoever is at work for it stops
+
+    def left(self) -> list[tuple[Stanza, Pending | None]]:
+        """What has come for it meanwhile; from now on it is routed."""
+        waiting, self._leaving = self._leaving or [], None
+        return waiting
+
+    def end_leaving(self) -> None:
+        """It has not shown up on the other node: it is over."""
+        self.closed = False
+        self.close(clean=False)
+
+    @classmethod
+    def arrived(cls, state: Mapping[str, Any], parts: Parts, log: Logger) -> "Session":
+        """From another node; it waits for its stream, and messages wait for `settled_in`."""
+        presence = None if state["presence"] is None else Stanza.from_bytes(state["presence"].encode())
+        nobody = Nobody(state["name"], ("", 0))
+        session = cls(parse(state["jid"]), nobody, parts, log, presence=presence, later_than=state["bound_at"])
+        session.bound_at = state["since"]
+        session._arriving = []
+        return session
+
+    def settled_in(self) -> None:
+        """All that was on its way through the old node has come."""
+        arriving, self._arriving = self._arriving or [], None
+        self._release(arriving)
 
     # -- its end
 
@@ -389,7 +457,7 @@ class Session:
 
     def set_waiting(self, on: bool) -> None:
         """Whether it has no stream, for those who choose sessions."""
-        self.parts.manager.set_waiting(self._row, on)
+        self.parts.manager.set_waiting(self.row, on)
         if on:
             # What was written before stream management began is in no queue of it.
             self.parts.manager.reroute(self.records.take())
@@ -400,7 +468,7 @@ class Session:
             return
         self.closed = True
         self._become_unavailable(build("presence", {"type": "unavailable", "from": self.jid.full}))
-        last = self.parts.manager.close(self._row)
+        last = self.parts.manager.close(self.row)
         self._notify(SessionClosed(self, last), self.state.clear)
         if clean:
             self.records.confirm_all()
@@ -412,7 +480,11 @@ class Session:
         self.parts.manager.reroute(left)
 
     def replaced(self) -> None:
-        """Another stream bound this resource (requirements ST-01)."""
+        """Another stream bound this resource (requirements ST-01), or it is where the session has gone."""
+        if self._leaving is not None:
+            if self.parts.resumption.handover is not None:
+                self.parts.resumption.handover.displaced(self)
+            return
         self._end(StreamError("conflict", "Replaced by new connection"))
 
     def kick(self, reason: str, condition: str) -> None:
@@ -453,7 +525,7 @@ class Session:
             text = self.presence.element.findtext(_STATUS) or ""
             self.presence.forget_element()
         ip, port = self.carrier.peer
-        uptime = int(time.time() - self._bound_at)
+        uptime = int(time.time() - self.bound_at)
         jid = self.jid
         return SessionInfo(
             jid.local,

@@ -239,6 +239,10 @@ class Outbound:
             yield xml
         self.open = True
 
+    def entries(self) -> list[Stanza | Unacknowledged]:
+        """All that is not acknowledged, oldest first."""
+        return list(self._queue)
+
     def take(self) -> list[Unacknowledged]:
         """The session is over: whatever somebody still waits for, oldest first."""
         left = [entry for entry in self._queue if isinstance(entry, Unacknowledged) and entry.result is None]

@@ -58,6 +58,7 @@ class Stanza:
 
     kept: ClassVar[bool] = False  # it is a row of the spool, and stays one until it has arrived
     hops: ClassVar[int] = 0  # links between nodes that it has crossed
+    moved: ClassVar[bool] = False  # it waited for a session on another node, which has come here
     copy: ClassVar[bool] = False  # of what stays where it is: not sent again when it is lost with its connection
 
     def __init__(
