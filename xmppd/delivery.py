@@ -57,7 +57,8 @@ class Pending:
         self.result: Settled | None = None
         self._decided = decided
         self._failed = failed
-        self._settlers: list[Callable[[Settled], None]] | None = None
+        # One alone stands for itself: there is an outcome or two for each message, and a list costs the collector.
+        self._settlers: Settler | list[Settler] | None = None
         self._deciders: list[Callable[[], None]] | None = None
 
     @property
@@ -79,10 +80,16 @@ class Pending:
         if self.result is not None:
             return
         self.result = result
-        self.decide()
-        for callback in self._settlers or ():
-            callback(result)
-        self._settlers = None
+        if not self._decided:
+            self.decide()
+        settlers = self._settlers
+        if settlers is not None:
+            self._settlers = None
+            if type(settlers) is list:
+                for callback in settlers:
+                    callback(result)
+            else:
+                settlers(result)  # type: ignore[operator]
 
     def fail(self, error: StanzaError) -> None:
         """Tell the sender, and be settled."""
@@ -91,14 +98,17 @@ class Pending:
                 self._failed(error)
             self.settle(ERROR)
 
-    def then(self, callback: Callable[[Settled], None]) -> None:
+    def then(self, callback: "Settler") -> None:
         """Call back with the outcome, at once when it is known."""
+        settlers = self._settlers
         if self.result is not None:
             callback(self.result)
-        elif self._settlers is None:
-            self._settlers = [callback]
+        elif settlers is None:
+            self._settlers = callback
+        elif isinstance(settlers, list):
+            settlers.append(callback)
         else:
-            self._settlers.append(callback)
+            self._settlers = [settlers, callback]
 
     def when_decided(self, callback: Callable[[], None]) -> None:
         """Call back when the stream may go on, at once when it may already."""
@@ -132,6 +142,22 @@ class Pending:
 
 
 Outcome = Settled | Pending
+Settler = Callable[[Settled], None]
+
+
+class Unsettled(Pending):
+    """The outcome of a stanza that is kept until it is known."""
+
+    __slots__ = ("stanza",)
+
+    def __init__(self, stanza: Stanza) -> None:
+        # One for each message: spelled out, it takes half the time.
+        self.result = None
+        self._decided = True
+        self._failed = None
+        self._settlers = None
+        self._deciders = None
+        self.stanza = stanza
 
 
 def as_stanza_error(error: BaseException) -> StanzaError:
@@ -193,23 +219,23 @@ class Records:
     __slots__ = ("_fresh", "_ripe")
 
     def __init__(self) -> None:
-        self._fresh: list[Record] = []
-        self._ripe: list[Record] = []
+        self._fresh: list[Unsettled] = []
+        self._ripe: list[Unsettled] = []
 
     def __len__(self) -> int:
         return len(self._fresh) + len(self._ripe)
 
     def add(self, stanza: Stanza) -> Pending:
         """Remember a stanza that is being written."""
-        outcome = Pending()
-        self._fresh.append(Record(stanza, outcome))
+        outcome = Unsettled(stanza)
+        self._fresh.append(outcome)
         return outcome
 
     def ripen(self) -> None:
         """The peer has taken all bytes and lives: settle what is older than the previous call."""
         ripe, self._ripe, self._fresh = self._ripe, self._fresh, []
-        for record in ripe:
-            record.outcome.settle(SAFE)
+        for outcome in ripe:
+            outcome.settle(SAFE)
 
     def confirm_all(self) -> None:
         """The peer is known to have taken everything."""
@@ -218,9 +244,9 @@ class Records:
 
     def take(self) -> list[Record]:
         """All records, oldest first, which are forgotten here: the caller settles them or routes them again."""
-        records = self._ripe + self._fresh
+        outcomes = self._ripe + self._fresh
         self._ripe, self._fresh = [], []
-        return records
+        return [Record(outcome.stanza, outcome) for outcome in outcomes]
 
 
 class Gate:

@@ -30,7 +30,7 @@ from struct import Struct, pack, unpack_from
 from typing import Any, Final, Protocol
 
 from xmppd.cluster.interfaces import Calls, Kind, Links, Peer
-from xmppd.delivery import ERROR, SAFE, Bounce, Outcome, Pending, Record, Settled, as_stanza_error
+from xmppd.delivery import ERROR, SAFE, Bounce, Outcome, Pending, Record, Settled, Unsettled, as_stanza_error
 from xmppd.errors import CallRefused, NodeUnreachable, StanzaError
 from xmppd.log import get_logger
 from xmppd.protocol.jid import JID, parse
@@ -107,22 +107,7 @@ class Forwarded(Stanza):
         return made
 
 
-class Sent(Pending):
-    """The outcome of a stanza that another node has."""
-
-    __slots__ = ("stanza",)
-
-    def __init__(self, stanza: Stanza) -> None:
-        # One for each message: spelled out, it takes half the time.
-        self.result = None
-        self._decided = True
-        self._failed = None
-        self._settlers = None
-        self._deciders = None
-        self.stanza = stanza
-
-
-class Copy(Sent):
+class Copy(Unsettled):
     """The outcome of one of several copies. When it ends as ERROR nobody has told the sender; `error` says why, None
     that there was nobody to take it."""
 
@@ -141,12 +126,26 @@ class Channel:
     def __init__(self, node: bytes) -> None:
         self.node = node
         self.last = 0  # number
-        self.sent: dict[int, Sent] = {}
+        self.sent: dict[int, Unsettled] = {}
         self.safe: list[int] = []
         self.error: list[int] = []
         self.gone: list[int] = []
         self.refused: list[tuple[int, StanzaError]] = []
         self.scheduled = False
+
+
+class Answer:
+    """Tells the sender's node what became of a stanza."""
+
+    __slots__ = ("channel", "forwarder", "number")
+
+    def __init__(self, forwarder: "Forwarder", channel: Channel, number: int) -> None:
+        self.forwarder = forwarder
+        self.channel = channel
+        self.number = number
+
+    def __call__(self, result: Settled) -> None:
+        self.forwarder.settled(self.channel, self.number, result)
 
 
 Way = tuple[str, JID, JID | None, str, list[str]]  # type, to, from, from as text, resources
@@ -263,7 +262,7 @@ class Forwarder:
         if not wanted:
             return SAFE
         stanza.forget_element()
-        outcome = channel.sent[number] = Copy(stanza) if copy else Sent(stanza)
+        outcome = channel.sent[number] = Copy(stanza) if copy else Unsettled(stanza)
         return outcome
 
     def spread(self, node: bytes, stanza: Stanza, users: Sequence[str]) -> None:
@@ -351,9 +350,9 @@ class Forwarder:
             channel.gone.append(number)
             self._report(channel)
         elif isinstance(outcome, Pending):
-            outcome.then(partial(self._settled, channel, number))
+            outcome.then(Answer(self, channel, number))
         else:
-            self._settled(channel, number, outcome)
+            self.settled(channel, number, outcome)
         return outcome
 
     def _refuse(self, channel: Channel, stanza: Stanza, number: int, copy: int, error: StanzaError) -> None:
@@ -362,8 +361,12 @@ class Forwarder:
             self._report(channel)
             return
         outcome = self._bounce(stanza, error)
-        if number:
-            self._settled(channel, number, outcome)
+        if not number:
+            return
+        if isinstance(outcome, Pending):
+            outcome.then(Answer(self, channel, number))
+        else:
+            self.settled(channel, number, outcome)
 
     def _presence(self, peer: Peer, body: bytes) -> None:
         (length,) = _LENGTH.unpack_from(body)
@@ -375,11 +378,9 @@ class Forwarder:
 
     # -- outcomes
 
-    def _settled(self, channel: Channel, number: int, outcome: Outcome) -> None:
-        if isinstance(outcome, Pending):
-            outcome.then(partial(self._settled, channel, number))
-            return
-        (channel.safe if outcome is SAFE else channel.error).append(number)
+    def settled(self, channel: Channel, number: int, result: Settled) -> None:
+        """Report that with the other outcomes of this turn of the loop."""
+        (channel.safe if result is SAFE else channel.error).append(number)
         if not channel.scheduled:
             self._report(channel)
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xmppd.c2s.stream_management import MODULO, HandledTooHigh, Inbound, Outbound, Unacknowledged, enabled, failed
-from xmppd.delivery import ERROR, SAFE, Pending
+from xmppd.c2s.stream_management import MODULO, HandledTooHigh, Inbound, Outbound, enabled, failed
+from xmppd.delivery import ERROR, SAFE, Pending, Unsettled
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import build
 from xmppd.protocol.stream import (
@@ -122,7 +122,7 @@ def test_acknowledgements_take_a_prefix_and_no_more_than_was_sent(start, steps):
     outbound.acknowledged = start
     for number, (send, by) in enumerate(steps):
         if send:
-            entry = Unacknowledged(message(number))
+            entry = Unsettled(message(number))
             assert outbound.add(entry, len(entry.stanza.xml))
             queue.append(entry)
             continue
@@ -171,7 +171,7 @@ def test_one_stanza_may_be_larger_than_a_piece():
 
 def test_what_nobody_waits_for_is_not_left_over():
     outbound = Outbound()
-    settled, open_ = Unacknowledged(message(1)), Unacknowledged(message(2))
+    settled, open_ = Unsettled(message(1)), Unsettled(message(2))
     for entry in (message(0), settled, open_):
         outbound.add(entry, 10)
     settled.settle(SAFE)

@@ -24,9 +24,8 @@ from typing import Any, Final
 
 from xmppd.c2s.managed import Managed
 from xmppd.c2s.session import Parts, Session
-from xmppd.c2s.stream_management import Unacknowledged
 from xmppd.cluster.interfaces import Calls, Links, Peer
-from xmppd.delivery import SAFE, Pending, Record
+from xmppd.delivery import SAFE, Pending, Record, Unsettled
 from xmppd.errors import CallRefused, NodeUnreachable, StreamError
 from xmppd.events import SessionArrived, SessionLeft
 from xmppd.forward import Forwarder
@@ -47,7 +46,7 @@ class _Leaving:
 
     session: Session
     node: bytes
-    entries: list[Stanza | Unacknowledged]
+    entries: list[Stanza | Unsettled]
     priority: int | None
     presence: Stanza | None
     timer: asyncio.TimerHandle
@@ -111,7 +110,7 @@ class Handover:
 
     def _all(self, leaving: _Leaving) -> list[tuple[Stanza, Pending | None]]:
         kept: list[tuple[Stanza, Pending | None]] = [
-            (entry.stanza, entry) if isinstance(entry, Unacknowledged) else (entry, None) for entry in leaving.entries
+            (entry.stanza, entry) if isinstance(entry, Unsettled) else (entry, None) for entry in leaving.entries
         ]
         return kept + leaving.session.left()
 

@@ -18,10 +18,9 @@ from xmppd.c2s.stream_management import (
     HandledTooHigh,
     Inbound,
     Outbound,
-    Unacknowledged,
     resumed,
 )
-from xmppd.delivery import SAFE, Outcome, Pending, Record
+from xmppd.delivery import SAFE, Outcome, Pending, Record, Unsettled
 from xmppd.errors import StreamError
 from xmppd.protocol.stanza import Stanza
 
@@ -115,10 +114,10 @@ class Managed:
         """Write, now or when there is a stream again. SAFE for what nobody waits for."""
         stanza.forget_element()
         outcome: Outcome = SAFE
-        entry: Stanza | Unacknowledged = stanza
+        entry: Stanza | Unsettled = stanza
         kind, type = stanza.kind, stanza.type
         if (kind == "message" and type not in ("headline", "error")) or (kind == "iq" and type in _SETTLING):
-            outcome = entry = Unacknowledged(stanza)
+            outcome = entry = Unsettled(stanza)
         xml = stanza.xml
         outbound = self.outbound
         if outbound.add(entry, len(xml)):

@@ -13,7 +13,7 @@ from xml.sax.saxutils import quoteattr
 
 from lxml import etree
 
-from xmppd.delivery import Outcome, Pending, Settled
+from xmppd.delivery import Outcome, Pending, Settled, Unsettled
 from xmppd.protocol import ns
 from xmppd.protocol.stanza import Stanza
 
@@ -35,21 +35,6 @@ class HandledTooHigh(Exception):
     def xml(self) -> bytes:
         """What goes into the stream error."""
         return f"<handled-count-too-high xmlns='{ns.SM}' h='{self.h}' send-count='{self.sent}'/>".encode()
-
-
-class Unacknowledged(Pending):
-    """A stanza that was sent and that somebody waits for, and its outcome."""
-
-    __slots__ = ("stanza",)
-
-    def __init__(self, stanza: Stanza) -> None:
-        # One for each message: spelled out, it takes half the time.
-        self.result = None
-        self._decided = True
-        self._failed = None
-        self._settlers = None
-        self._deciders = None
-        self.stanza = stanza
 
 
 class Inbound:
@@ -174,7 +159,7 @@ class Outbound:
         self.acknowledged = 0
         self.written = 0
         self.open = True
-        self._queue: deque[Stanza | Unacknowledged] = deque()
+        self._queue: deque[Stanza | Unsettled] = deque()
         self._size = 0  # bytes
         self._unwritten = 0  # of which are not written
 
@@ -186,7 +171,7 @@ class Outbound:
         """Bytes of XML."""
         return self._size
 
-    def add(self, entry: Stanza | Unacknowledged, size: int) -> bool:
+    def add(self, entry: Stanza | Unsettled, size: int) -> bool:
         """One more, of so many bytes. Whether it is to be written now."""
         self._queue.append(entry)
         self._size += size
@@ -196,7 +181,7 @@ class Outbound:
         self._unwritten += size
         return False
 
-    def acknowledge(self, h: int) -> list[Unacknowledged]:
+    def acknowledge(self, h: int) -> list[Unsettled]:
         """The client has handled `h`, modulo 2^32: what was waited for of that. HandledTooHigh."""
         count = (h - self.acknowledged) % MODULO
         if not count:
@@ -205,11 +190,11 @@ class Outbound:
             if MODULO - count <= min(self.acknowledged, MODULO // 2):
                 return []  # less than it said before
             raise HandledTooHigh(h, (self.acknowledged + self.written) % MODULO)
-        done: list[Unacknowledged] = []
+        done: list[Unsettled] = []
         queue = self._queue
         for _ in range(count):
             entry = queue.popleft()
-            if isinstance(entry, Unacknowledged):
+            if isinstance(entry, Unsettled):
                 done.append(entry)
                 self._size -= len(entry.stanza.xml)
             else:
@@ -233,19 +218,19 @@ class Outbound:
         for entry in list(islice(self._queue, self.written, None)):
             if self._size - self._unwritten >= window:
                 return
-            xml = entry.stanza.xml if isinstance(entry, Unacknowledged) else entry.xml
+            xml = entry.stanza.xml if isinstance(entry, Unsettled) else entry.xml
             self.written += 1
             self._unwritten -= len(xml)
             yield xml
         self.open = True
 
-    def entries(self) -> list[Stanza | Unacknowledged]:
+    def entries(self) -> list[Stanza | Unsettled]:
         """All that is not acknowledged, oldest first."""
         return list(self._queue)
 
-    def take(self) -> list[Unacknowledged]:
+    def take(self) -> list[Unsettled]:
         """The session is over: whatever somebody still waits for, oldest first."""
-        left = [entry for entry in self._queue if isinstance(entry, Unacknowledged) and entry.result is None]
+        left = [entry for entry in self._queue if isinstance(entry, Unsettled) and entry.result is None]
         self._queue.clear()
         self.written = self._size = self._unwritten = 0
         self.open = False

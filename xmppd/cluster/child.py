@@ -40,7 +40,12 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit("nats-server: xmppd has gone")
 os.execv(sys.argv[2], sys.argv[2:])
 """
-_ENVIRONMENT: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "GODEBUG", "GOGC", "GOMAXPROCS", "GOMEMLIMIT")
+_ENVIRONMENT: Final = (
+    "PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "GODEBUG", "GOGC", "GOMAXPROCS", "GOMEMLIMIT",
+)  # fmt: skip
+# One core is far more than one node's packets take, and on more of them idle threads of Go look for work so eagerly
+# that a message between nodes costs a fifth more.
+_DEFAULTS: Final = {"GOMAXPROCS": "1"}
 
 log = get_logger("cluster")
 
@@ -219,7 +224,7 @@ class Child:
             stdout=output,
             stderr=output,
             cwd=self._folder,
-            env={name: os.environ[name] for name in (*_ENVIRONMENT, "LD_LIBRARY_PATH") if name in os.environ},
+            env=_DEFAULTS | {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             start_new_session=True,
         )
 

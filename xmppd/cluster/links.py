@@ -22,6 +22,7 @@ from xmppd.metrics import add
 MAX_HOPS: Final = 2
 _PAUSE: Final = 0.5  # seconds a timer may be late before it means that this process stood still
 _MAX_KIND: Final = 127
+_HOLD: Final = 0.008  # seconds that frames wait for company while every turn of the loop brings more of them
 _SHORTEST: Final = 0.001  # seconds of a timer: event loops count in milliseconds
 
 _log = get_logger("cluster")
@@ -85,6 +86,9 @@ class LinkSet:
         self._on_down: list[Callable[[Peer, str], None]] = []
         self._dirty: list[Link] = []
         self._soon = False  # a flush is scheduled
+        self._frames = 0  # queued since the start
+        self._frames_seen = 0  # of them, when we last looked
+        self._flush_by = 0.0  # whatever comes meanwhile
         self._timer: Timer | None = None
         self._due = inf  # when the timer goes off
         self._told: set[tuple[bytes, int]] = set()  # (node, version) of which the log knows that we cannot talk
@@ -113,18 +117,21 @@ class LinkSet:
         self._on_down.append(handler)
 
     def send(self, node: bytes, kind: Kind, body: bytes) -> bool:
-        """Queue a frame; it leaves with all others of this turn of the loop. False when that node is not up.
-        ValueError when it is longer than the settings' `max_frame`."""
+        """Queue a frame. It leaves when a turn of the loop brings no more of them, in quiet times the next one, so that
+        a busy node makes few large packets: each of them wakes up to four processes. False when that node is not up.
+        ValueError when the frame is longer than the settings' `max_frame`."""
         link = self._up.get(node)
         if link is None:
             return False
         link.send(kind, body)
+        self._frames += 1
         if not link.dirty:
             self._flush_soon(link)
         return True
 
     def send_all(self, kind: Kind, body: bytes) -> None:
         """The same to all that are up."""
+        self._frames += 1
         for link in self._up.values():
             link.send(kind, body)
             if not link.dirty:
@@ -387,7 +394,17 @@ class LinkSet:
         self._dirty.append(link)
         if not self._soon:
             self._soon = True
-            self._loop.call_soon(self._flush)
+            self._frames_seen = -1
+            self._flush_by = self._loop.time() + _HOLD
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """A turn of the loop is over."""
+        if self._frames != self._frames_seen and self._loop.time() < self._flush_by and not self._stopped:
+            self._frames_seen = self._frames
+            self._loop.call_soon(self._turn)
+        else:
+            self._flush()
 
     def _flush(self) -> None:
         self._soon = False
