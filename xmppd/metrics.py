@@ -25,13 +25,14 @@ class Queue(Protocol):
 class StanzaCount:
     """Stanzas of one kind: what clients sent, what became of it, what was written to clients."""
 
-    __slots__ = ("error", "received", "safe", "sent")
+    __slots__ = ("error", "received", "safe", "sent", "settle")
 
     def __init__(self) -> None:
         self.received = 0
         self.safe = 0
         self.error = 0  # the sender was told
         self.sent = 0
+        self.settle = self.settled  # bound once, and not for each stanza that waits for its outcome
 
     @property
     def pending(self) -> int:

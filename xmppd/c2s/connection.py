@@ -279,7 +279,7 @@ class Connection(asyncio.Protocol):
                 count.error += 1
             else:
                 assert isinstance(outcome, Pending)
-                outcome.then(count.settled)
+                outcome.then(count.settle)
                 if not outcome.decided:
                     self._hold()
                     outcome.when_decided(self._go_on_soon)
