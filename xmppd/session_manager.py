@@ -667,4 +667,9 @@ def _here(rows: Rows) -> Rows:
 
 
 def _not_negative(rows: Rows) -> list[SessionRow]:
-    return [row for row in rows.values() if row.priority is not None and row.priority >= 0]
+    found = []
+    for row in rows.values():  # a comprehension would be a call, for one row as a rule
+        priority = row.priority
+        if priority is not None and priority >= 0:
+            found.append(row)
+    return found

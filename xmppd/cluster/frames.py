@@ -144,7 +144,12 @@ def read_frames(data: bytes, at: int = 0) -> list[tuple[int, bytes]]:
             length = data[at + 1]
             at += 2
             if length > 127:
-                length, at = read_varint(data, at - 1)
+                more = data[at]
+                if more < 128:  # spelled out: most stanzas are of this length
+                    length += (more << 7) - 128
+                    at += 1
+                else:
+                    length, at = read_varint(data, at - 1)
             body = data[at : at + length]
             at += length
             if not kind & 127:

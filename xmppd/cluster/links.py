@@ -22,7 +22,7 @@ from xmppd.metrics import add
 MAX_HOPS: Final = 2
 _PAUSE: Final = 0.5  # seconds a timer may be late before it means that this process stood still
 _MAX_KIND: Final = 127
-_HOLD: Final = 0.008  # seconds that frames wait for company while every turn of the loop brings more of them
+_HOLD: Final = 0.005  # seconds that frames wait for company while every turn of the loop brings more of them
 _SHORTEST: Final = 0.001  # seconds of a timer: event loops count in milliseconds
 
 _log = get_logger("cluster")
