@@ -52,7 +52,12 @@ class Behind(Raw):
 
     async def _come_through(self, port: int) -> None:
         if self._dial is not None:
-            sock = await asyncio.to_thread(self._dial)
+            dialling = asyncio.ensure_future(asyncio.to_thread(self._dial))
+            try:
+                sock = await asyncio.shield(dialling)
+            except asyncio.CancelledError:
+                dialling.add_done_callback(_hang_up)  # it cannot be interrupted
+                raise
             self._reader, self._writer = await asyncio.open_connection(sock=sock)
         else:
             local = (self._source, 0) if self._source else None
@@ -61,3 +66,8 @@ class Behind(Raw):
             self._writer.write(piece)
             await self._writer.drain()
             await asyncio.sleep(0.01 if len(self._pieces) > 1 else 0)  # a packet of its own, if it can be
+
+
+def _hang_up(dialling: "asyncio.Future[socket.socket]") -> None:
+    if not dialling.cancelled() and dialling.exception() is None:
+        dialling.result().close()
