@@ -110,7 +110,10 @@ class Verona:
         for number, host in enumerate(self.network.nodes, 1):
             text = re.sub(rf"10\.0\.0\.1{number}:52", f"{host.address}:53", text)
         file = self.folder / "haproxy.cfg"
-        file.write_text(text.replace("/run/haproxy/admin.sock", str(self.folder / "admin.sock")))
+        text = text.replace("/run/haproxy/admin.sock", str(self.folder / "admin.sock"))
+        file.write_text(
+            text.replace("maxconn 100000", "maxconn 1000")
+        )  # or it asks for more open files than there may be
         self.balance("haproxy", "-db", "-f", file)
 
     # -- people
@@ -226,20 +229,32 @@ class Verona:
             self.network.plug_in(self.host(node))
         await self.in_step()
 
-    async def go_through(self) -> int:
-        """Everybody writes to everybody all the time, and it all happens to a node; how many came more than once."""
+    async def happen(self, what: Callable[[ClusterNode], Any], node: ClusterNode) -> None:
+        """To a node with people on it, who go to the other one; then it comes back, and people with it."""
+        await self.spread()
+        await what(node)
+        await self.gather_on(self.other(node))
+        await self.bring_back(node)
+
+    async def go_through(self) -> None:
+        """Everybody writes to everybody all the time, and all of it happens to a node."""
         self.ledger.begin(self.people, every=0.1)
-        for number, happens in enumerate((self.stop, self.kill, self.cut_off)):
-            node = self.cluster[number % 2]
-            await self.spread()
-            await happens(node)
-            await self.gather_on(self.other(node))
-            await self.bring_back(node)
+        await self.happen(self.stop, self.cluster[0])
+        await self.happen(self.kill, self.cluster[1])
+        await self.spread()
+        await self.ledger.pause()
+        await self.ledger.settle(PATIENCE)
+        self.ledger.check()
+
+        self.ledger.begin(self.people, every=0.1)
+        await self.happen(self.cut_off, self.cluster[0])
         await self.spread()
         await self.some_chat()
         await self.ledger.pause()
         await self.ledger.settle(PATIENCE)
-        return self.ledger.check()
+        # Not in order: what the node had stored for a session of its own when it was cut off is its own until its lease
+        # has ended, and whoever has come to another node meanwhile gets new messages first.
+        self.ledger.check(ordered=False)
 
     async def end(self) -> None:
         try:
@@ -284,10 +299,9 @@ async def test_behind_dnat_chat_goes_on_while_a_node_is_stopped_killed_cut_off_a
     await verona.populate()
     assert addresses(verona) == OWN
 
-    repeated = await verona.go_through()
+    await verona.go_through()
 
     assert addresses(verona) == OWN
-    assert repeated >= 0
 
 
 async def test_behind_haproxy_the_same_and_nodes_know_the_clients_addresses_from_its_headers(verona):
