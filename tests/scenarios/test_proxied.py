@@ -175,15 +175,17 @@ async def test_rules_and_limits_go_by_the_clients_address(scene, behind):
 
 
 async def cut_off(port: int, *pieces: bytes, source: str = BALANCER) -> bytes:
-    """What is answered until the connection has ended."""
+    """What is answered until the connection or the stream has ended."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
     try:
         with contextlib.suppress(ConnectionError):
             for piece in pieces:
                 writer.write(piece)
                 await writer.drain()
-            return await asyncio.wait_for(reader.read(), PATIENCE)
+            return await asyncio.wait_for(reader.readuntil(b"</stream:stream>"), PATIENCE)
         return b""
+    except asyncio.IncompleteReadError as ended:
+        return ended.partial
     finally:
         writer.transport.abort()
 
