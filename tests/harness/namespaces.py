@@ -6,9 +6,11 @@ Takes root, `ip`, and a kernel with namespaces, bridges and nftables NAT. LVS it
 forwards packets in its place, with the same addresses.
 """
 
+import contextlib
 import ctypes
 import itertools
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -114,6 +116,7 @@ class Network:
     INNER = "10.77.1.1"
 
     def __init__(self) -> None:
+        _sweep()
         self._hosts: list[Host] = []
         try:
             self._lay()
@@ -125,7 +128,7 @@ class Network:
         self.clients, self.balancer, self._switch = map(self._add, ("clients", "balancer", "switch"))
         self._switch.ip("link", "add", "br0", "type", "bridge")
         self._switch.ip("link", "set", "br0", "up")
-        self.balancer.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+        self.balancer.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
         self.balancer.ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", self.clients.name)
         self.balancer.ip("address", "add", f"{self.SERVICE}/24", "dev", "eth0")
         self.balancer.ip("link", "set", "eth0", "up")
@@ -167,3 +170,12 @@ class Network:
         for host in self._hosts:
             host.delete()
         self._hosts.clear()
+
+
+def _sweep() -> None:
+    """Delete the namespaces of test runs that were killed; what ran in them has been ended by its watcher."""
+    for line in run("ip", "netns", "list").splitlines():
+        found = re.match(r"xmppd-(\d+)-\S+", line)
+        if found and not os.path.exists(f"/proc/{found[1]}"):
+            with contextlib.suppress(subprocess.CalledProcessError):  # somebody else was quicker
+                run("ip", "netns", "delete", found[0])

@@ -23,6 +23,7 @@ from tests.harness.ledger import PASSWORD, Ledger
 from tests.harness.namespaces import Network
 from tests.harness.server import PATIENCE
 from tests.harness.traveller import Traveller
+from tests.harness.watcher import Watcher
 from tests.mariadb import MariaDB
 from tests.mariadb import missing as no_mariadb
 from xmppd.c2s.certificate import self_signed
@@ -46,6 +47,7 @@ class Verona:
         self.ledger = Ledger(self.cluster)
         self.people: list[Traveller] = []
         self.balancer: subprocess.Popen[bytes] | None = None
+        self.watcher: Watcher | None = None
         self.certificate = folder / "localhost.pem"
 
     def begin(self) -> None:
@@ -100,6 +102,7 @@ class Verona:
                 stderr=log,
                 env=environment,
             )
+        self.watcher = Watcher(self.balancer.pid)
 
     def balance_with_nftables(self) -> None:
         addresses = [host.address for host in self.network.nodes]
@@ -263,7 +266,8 @@ class Verona:
             await asyncio.to_thread(self._end)
 
     def _end(self) -> None:
-        if self.balancer is not None:
+        if self.balancer is not None and self.watcher is not None:
+            self.watcher.dismiss()
             self.balancer.terminate()
             self.balancer.wait(PATIENCE)
         self.cluster.end()
