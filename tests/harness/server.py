@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,9 @@ class Server:
         try:
             return process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # what each of its threads is doing comes to the log
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             process.kill()
             process.wait()
             raise NotServing(f"it did not stop\n{self.log}") from None
