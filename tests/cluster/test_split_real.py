@@ -121,8 +121,9 @@ async def test_a_node_that_speaks_and_hears_nothing_is_gone_for_all(field):
     await scene.accounts()
 
 
-async def test_of_one_address_on_both_sides_the_newer_one_stays(field):
-    scene = await field()
+@pytest.mark.parametrize("clocks", [(), (6 * 3600.0, -6 * 3600.0)], ids=["right clocks", "wrong clocks"])
+async def test_of_one_address_on_both_sides_the_newer_one_stays(field, clocks):
+    scene = await field(clocks=clocks)
     juliet, romeo, nurse = scene.people
     scene.wires.isolate(scene.cluster[0])
     await scene.ledger.until(lambda: not (romeo.sees(juliet) or nurse.sees(juliet)), "juliet is gone", PATIENCE)
