@@ -141,9 +141,11 @@ def sqlite_engine(target: SqliteTarget, *, pool_size: int, pool_timeout: float) 
 
 
 def _roll_back(dbapi_connection: Any, record: Any, error: BaseException | None) -> None:
-    """Before a connection is thrown away, mostly because somebody was cancelled: closing it alone leaves its
-    transaction open, and everybody else without the write lock, for as long as a cursor of it lives, which the traceback
-    of the exception holds."""
+    """Before a connection is thrown away, mostly because somebody was cancelled.
+
+    Closing it alone leaves its transaction open, and everybody else without the write lock, for as long as a cursor of
+    it lives, which the traceback of the exception holds.
+    """
     if in_greenlet():
         try:
             dbapi_connection.rollback()
