@@ -8,12 +8,10 @@ import statistics
 
 import pytest
 
-from tests.harness.field import HEALED, PATIENCE, TIMEOUT
+from tests.harness.field import A_DOZEN, HEALED, PATIENCE, TIMEOUT
 
 # As in test_death_real.py.
 pytestmark = [pytest.mark.long, pytest.mark.alone]
-
-A_DOZEN = 12  # lines that tell the story of an outage
 
 
 async def test_a_node_that_is_cut_off_in_silence_and_comes_back(field):

@@ -11,6 +11,8 @@ from tests.harness.ledger import Ledger, Person
 from tests.harness.wires import Wires
 
 TIMEOUT: Final = 2.0  # seconds: cluster.peer_timeout
+LOUD: Final = 6.0  # seconds: a `cluster.peer_timeout` that cannot be what told of a death
+A_DOZEN: Final = 12  # lines that tell the story of an outage
 HEALED: Final = 3.0  # seconds from the end of a cut until nobody notices it any more
 PATIENCE: Final = 60.0  # seconds; what is waited for comes in one or two, unless the machine is busy
 _CONVERGED: Final = "converged: yes"

@@ -13,7 +13,7 @@ PAGES = sorted((ROOT / "docs" / "events").glob("*.md"))
 LINE = re.compile(r"(INFO|WARN|ERROR) +(\S+) +(.+?)((?: [a-z_]+=(?:\"[^\"]*\"|\S+))*)")
 LEVELS = {"INFO": "info", "WARN": "warning", "ERROR": "error"}
 
-DEATH = "cluster/test_death_real.py", "test_after_a_kill_every_contact_hears_once_and_nothing_on_its_way_is_lost"
+DEATH = "cluster/test_kill_real.py", "test_after_a_kill_every_contact_hears_once_and_nothing_on_its_way_is_lost"
 SPLIT = "cluster/test_split_real.py", "test_a_node_that_is_cut_off_in_silence_and_comes_back"
 RELAY = "cluster/test_split_real.py", "test_a_cut_between_two_of_three_nobody_notices"
 COOKIE = "cluster/test_engine.py", "test_another_cookie_is_refused_on_both_sides"
