@@ -29,6 +29,7 @@ WhenFull = Literal["spill", "slow_sender", "drop_new", "drop_old"]
 _LOOK: Final = 2.0  # seconds between two looks for rows of dead nodes
 _MARKS: Final = 500  # at once
 _SWEEP: Final = 60.0
+_TALLY: Final = 10.0
 _PAUSED: Final = "outbox paused"  # the setting: names of sinks, as JSON
 _UNMARKED: Final = 100_000  # marks that wait for the database; past it events may be sent once more
 
@@ -260,7 +261,7 @@ class Outbox:
     async def _feed(self) -> None:
         """Fetch into memory what is not there, take over the rows of dead nodes, tidy up."""
         loop = asyncio.get_running_loop()
-        look = sweep = loop.time()
+        look = sweep = tally = loop.time()
         while True:
             self._kick.clear()
             try:
@@ -270,6 +271,9 @@ class Outbox:
                 if loop.time() >= sweep:
                     sweep = loop.time() + _SWEEP
                     await self._tidy()
+                if loop.time() >= tally:
+                    tally = loop.time() + _TALLY
+                    self.tallies = await self._rows.tally()
                 for runner in list(self.runners.values()):
                     if runner.more and runner.wants_rows:
                         await self._load(runner)
@@ -296,7 +300,6 @@ class Outbox:
 
     async def _tidy(self) -> None:
         await self._rows.sweep()
-        self.tallies = await self._rows.tally()
         for runner in self.runners.values():
             runner.more = True  # in case that one was passed over
 
@@ -335,6 +338,12 @@ class Outbox:
                 done = (runner.sent, runner.failed)
                 found.append(SinkStatus(name, state, queued, runner.in_flight, tally.dead, oldest, *done))
         return found
+
+    def age(self, sink: str) -> float:
+        """Seconds since the oldest event that waits was made, as far as it is known here."""
+        runner, tally = self.runners.get(sink), self.tallies.get(sink, Tally())
+        known = [made for made in (runner.line.oldest() if runner else None, tally.oldest) if made is not None]
+        return max(0.0, self._clock() - min(known)) if known else 0.0
 
     async def listed(self, sink: str, state: str, limit: int) -> list[Listed]:
         """Events of all nodes, the oldest first."""
