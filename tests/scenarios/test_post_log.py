@@ -131,7 +131,7 @@ async def test_nobody_waits_for_a_sink_that_is_down_and_nothing_is_lost(fresh, s
     """PL-03, shorter: what comes while it is down is delivered at once and posted later, through a restart."""
     await sink.close()
     memory = {"max_events": 20}
-    outbox = {"memory": memory, "breaker": {"open_after": 2, "probe_every": "200ms"}, "retry": {"base": "50ms"}}
+    outbox: dict[str, Any] = {"memory": memory, "breaker": {"open_after": 2, "probe_every": "200ms"}, "retry": {"base": "50ms"}}
     scene: Scene = fresh(modules=with_post_log(sink), outbox=outbox)
     romeo, juliet = await scene.raw_login("romeo"), await scene.raw_login("juliet")
     for number in range(100):
@@ -207,7 +207,7 @@ async def test_each_message_is_posted_once_in_a_cluster_and_a_dead_nodes_are_pos
         for number in range(200):
             romeo.send_raw(chat(f"queued {number:03}"))
             await juliet.next_message()
-        await until(lambda: "\t200\t" in one.node.quick("outbox", "status", "--local"), "the events to be written")
+        await until(lambda: "\t200\t" in one.node.quick("outbox", "status"), "the events to be written")
 
         one.node.kill()
         asked = len(sink.posts)

@@ -349,7 +349,7 @@ _NOW: Final = {  # as db_now
 _MOVE: Final = {
     dialect: limited_update(
         "outbox",
-        "lease_node = :node, lease_incarnation = :incarnation, take_id = NULL",
+        "lease_node = :node, lease_incarnation = :incarnation, take_id = NULL, next_at = NULL",
         "lease_node = :old AND lease_incarnation = :old_incarnation AND NOT EXISTS (SELECT 1 FROM node"
         f" WHERE node.node_id = :old AND node.incarnation = :old_incarnation AND node.lease_until >= {now})",
         _TYPES,

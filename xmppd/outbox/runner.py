@@ -169,8 +169,9 @@ class Runner:
             if not items:
                 due = self.line.next_due(now)
                 return None if due is None else self._wake_at(due)
+            probe = self.breaker.is_open
             self.breaker.begin()
-            task = self._loop.create_task(self._send(items), name=f"outbox {self.name}")
+            task = self._loop.create_task(self._send(items, probe), name=f"outbox {self.name}")
             self._tasks.add(task)
             task.add_done_callback(self._sent)
 
@@ -183,14 +184,14 @@ class Runner:
             if self.has_room():
                 self._roomy()
 
-    async def _send(self, items: list[Item]) -> None:
+    async def _send(self, items: list[Item], probe: bool) -> None:
         try:
             answer = await self.sink.send([item.event for item in items])
         except Exception as exc:  # a bug; the events stay, or one of them would stop the sink
             log.error("event not sent", sink=self.name, exc=exc)
             answer = Answer("retry", f"{type(exc).__name__}")
         if answer.verdict == "retry":
-            self._again(items, answer)
+            self._again(items, answer, probe)
             return
         if self.breaker.succeeded():
             log.info("sink takes events again", sink=self.name, waiting=self.held)
@@ -215,7 +216,8 @@ class Runner:
             if item.written:
                 self._mark(item, Mark(item.event.id, DONE, keep=item.event.dedup is not None))
 
-    def _again(self, items: list[Item], answer: Answer) -> None:
+    def _again(self, items: list[Item], answer: Answer, probe: bool) -> None:
+        """`probe`: it was known that the sink is down, so that these events have to wait no longer because of it."""
         retry, now = self._settings.retry, self._loop.time()
         self.failed += 1
         if self.breaker.failed(now, not_before=answer.not_before):
@@ -225,6 +227,9 @@ class Runner:
         if old and len(old) == len(items):
             self.line.done(items, now)
             self._bury(items, f"given up: {answer.reason}")
+            return
+        if probe:
+            self.line.put_back(items, now, due=now + answer.not_before)
             return
         for item in items:
             item.attempts += 1
