@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
+from lxml.etree import _Element
+
 from xmppd.events import Handled, MessageStoring, StanzaDelivering, StanzaSending
 from xmppd.module_api import (
     Context,
@@ -57,8 +59,12 @@ class PostLog(Module[Config]):
         super().__init__(context, config)
         self._sink: HttpSink | None = None
         headers = config.headers.items() if isinstance(config.headers, Mapping) else config.headers
-        self._headers = tuple((str(name), str(value)) for name, value in headers)
+        usual = config.content_type == "text/xml"
+        content_type = _CONTENT_TYPES.get(config.format, "text/xml") if usual else config.content_type
+        self._headers = (("Content-Type", content_type), *((str(name), str(value)) for name, value in headers))
         self._types = frozenset(config.types)
+        self._directions = frozenset(config.directions)
+        self._seen: list[_Seen] = []
         self._waits = False  # senders wait for the commit, or for room
         self._runs = False
 
@@ -100,6 +106,7 @@ class PostLog(Module[Config]):
 
     async def stop(self) -> None:
         if self._runs:
+            self._submit()
             await self.outbox.remove_sink(self.name)
 
     async def _look_up(self) -> None:
@@ -120,17 +127,22 @@ class PostLog(Module[Config]):
 
     @hook(StanzaSending)
     def sent(self, event: StanzaSending) -> None:
-        if self._runs and not self._waits and self._is_sent(event):
-            self.outbox.submit(self._of_sender(event))
+        if self._runs and not self._waits and event.stanza.type in self._types and "sent" in self._directions:
+            self._later(
+                event.stanza, event.session.jid, event.stanza.to or event.session.user, "sent", event.session.jid
+            )
 
     @hook(StanzaSending, switched=True)
     async def sent_and_waits(self, event: StanzaSending) -> Handled | None:
         """The stream waits until the event is written, or until there is room for it."""
-        if not (self._waits and self._is_sent(event)):
+        stanza, session = event.stanza, event.session
+        element = stanza.element
+        if not (self._waits and self._wants(stanza, element)):
             return None
         if self.outbox.when_full == "slow_sender":
             await self.outbox.room(self.name)
-        written = self.outbox.submit(self._of_sender(event))
+        found = _Seen(stanza, element, session.jid, stanza.to or session.user, "sent", session.jid.domain, self.clock())
+        written = self.outbox.submit(self._event(found))
         if written is not None and self.outbox.durability == "commit":
             await written
         return None
@@ -138,59 +150,86 @@ class PostLog(Module[Config]):
     @hook(StanzaDelivering, switched=True)
     def received(self, event: StanzaDelivering) -> None:
         stanza, session = event.stanza, event.session
-        if self._runs and stanza.from_ is not None and self._wants(stanza):
-            self.outbox.submit(self._event(stanza, stanza.from_, session.jid, "received", session.user.domain))
+        if self._runs and stanza.from_ is not None and stanza.type in self._types:
+            self._later(stanza, stanza.from_, session.jid, "received", session.jid)
 
     @hook(MessageStoring)
     def stored(self, event: MessageStoring) -> None:
         stanza = event.message
-        if not self._runs or "offline" not in self.config.directions or not self._wants(stanza):
+        if not self._runs or "offline" not in self._directions or stanza.from_ is None:
             return
-        if stanza.from_ is not None:
-            event.rows.append(
-                self.outbox.row(self._event(stanza, stanza.from_, event.user, "offline", event.user.domain))
-            )
+        if self._wants(stanza, stanza.element):
+            user = event.user
+            found = _Seen(stanza, stanza.element, stanza.from_, user, "offline", user.domain, self.clock())
+            event.rows.append(self.outbox.row(self._event(found)))
 
-    def _is_sent(self, event: StanzaSending) -> bool:
-        return "sent" in self.config.directions and self._wants(event.stanza)
+    def _later(self, stanza: Stanza, sender: JID, recipient: JID, direction: str, own: JID) -> None:
+        """The rest is done when the loop has moved the stanzas that it has now: nobody waits for it."""
+        element = stanza.element  # before it is forgotten
+        if not self._wants(stanza, element):
+            return
+        if not self._seen:
+            asyncio.get_running_loop().call_soon(self._submit)
+        self._seen.append(_Seen(stanza, element, sender, recipient, direction, own.domain, self.clock()))
 
-    def _wants(self, stanza: Stanza) -> bool:
+    def _submit(self) -> None:
+        seen, self._seen = self._seen, []
+        for each in seen:
+            self.outbox.submit(self._event(each))
+
+    def _wants(self, stanza: Stanza, element: _Element) -> bool:
         if stanza.kind != "message" or stanza.type not in self._types:
             return False
         if self.config.skip_blank_id and stanza.id and not stanza.id.strip():
             return False
-        return has_text(stanza) or not self.config.require_body
+        return has_text(element) or not self.config.require_body
 
-    def _of_sender(self, event: StanzaSending) -> Event:
-        session = event.session
-        return self._event(event.stanza, session.jid, event.stanza.to or session.user, "sent", session.user.domain)
-
-    def _event(self, stanza: Stanza, sender: JID, recipient: JID, direction: str, host: str) -> Event:
-        config, now, event_id = self.config, self.clock(), new_id()
-        to = stanza.element.get("to") or recipient.full
-        message = Message(stanza, sender, recipient, to, direction, _STATES[direction], now, config.confidential)
-        content_type = config.content_type
+    def _event(self, seen: "_Seen") -> Event:
+        config, stanza, sender, recipient, direction = (
+            self.config,
+            seen.stanza,
+            seen.sender,
+            seen.recipient,
+            seen.direction,
+        )
+        event_id = new_id()
+        to = seen.element.get("to") or recipient.full
+        message = Message(
+            stanza, seen.element, sender, recipient, to, direction, _STATES[direction], seen.at, config.confidential
+        )
         if config.format == "ejabberd":
             payload = ejabberd_xml(message)
         else:
-            payload = json_object(message, id=ulid(event_id), host=host, node=self.server.node)
-            content_type = _CONTENT_TYPES[config.format] if content_type == "text/xml" else content_type
-        headers = [("Content-Type", content_type)]
+            payload = json_object(message, id=ulid(event_id), host=seen.host, node=self.server.node)
+        headers = self._headers
         if config.format != "ndjson_batch":  # there the headers are those of a whole batch
-            headers.append((config.ts_header, timestamp(now)))
-            headers += [(config.from_header, message.from_), (config.to_header, to)]
+            own = (config.ts_header, timestamp(seen.at)), (config.from_header, message.from_), (config.to_header, to)
+            headers = (*headers, *own)
         in_room = stanza.type == "groupchat"
         return Event(
             event_id,
             self.name,
-            host,
+            seen.host,
             f"message.{direction}",
             conversation(sender, sender if in_room and direction != "sent" else recipient, room=in_room),
             payload,
-            now,
-            (*headers, *self._headers),
+            seen.at,
+            headers,
             _repeated(stanza, sender, recipient) if direction == "offline" else None,
         )
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A message that is to be posted."""
+
+    stanza: Stanza
+    element: _Element
+    sender: JID
+    recipient: JID
+    direction: str
+    host: str
+    at: float
 
 
 def _repeated(stanza: Stanza, sender: JID, recipient: JID) -> bytes | None:

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from lxml.etree import QName, _Element
@@ -18,17 +19,16 @@ _LANGUAGE: Final = "en"  # ejabberd's own, which it writes where the client has 
 _BODY: Final = f"{{{ns.CLIENT}}}body"
 _SUBJECT: Final = f"{{{ns.CLIENT}}}subject"
 _THREAD: Final = f"{{{ns.CLIENT}}}thread"
-_KNOWN: Final = (_BODY, _SUBJECT, _THREAD)
 _OOB_URL: Final = "{jabber:x:oob}x/{jabber:x:oob}url"
 _ORIGIN_ID: Final = f"{{{ns.STANZA_ID}}}origin-id"
-_ESCAPES: Final = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&apos;"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Message:
     """A message and what is known about it beside its own words."""
 
     stanza: Stanza
+    element: _Element
     sender: JID
     recipient: JID
     to: str  # as the client has written it
@@ -39,18 +39,23 @@ class Message:
 
     @property
     def from_(self) -> str:
-        return self.stanza.element.get("from") or self.sender.full
+        return self.element.get("from") or self.sender.full
 
 
 def timestamp(at: float, between: str = " ") -> str:
     """`2026-11-21 09:00:00.123456Z`"""
-    micros = round(at * 1_000_000)
-    return f"{time.strftime(f'%Y-%m-%d{between}%H:%M:%S', time.gmtime(micros // 1_000_000))}.{micros % 1_000_000:06}Z"
+    seconds, micros = divmod(round(at * 1_000_000), 1_000_000)
+    return f"{_second(seconds, between)}.{micros:06}Z"
 
 
-def has_text(stanza: Stanza) -> bool:
-    """Whether there is a body that is not empty."""
-    return any(body.text for body in stanza.element.iterchildren(_BODY))
+@lru_cache(maxsize=4)
+def _second(seconds: int, between: str) -> str:
+    return time.strftime(f"%Y-%m-%d{between}%H:%M:%S", time.gmtime(seconds))
+
+
+def has_text(element: _Element) -> bool:
+    """Whether a message has a body that is not empty."""
+    return any(child.tag == _BODY and child.text for child in element)
 
 
 # -- ejabberd's XML
@@ -59,53 +64,59 @@ def has_text(stanza: Stanza) -> bool:
 def ejabberd_xml(message: Message) -> bytes:
     """The element as ejabberd 23.01 writes it: single quotes, its order of attributes and children, `from` and
     `xml:lang` always there, and of the message's own children the bodies, subjects and threads last."""
-    element = message.stanza.element
-    attrs = {
-        "xml:lang": element.get(XML_LANG) or _LANGUAGE,
-        "to": message.to,
-        "from": message.from_,
-        "type": element.get("type"),
-        "id": element.get("id"),
-        "xmlns": ns.CLIENT,
-    }
-    parts = ["<message", _attributes(attrs), ">"]
-    if not message.confidential:
-        for child in element.iterchildren(tag="*"):
-            if child.tag not in _KNOWN:
-                parts += _foreign(child, ns.CLIENT)
-    for body in element.iterchildren(_BODY):
-        own: dict[str, str | None] = {"xml:lang": body.get(XML_LANG)}
-        if message.confidential:
-            own |= {name: str(value) for name, value in _hidden(_text(body)).items()}
-        parts.append(_with_text("body", own, "" if message.confidential else _text(body)))
-    if not message.confidential:
-        for subject in element.iterchildren(_SUBJECT):
-            parts.append(_with_text("subject", {"xml:lang": subject.get(XML_LANG)}, _text(subject)))
-        for thread in element.iterchildren(_THREAD):
-            parts.append(_with_text("thread", {"parent": thread.get("parent")}, _text(thread)))
-    parts.append("</message>")
+    element, hidden = message.element, message.confidential
+    lang = element.get(XML_LANG) or _LANGUAGE
+    head = f"<message xml:lang='{_escape(lang)}' to='{_escape(message.to)}' from='{_escape(message.from_)}'"
+    for name in ("type", "id"):
+        value = element.get(name)
+        if value is not None:
+            head += f" {name}='{_escape(value)}'"
+    others: list[str] = []
+    own: dict[str, list[str]] = {_BODY: [], _SUBJECT: [], _THREAD: []}
+    for child in element:
+        kind = own.get(child.tag)
+        if kind is not None:
+            if not hidden or child.tag == _BODY:
+                kind.append(_own_child(child, hidden))
+        elif not hidden:
+            others.extend(_foreign(child, ns.CLIENT))
+    parts = (head, " xmlns='jabber:client'>", *others, *own[_BODY], *own[_SUBJECT], *own[_THREAD], "</message>")
     return "".join(parts).encode()
 
 
-def _attributes(attrs: dict[str, str | None]) -> str:
-    return "".join(f" {name}='{value.translate(_ESCAPES)}'" for name, value in attrs.items() if value is not None)
+def _own_child(child: _Element, hidden: bool) -> str:
+    """A body, a subject or a thread."""
+    name, text = child.tag.rpartition("}")[2], _text(child)
+    attrs = ""
+    if child.attrib:
+        known = (("parent", child.get("parent")),) if name == "thread" else (("xml:lang", child.get(XML_LANG)),)
+        attrs = _attributes({key: value for key, value in known if value is not None})
+    if hidden:
+        attrs += _attributes({key: str(value) for key, value in _hidden(text).items()})
+        text = ""
+    return f"<{name}{attrs}>{_escape(text)}</{name}>" if text else f"<{name}{attrs}/>"
 
 
-def _with_text(name: str, attrs: dict[str, str | None], text: str) -> str:
-    head = f"<{name}{_attributes(attrs)}"
-    return f"{head}>{text.translate(_ESCAPES)}</{name}>" if text else f"{head}/>"
+def _escape(text: str) -> str:
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.replace('"', "&quot;").replace("'", "&apos;")
+
+
+def _attributes(attrs: dict[str, str]) -> str:
+    return "".join(f" {name}='{_escape(value)}'" for name, value in attrs.items())
 
 
 def _text(element: _Element) -> str:
     """All text directly in it."""
-    return (element.text or "") + "".join(child.tail or "" for child in element)
+    text = element.text or ""
+    return text + "".join(child.tail or "" for child in element) if len(element) else text
 
 
 def _foreign(element: _Element, outer: str) -> Iterator[str]:
     """An element of somebody else's, whose surroundings are in the namespace `outer`; prefixes of names go."""
     name = QName(element)
     own = name.namespace or ""
-    attrs: dict[str, str | None] = {"xmlns": own} if own != outer else {}
+    attrs: dict[str, str] = {"xmlns": own} if own != outer else {}
     for key, value in element.attrib.items():
         attr = QName(key)
         if key == XML_LANG or attr.namespace == "http://www.w3.org/XML/1998/namespace":
@@ -120,11 +131,11 @@ def _foreign(element: _Element, outer: str) -> Iterator[str]:
         yield "/>"
         return
     yield ">"
-    yield (element.text or "").translate(_ESCAPES)
+    yield _escape(element.text or "")
     for child in element:
         if isinstance(child.tag, str):
             yield from _foreign(child, own)
-        yield (child.tail or "").translate(_ESCAPES)
+        yield _escape(child.tail or "")
     yield f"</{name.localname}>"
 
 
@@ -133,7 +144,7 @@ def _foreign(element: _Element, outer: str) -> Iterator[str]:
 
 def json_object(message: Message, *, id: str, host: str, node: str) -> bytes:
     """One line of JSON, version 1; documented in docs/modules.md."""
-    stanza, element, hidden = message.stanza, message.stanza.element, message.confidential
+    stanza, element, hidden = message.stanza, message.element, message.confidential
     origin = element.find(_ORIGIN_ID)
     bodies = {body.get(XML_LANG) or "": _text(body) for body in element.iterchildren(_BODY)}
     value: dict[str, Any] = {

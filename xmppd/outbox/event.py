@@ -9,10 +9,10 @@ from xmppd.protocol.jid import JID
 _CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Event:
-    """`id` from `new_id()`; `partition` and `dedup` are 32 bytes: events of one partition go out in order, one with the
-    same `dedup` as another of the last 24 hours is dropped."""
+    """Not changed once it is made. `id` from `new_id()`; `partition` and `dedup` are 32 bytes: events of one partition
+    go out in order, one with the same `dedup` as another of the last 24 hours is dropped."""
 
     id: bytes
     sink: str
@@ -42,8 +42,9 @@ def ulid(row_id: bytes) -> str:
 
 def conversation(sender: JID, recipient: JID, *, room: bool = False) -> bytes:
     """The partition of a message: both users, whoever writes; or the room."""
-    pair = [recipient.bare] if room else sorted((sender.bare, recipient.bare))
-    return hashlib.sha256("\0".join(pair).encode()).digest()
+    one, other = ("", recipient.bare) if room else (sender.bare, recipient.bare)
+    pair = f"{one}\0{other}" if one < other else f"{other}\0{one}"
+    return hashlib.sha256(pair.encode()).digest()
 
 
 def repetition(*parts: str) -> bytes:

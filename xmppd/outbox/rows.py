@@ -38,7 +38,7 @@ class Run(NamedTuple):
     incarnation: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Put:
     """A row to be written. `taken`: the event is in memory (`reserved`: its place there is counted)."""
 
