@@ -249,5 +249,6 @@ def _wrong_with(url: str | None) -> str:
     except ValueError:
         usable = False
     if not usable or any(char.isspace() for char in url):
-        return f"{url[:200]!r} is no URL that begins with http:// or https:// and names a host"
+        said = repr(url[:200]) if "@" not in url else "it"  # a password may be in it
+        return f"{said} is no URL that begins with http:// or https:// and names a host"
     return ""

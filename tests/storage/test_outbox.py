@@ -337,3 +337,24 @@ async def test_purged_events_are_gone(storage, make, sink):
     assert await outbox.purge("log", "pending") == 1
 
     assert await rows(storage) == [("pending", "two")]
+
+
+async def test_what_the_database_does_not_take_is_sent_from_memory(storage, make, sink):
+    outbox = await started(await make(), sink)
+    await outbox.submit(event("one"))
+    await sink.wait(1)
+    await storage.batcher.close()
+
+    assert outbox.submit(event("two")) is None
+
+    assert bodies(await sink.wait(2)) == ["one", "two"]
+
+
+async def test_events_of_a_sink_that_nobody_serves_any_more_can_be_purged(storage, make):
+    await (await make("A")).submit(event("left"))
+    other = await make("B")
+    assert await other.purge("log", "pending") == 0  # its node lives
+
+    await lease(storage, "A", 1, -1.0)
+
+    assert await other.purge("log", "pending") == 1

@@ -264,6 +264,10 @@ class Outbox:
         look = sweep = tally = loop.time()
         while True:
             self._kick.clear()
+            if not self.runners:  # nobody needs anything
+                self.tallies = {}
+                await self._kick.wait()
+                continue
             try:
                 if loop.time() >= look:
                     look = loop.time() + _LOOK
@@ -292,7 +296,7 @@ class Outbox:
     async def _look(self) -> None:
         self._flush_marks()
         await self._read_paused()
-        taken = await self._rows.take_over(self._name)
+        taken = await self._rows.take_over(self._name, self.runners)
         if taken:
             log.info("events of a dead node taken over", events=taken)
             for runner in self.runners.values():
@@ -361,6 +365,7 @@ class Outbox:
 
     async def purge(self, sink: str, state: str) -> int:
         """Events of this node are given up; how many."""
+        await self._rows.take_over(self._name)  # of sinks that no module serves any more, too
         gone = await self._rows.purge(sink, state)
         if state == PENDING:
             for name, runner in self.runners.items():

@@ -5,7 +5,7 @@ A row belongs to one run (node and incarnation); that is its lease, which holds 
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -253,28 +253,33 @@ class Rows:
 
     # -- rows of runs that are over ----------------------------------------------------------------------------------
 
-    async def take_over(self, name: str) -> int:
+    async def take_over(self, name: str, sinks: Collection[str] | None = None) -> int:
         """Make the rows of dead runs our own, those of one run by one node only, so that conversations stay in order;
-        how many. `name` is for operators who look at the locks."""
+        how many. `sinks`: only of these; `name` is for operators who look at the locks."""
+        left: dict[Run, list[str]] = {}
+        for run, sink in await self._storage.read(_runs):
+            if run != self.run and (sinks is None or sink in sinks):
+                left.setdefault(run, []).append(sink)
         total = 0
-        for run in await self._storage.read(_runs):
-            if run == self.run or not await self._storage.read(partial(_is_over, run)):
+        for run, names in left.items():
+            if not await self._storage.read(partial(_is_over, run)):
                 continue
             lease = Lease(self._storage.connect, f"outbox {run.node.hex()}", name, _TAKEOVER)
             if not await lease.acquire():
                 continue
             try:
-                while moved := await self._move(run):
+                for sink in names:
+                    while (moved := await self._move(run, sink)) and await lease.renew():
+                        total += moved
                     total += moved
-                    if not await lease.renew():
-                        break
             finally:
                 await lease.release()
         return total
 
-    async def _move(self, run: Run) -> int:
+    async def _move(self, run: Run, sink: str) -> int:
         async def work(connection: AsyncConnection) -> int:
-            given = {**self.run._asdict(), "old": run.node, "old_incarnation": run.incarnation, "limit": _PIECE}
+            old = {"old": run.node, "old_incarnation": run.incarnation, "sink": sink}
+            given = {**self.run._asdict(), **old, "limit": _PIECE}
             return (await connection.execute(_MOVE[connection.dialect.name], given)).rowcount
 
         return await self._storage.run(work)
@@ -293,9 +298,10 @@ class Rows:
         return await self._storage.run(work)
 
 
-async def _runs(connection: AsyncConnection) -> list[Run]:
-    query = select(table.c.lease_node, table.c.lease_incarnation).distinct()
-    return [Run(*row) for row in await connection.execute(query)]
+async def _runs(connection: AsyncConnection) -> list[tuple[Run, str]]:
+    """Which runs have rows of which sinks."""
+    query = select(table.c.lease_node, table.c.lease_incarnation, table.c.sink).distinct()
+    return [(Run(row.lease_node, row.lease_incarnation), row.sink) for row in await connection.execute(query)]
 
 
 async def _is_over(run: Run, connection: AsyncConnection) -> bool:
@@ -350,7 +356,7 @@ _MOVE: Final = {
     dialect: limited_update(
         "outbox",
         "lease_node = :node, lease_incarnation = :incarnation, take_id = NULL, next_at = NULL",
-        "lease_node = :old AND lease_incarnation = :old_incarnation AND NOT EXISTS (SELECT 1 FROM node"
+        "lease_node = :old AND lease_incarnation = :old_incarnation AND sink = :sink AND NOT EXISTS (SELECT 1 FROM node"
         f" WHERE node.node_id = :old AND node.incarnation = :old_incarnation AND node.lease_until >= {now})",
         _TYPES,
     )[dialect]

@@ -17,6 +17,7 @@ from xmppd.outbox.sink import Answer
 log = get_logger("outbox")
 
 _BATCH_BYTES: Final = 4 << 20  # in one request
+_LAST: Final = 1.0  # seconds for requests under way at the end
 _LOAD: Final = 500  # rows fetched at once
 _ROW_BYTES: Final = 64 << 10  # what a row that is not seen yet is taken to weigh
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 60.0, 300.0, 3600.0)
@@ -86,9 +87,11 @@ class Runner:
         self.pump()
 
     async def stop(self) -> None:
-        """What is on its way is given up, which may be sent again; what is in memory goes."""
+        """What is in memory goes, and what is on its way too after a moment: then it may be sent again."""
         self._open = False
         self._cancel_timer()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=_LAST)
         for task in self._tasks:
             task.cancel()
         if self._tasks:
