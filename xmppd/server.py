@@ -1,7 +1,7 @@
 """Builds every part of a node, starts them in order, stops them in reverse.
 
-Start: data folder → certificates → storage → tables, router, managers → outbox → modules → control socket → http → listeners →
-ready.
+Start: data folder → certificates → storage → tables, router, managers → outbox → modules → control socket → http →
+listeners → ready.
 Stop: not ready → stop listening → `system-shutdown` to each stream → wait `shutdown_grace` → http → control socket →
 modules in reverse → outbox → storage → data folder.
 """
