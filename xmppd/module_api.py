@@ -29,7 +29,7 @@ from xmppd.errors import CommandError, JidError
 from xmppd.events import Handled, Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.nodes import Nodes
-from xmppd.outbox import Event, HttpSink, HttpTarget, Outbox, conversation, repetition, ulid
+from xmppd.outbox import Event, FileSink, HttpSink, HttpTarget, Outbox, conversation, repetition, ulid
 from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stanza import Stanza
 from xmppd.session_manager import Resource
@@ -70,6 +70,7 @@ __all__ = [
     "DiscoService",
     "Duration",
     "Event",
+    "FileSink",
     "Holder",
     "HttpSink",
     "HttpTarget",

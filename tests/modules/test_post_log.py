@@ -14,6 +14,7 @@ from tests.harness.sink import WebSink
 from tests.modules.world import HOST, World, message
 from xmppd.admin.outbox_commands import OutboxCommands
 from xmppd.admin.registry import commands_of
+from xmppd.errors import ConfigError
 from xmppd.outbox import verify
 
 JULIET, ROMEO = f"juliet@{HOST}", f"romeo@{HOST}"
@@ -250,3 +251,57 @@ async def test_an_unloaded_module_leaves_its_events_for_the_next_one(world, sink
 
     await sink.wait(1)
     assert texts(sink) == ["left"]
+
+
+async def test_several_sinks_each_get_the_message_in_their_own_form(world, sink, tmp_path):
+    file = tmp_path / "messages.ndjson"
+    sinks = [
+        {"name": "archive", "file": str(file)},
+        {"name": "statistics", "url": sink.url, "format": "ndjson_batch", "confidential": True},
+        {"name": "broken", "url": "loaclhost"},
+    ]
+    await post_log(world, sink, sinks=sinks)
+    romeo = await world.online("romeo")
+
+    for number in range(20):
+        await romeo.send(message(JULIET, f"n{number:02}"))
+        if number == 9:
+            await world.until(lambda: file.exists() and file.read_text().count("\n") == 10)
+            file.rename(tmp_path / "older")
+
+    await world.until(lambda: file.exists() and file.read_text().count("\n") == 10)
+    lines = ((tmp_path / "older").read_text() + file.read_text()).splitlines()
+    assert [json.loads(line)["body"][""] for line in lines] == [f"n{number:02}" for number in range(20)]
+    await sink.until(lambda: sum(post.body.count(b"\n") for post in sink.taken) == 20)
+    await sink.until(lambda: sum(b"<message" in post.body for post in sink.taken) == 20)
+    batches = [post for post in sink.taken if post["Content-Type"] == "application/x-ndjson"]
+    assert all(json.loads(line)["body"][""]["length"] == 3 for post in batches for line in post.body.splitlines())
+    assert sorted(world.outbox.runners) == ["post_log", "post_log.archive", "post_log.statistics"]
+
+
+async def test_a_file_that_cannot_be_written_is_tried_again(world, sink, tmp_path):
+    folder = tmp_path / "later"
+    await world.outbox.start()
+    await world.load(post_log={"sinks": [{"name": "file", "file": str(folder / "messages")}]})
+    romeo = await world.online("romeo")
+    await romeo.send(message(JULIET, "hello"))
+    await world.until(lambda: world.outbox.runners["post_log.file"].failed)
+
+    folder.mkdir()
+
+    await world.until(lambda: (folder / "messages").exists() and (folder / "messages").read_text().endswith("\n"))
+
+
+@pytest.mark.parametrize(
+    ("sinks", "words"),
+    [
+        ([{"name": "a"}], "sinks[0]: expected a url, or a file"),
+        ([{"name": "a", "url": "http://a/"}, {"name": "a", "url": "http://a/"}], "sinks[1].name: a is there twice"),
+        ([{"name": "A b", "url": "http://a/"}], "sinks[0].name: expected"),
+        ([{"name": "a", "file": "/a", "format": "ejabberd"}], "sinks[0].format: a file has lines of JSON"),
+        ([{"name": "a", "ulr": "http://a/"}], "sinks[0].ulr"),
+    ],
+)
+async def test_sinks_that_make_no_sense_are_refused(world, sinks, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        await world.load(post_log={"sinks": sinks})

@@ -6,6 +6,7 @@ another one goes on. At least once: a receiver knows a repetition by its `Idempo
 
 from xmppd.outbox.backoff import Retry
 from xmppd.outbox.event import Event, conversation, repetition, ulid
+from xmppd.outbox.file import FileSink
 from xmppd.outbox.outbox import Outbox, SinkStatus
 from xmppd.outbox.runner import Settings
 from xmppd.outbox.signature import sign, verify
@@ -14,6 +15,7 @@ from xmppd.outbox.sink import Answer, HttpSink, HttpTarget
 __all__ = [
     "Answer",
     "Event",
+    "FileSink",
     "HttpSink",
     "HttpTarget",
     "Outbox",
