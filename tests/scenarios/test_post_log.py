@@ -1,5 +1,6 @@
 """Messages posted to a web server, by real nodes."""
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.harness.cluster import RealCluster
 from tests.harness.scene import Scene, until
 from tests.harness.sink import WebSink
 from xmppd.config.schema import DEFAULT_MODULES
@@ -15,6 +17,7 @@ from xmppd.config.schema import DEFAULT_MODULES
 RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "post_log-23.01.json").read_text())
 LONG = "abcdefghij" * 6000
 OF_THE_CONNECTION = {"host", "connection", "te", "content-length"}
+EAGER = {"retry": {"base": "100ms", "max": "1s"}, "breaker": {"probe_every": "200ms"}}
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}Z")
 # ejabberd writes an attribute with a prefix that it does not declare: that is no XML (with namespaces).
 OURS = {
@@ -95,33 +98,81 @@ def status(scene: Scene) -> list[str]:
 
 async def test_each_message_is_posted_once_in_a_cluster_and_a_dead_nodes_are_posted_by_another(real_cluster, sink):
     """PL-04, PL-05"""
-    outbox = {"retry": {"base": "100ms", "max": "1s"}, "breaker": {"probe_every": "200ms"}}
-    cluster = real_cluster(2, modules=with_post_log(sink), outbox=outbox)
+    await a_node_dies(real_cluster(2, modules=with_post_log(sink), outbox=EAGER), sink, 200)
+
+
+@pytest.mark.long
+@pytest.mark.mariadb
+async def test_a_thousand_events_of_a_dead_node_are_posted_by_another(real_cluster, sink, databases, tmp_path):
+    """PL-04 in full, over MariaDB."""
+    url = await databases.migrated("mariadb", tmp_path)
+    try:
+        cluster = real_cluster(2, modules=with_post_log(sink), outbox=EAGER, database=url)
+        await a_node_dies(cluster, sink, 1000)
+        cluster.end()
+    finally:
+        databases.drop(url)
+
+
+async def a_node_dies(cluster: RealCluster, sink: WebSink, count: int) -> None:
+    """While that many events wait, all of one conversation. Its sender is on that node, its recipient on another."""
     one, two = Scene(cluster[0]), Scene(cluster[1])
     try:
         romeo, juliet = await one.raw_login("romeo"), await two.raw_login("juliet")
         for number in range(20):
-            romeo.send_raw(chat(f"first {number:03}"))
+            romeo.send_raw(chat(f"first {number:04}"))
             await juliet.next_message()
         await sink.wait(20)
         sink.answer = 503
-        for number in range(200):
-            romeo.send_raw(chat(f"queued {number:03}"))
+        for number in range(count):
+            romeo.send_raw(chat(f"queued {number:04}"))
+        for _ in range(count):
             await juliet.next_message()
-        await until(lambda: "\t200\t" in one.node.quick("outbox", "status"), "the events to be written")
+        await until(lambda: f"\t{count}\t" in one.node.quick("outbox", "status"), "the events to be written")
 
         one.node.kill()
         asked = len(sink.posts)
         sink.answer = 200
 
-        await sink.wait(220)
+        await sink.wait(20 + count, patience=120)
         await until(lambda: re.search(r"\topen\t0\t0\t", two.node.quick("outbox", "status")) is not None, "the end")
         bodies = {post.key: re.search(rb"<body>(.*)</body>", post.body)[1].decode() for post in sink.taken}
-        assert sorted(bodies.values()) == sorted(
-            [f"first {n:03}" for n in range(20)] + [f"queued {n:03}" for n in range(200)]
-        )
+        expected = [f"first {n:04}" for n in range(20)] + [f"queued {n:04}" for n in range(count)]
+        assert sorted(bodies.values()) == sorted(expected)
         after = [bodies[post.key] for post in sink.posts[asked:] if post.status == 200]
         assert after == sorted(after)  # the survivor keeps the order of the conversation
     finally:
         await one.leave()
         await two.leave()
+
+
+@pytest.mark.long
+async def test_a_minute_without_a_sink_delays_nobody_and_takes_no_memory(fresh, sink):
+    """PL-03 at its rate, 200 messages a second."""
+    rate, seconds = 200, 60
+    await sink.close()
+    outbox = {"memory": {"max_events": 1000}, "breaker": {"probe_every": "1s"}}
+    scene: Scene = fresh(modules=with_post_log(sink), outbox=outbox)
+    romeo, juliet = await scene.raw_login("romeo"), await scene.raw_login("juliet")
+    loop = asyncio.get_running_loop()
+    began, worst, memory = loop.time(), 0.0, 0
+
+    for second in range(seconds):
+        for number in range(rate):
+            romeo.send_raw(chat(f"{second * rate + number:05}"))
+        sent = loop.time()
+        for number in range(rate):
+            assert (await juliet.next_message()).body == f"{second * rate + number:05}"
+        worst = max(worst, loop.time() - sent)
+        if second == 10:
+            memory = scene.node.memory
+        await asyncio.sleep(max(0.0, began + second + 1 - loop.time()))
+
+    assert scene.node.memory - memory < 40 << 10  # KiB
+    assert worst < 10  # seconds for all of a second; it is well below one on a machine of one's own
+    await until(lambda: status(scene)[2] == str(rate * seconds), "the events to be written")
+    await sink.open()
+    await sink.wait(rate * seconds, patience=300)
+    assert [re.search(rb"<body>(.*)</body>", post.body)[1] for post in sink.taken] == [
+        b"%05d" % number for number in range(rate * seconds)
+    ]
