@@ -273,7 +273,11 @@ class ServerInfo(Protocol):
     """What a module may know about the server."""
 
     version: str
-    started_at: float  # Unix time
+
+    @property
+    def started_at(self) -> float:
+        """By the clock that modules are given."""
+        ...
 
     @property
     def node(self) -> str:
