@@ -1,9 +1,11 @@
 """The outbox over both databases, with a real web server at the other end."""
 
 import asyncio
+import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import closing
 
 import pytest
 from sqlalchemy import insert, select, update
@@ -348,6 +350,33 @@ async def test_what_the_database_does_not_take_is_sent_from_memory(storage, make
     assert outbox.submit(event("two")) is None
 
     assert bodies(await sink.wait(2)) == ["one", "two"]
+
+
+async def test_a_database_that_is_away_delays_no_event_for_long(databases, tmp_path, sink, make_storage):
+    url = await databases.migrated("sqlite", tmp_path)
+    storage = make_storage(url, pool_timeout=0.1)
+    await storage.open()
+    outbox = await started(Outbox(storage, b"A" * 16, 1, settings=QUICK), sink)
+    try:
+        await outbox.submit(event("before"))
+        await sink.wait(1)
+        await until_rows(storage, 0)
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")  # for as long as this test wants
+            first = outbox.submit(event("first"))
+            deadline = time.monotonic() + 30
+            while not storage.batcher.away:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+
+            assert outbox.submit(event("meanwhile", partition="others")) is None
+
+            assert bodies(await sink.wait(2)) == ["before", "meanwhile"]
+        await first
+        assert bodies(await sink.wait(3))[2] == "first"
+        await until_rows(storage, 0)
+    finally:
+        await outbox.stop()
 
 
 async def test_events_of_a_sink_that_nobody_serves_any_more_can_be_purged(storage, make):

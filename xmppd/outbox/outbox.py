@@ -143,6 +143,9 @@ class Outbox:
         if runner is not None and not roomy and self.when_full in ("drop_new", "drop_old"):
             self._drop(runner)
             return None
+        if runner is not None and roomy and self.durability == "async" and self._storage.batcher.away:
+            runner.add(Item(event))  # it would wait for the database, while the sink may be well
+            return None
         taken = runner is not None and roomy and not runner.more
         put = Put(event, taken, reserved=taken)
         try:
