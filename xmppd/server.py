@@ -1,9 +1,9 @@
 """Builds every part of a node, starts them in order, stops them in reverse.
 
-Start: data folder → certificates → storage → tables, router, managers → modules → control socket → http → listeners →
-ready.
+Start: data folder → certificates → storage → tables, router, managers → outbox → modules → control socket → http →
+listeners → ready.
 Stop: not ready → stop listening → `system-shutdown` to each stream → wait `shutdown_grace` → http → control socket →
-modules in reverse → storage → data folder.
+modules in reverse → outbox → storage → data folder.
 """
 
 import asyncio
@@ -50,6 +50,7 @@ from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
 from xmppd.nodes import NodeHandlers, Nodes
 from xmppd.notify import Notifier
+from xmppd.outbox import Outbox, Retry, Settings
 from xmppd.protocol import ns
 from xmppd.reload import Plan, Reloader
 from xmppd.removals import Removals
@@ -173,6 +174,7 @@ class Server:
                 self._storage,
                 self._routing_parts,
                 self._cluster,
+                self._outbox,
                 self._modules,
                 self._control,
             ):
@@ -388,6 +390,36 @@ class Server:
         )
 
     @contextlib.asynccontextmanager
+    async def _outbox(self) -> AsyncIterator[None]:
+        """Before the modules, which have sinks, and after them."""
+        options = self.config.outbox
+        settings = Settings(
+            retry=Retry(**options.retry.model_dump()),
+            per_sink=options.concurrency.per_sink,
+            open_after=options.breaker.open_after,
+            probe_every=options.breaker.probe_every,
+            max_events=options.memory.max_events,
+            max_bytes=options.memory.max_bytes,
+            batch_events=options.batch.max_events,
+            batch_wait=options.batch.max_ms / 1000,
+            dead_letter=options.dead_letter,
+        )
+        self.outbox = Outbox(
+            self.storage,
+            self.owner.member,
+            self.owner.incarnation,
+            name=self.node,
+            settings=settings,
+            durability=options.durability,
+            when_full=options.memory.when_full,
+        )
+        await self.outbox.start()
+        try:
+            yield
+        finally:
+            await self.outbox.stop()
+
+    @contextlib.asynccontextmanager
     async def _modules(self) -> AsyncIterator[None]:
         self.registry = Registry()
         self.loader = ModuleLoader(
@@ -431,6 +463,7 @@ class Server:
             spawn=self.spawn_service,
             service=self.loader.service,
             nodes=Nodes(name, self.cluster.links, self.cluster.calls, self.sessions.nodes_of),
+            outbox=self.outbox,
         )
 
     @contextlib.asynccontextmanager

@@ -15,6 +15,7 @@ from xmppd.events import (
     HANDLED,
     DiscoNodeAsking,
     Handled,
+    MessageStoring,
     MessageUndeliverable,
     NodeDown,
     NodeSynced,
@@ -145,6 +146,8 @@ class Offline(Module[Config]):
         # A copy of something that was stored already must not be taken for its repetition: that row is going away.
         key = None if bears_our_stamp(message) else repetition_key(message, user)
         stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
+        storing = MessageStoring(user, message)
+        self.tell_at_once(storing)
         stored = self.spool.keep(
             user.domain,
             user.local,
@@ -154,6 +157,7 @@ class Offline(Module[Config]):
             quota=self._quota(user),
             expires_at=expiry(message, now),
             for_account=True,
+            also=storing.rows,
         )
         kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._storing.setdefault(user.bare, set()).add(kept)

@@ -20,6 +20,7 @@ from xmppd.http.health import Live, Ready
 from xmppd.http.listener import HttpListener
 from xmppd.http.metrics_page import MetricsPage, Sources
 from xmppd.metrics import Counters, LoopLag
+from xmppd.outbox import Outbox
 from xmppd.session_manager import SessionManager
 from xmppd.spool import Spool
 from xmppd.storage import Storage
@@ -33,6 +34,7 @@ class Node(Protocol):
     version: str
     storage: Storage
     spool: Spool
+    outbox: Outbox
     sessions: SessionManager
     registry: Registry
     certificates: Certificates
@@ -72,6 +74,7 @@ class HttpServers:
                 sessions=node.sessions,
                 batcher=node.storage.batcher,
                 spool=node.spool,
+                outbox=node.outbox,
                 counters=node.counters,
                 lag=node.lag,
                 requests=self._requests,
