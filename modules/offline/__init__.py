@@ -30,6 +30,7 @@ from xmppd.module_api import (
     Arg,
     BlockingService,
     Blocklist,
+    Chores,
     Context,
     Holder,
     IqRequest,
@@ -48,7 +49,7 @@ from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, make, parse
 from xmppd.protocol.stanza import Stanza, delay_element, with_child
 
-from .flush import RETRY_FIRST, RETRY_LONGEST, Chores, Flush, KeptMessage
+from .flush import RETRY_FIRST, RETRY_LONGEST, Flush, KeptMessage
 from .retrieval import Retrieval, count_form, nodes
 from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, repetition_key, sender_of
 

@@ -16,7 +16,7 @@ LAYERS = (
     {"errors", "protocol"},
     {"events", "hooks", "config", "log", "log_limits", "metrics", "notify"},
     {"storage", "cluster", "identity"},
-    {"spool", "delivery", "outbox", "login_limits", "auth", "access", "shaper"},
+    {"spool", "chores", "delivery", "outbox", "login_limits", "auth", "access", "shaper"},
     {"iq", "router", "local_router", "session_manager", "s2s_manager", "forward", "nodes", "removals"},
     {"admin", "module_api", "module_loader"},
     {"c2s", "s2s", "http"},
