@@ -33,7 +33,7 @@ from xmppd.nodes import Nodes
 from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stanza import Stanza
 from xmppd.session_manager import Resource
-from xmppd.spool import Holder, NoAccount, QuotaReached, SpoolRow
+from xmppd.spool import Holder, NoAccount, QuotaReached, SpoolRow, Standing
 from xmppd.storage import Storage
 from xmppd.storage.ids import new_id
 from xmppd.storage.sql import User, by_host, insert_new, read_per_user, upsert, write_per_user
@@ -93,6 +93,7 @@ __all__ = [
     "Size",
     "SpoolRow",
     "Stamp",
+    "Standing",
     "Storage",
     "Tuple",
     "User",

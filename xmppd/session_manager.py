@@ -154,6 +154,7 @@ class SessionManager:
         self.rerouted = 0  # stanzas whose session turned out to be dead
         self._remote: Remote | None = None
         self._held: dict[str, asyncio.Future[None]] = {}  # messages for these bare JIDs wait
+        self.freeing: Mapping[str, set[asyncio.Future[None]]] = {}  # what ended sessions leave in the spool
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         table.on_conflict.append(self._lost)
         table.on_appeared.append(self._appeared)
@@ -260,6 +261,15 @@ class SessionManager:
     def is_available(self, user: JID) -> bool:
         """Whether a resource is there that takes messages (priority not negative)."""
         return bool(_not_negative(self._table.rows(user.bare)))
+
+    def takes_messages_here(self, user: JID) -> bool:
+        """The same, on this node."""
+        return bool(_not_negative(_here(self._table.rows(user.bare))))
+
+    async def settled_here(self, user: JID) -> None:
+        """Wait until what sessions of a user have left in the spool here is free for others."""
+        if freeing := self.freeing.get(user.bare):
+            await asyncio.wait(freeing)
 
     def is_anonymous(self, user: JID) -> bool:
         """Whether this account exists for its session alone: nothing is kept for it, here or on any node."""

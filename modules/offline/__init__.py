@@ -15,6 +15,9 @@ from xmppd.events import (
     HANDLED,
     DiscoNodeAsking,
     Handled,
+    MessagesFound,
+    MessagesFreeing,
+    MessageSpooling,
     MessageUndeliverable,
     NodeDown,
     NodeSynced,
@@ -60,6 +63,8 @@ _SAW_LATER: Final = 60.0  # seconds by which another node may have lost sight of
 _RETRIEVES: Final = "offline"  # in a session's state: it looks through the messages by itself
 _PARTED: Final = 100_000  # users with messages of a split, the most that are looked at
 _HELD: Final = 10.0  # seconds for another node to deliver what was stored for those who are back
+_SILENT: Final = 8.0  # seconds for what a silent node holds to be taken over: its lease, and a look or two
+_SILENT_LOOK: Final = 0.25  # seconds between two looks
 _FETCH: Final = f"{{{ns.OFFLINE}}}fetch"
 _PURGE: Final = f"{{{ns.OFFLINE}}}purge"
 
@@ -145,12 +150,11 @@ class Offline(Module[Config]):
         now = self.clock()
         # A copy of something that was stored already must not be taken for its repetition: that row is going away.
         key = None if bears_our_stamp(message) else repetition_key(message, user)
-        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
         stored = self.spool.keep(
             user.domain,
             user.local,
             sender_of(message),
-            with_child(message, delay_element(stamp, user.domain, REASON)).xml,
+            self._stamped(message, user, now),
             dedup=key,
             quota=self._quota(user),
             expires_at=expiry(message, now),
@@ -162,11 +166,19 @@ class Offline(Module[Config]):
         stored.add_done_callback(partial(self._stored, user, kept))
         return kept
 
-    def _stored(self, user: JID, kept: "asyncio.Future[None]", stored: "asyncio.Future[object]") -> None:
+    @staticmethod
+    def _stamped(message: Stanza, user: JID, now: float) -> bytes:
+        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
+        return with_child(message, delay_element(stamp, user.domain, REASON)).xml
+
+    def _no_longer_storing(self, user: JID, kept: "asyncio.Future[None]") -> None:
         waiting = self._storing[user.bare]
         waiting.discard(kept)
         if not waiting:
             del self._storing[user.bare]
+
+    def _stored(self, user: JID, kept: "asyncio.Future[None]", stored: "asyncio.Future[object]") -> None:
+        self._no_longer_storing(user, kept)
         if stored.cancelled():
             kept.cancel()
             return
@@ -181,6 +193,34 @@ class Offline(Module[Config]):
             kept.set_exception(StanzaError("resource-constraint", "too many offline messages wait for this user"))
         else:
             kept.set_exception(error)
+
+    @hook(MessageSpooling)
+    def keep_unacknowledged(self, event: MessageSpooling) -> None:
+        """A session holds it until its client has acknowledged it, or the session ends."""
+        message = event.message
+        event.keep = judge(message, self.config.store_empty_body) is Verdict.KEEP
+        if event.keep:
+            now = self.clock()
+            event.stanza = self._stamped(message, event.user, now)
+            event.dedup = None if bears_our_stamp(message) else repetition_key(message, event.user)
+            event.expires_at = expiry(message, now)
+
+    @hook(MessagesFreeing)
+    def await_free(self, event: MessagesFreeing) -> None:
+        """As if they were being stored: a login waits for them, and other sessions get them."""
+        self._storing.setdefault(event.user.bare, set()).add(event.done)
+        self._listen(event.user)
+        event.done.add_done_callback(partial(self._freed, event.user))
+
+    def _freed(self, user: JID, done: "asyncio.Future[None]") -> None:
+        self._no_longer_storing(user, done)
+        self._remember(user)
+        self._wake(user)
+
+    @hook(MessagesFound)
+    def deliver_found(self, event: MessagesFound) -> None:
+        if self._takers(event.user):
+            self._wake(event.user)
 
     def _came_back(self, event: MessageUndeliverable, message: KeptMessage) -> Handled:
         """The session it was sent to has died: its row, which keeps its place, is free for the next one."""
@@ -231,6 +271,7 @@ class Offline(Module[Config]):
         flush = self._flushes.get(session)
         if flush is not None:
             flush.again = True
+            await asyncio.wait((flush.ended,))  # what comes from here on is behind all of it
             return True
         holder = Holder(self.owner.member, self.owner.incarnation, secrets.token_hex(8))
         self._flushes[session] = flush = Flush(session, holder, self.spool, self._chores, self.log, self._blocklist)
@@ -239,14 +280,25 @@ class Offline(Module[Config]):
                 flush.again = False
                 if waiting := self._storing.get(session.user.bare):
                     await asyncio.wait(waiting)
+                await self._until_taken_over(flush, session.user)
                 await flush.run()
         except StorageError as exc:
             self.log.warning("offline messages wait", user=session.user, error=exc)
             return False
         finally:
             del self._flushes[session]
-            flush.ended.set()
+            flush.ended.set_result(None)
         return True
+
+    async def _until_taken_over(self, flush: Flush, user: JID) -> None:
+        """What a node holds that has died comes before what is stored now, and will be free when its lease has ended:
+        seconds in which new messages wait too. One that is only cut off keeps it, and is not waited for any longer."""
+        give_up = time.monotonic() + _SILENT
+        while flush.takes and time.monotonic() < give_up:
+            holders = await self.spool.holders(user.domain, user.local)
+            if not any(holder is not None and self.spool.standing.is_silent(holder) for holder in holders):
+                return
+            await asyncio.sleep(_SILENT_LOOK)
 
     def _wake(self, user: JID) -> None:
         """No message waits in the spool while its recipient is available: it may have become so meanwhile."""
@@ -257,10 +309,24 @@ class Offline(Module[Config]):
             self.nodes.cast("wake", user.full, self.nodes.of(user))
             return
         session = max(takers, key=lambda taker: taker.priority or 0)
-        if session in self._flushes:
-            self._flushes[session].again = True
-        else:
-            self._retry(session, pause=0)
+        flush = self._flushes.get(session)
+        if flush is not None:
+            if not flush.again:
+                flush.again = True
+                session.hold_messages(flush.ended)
+            return
+        flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        session.hold_messages(flushed)  # what was stored was written before them
+        self.spawn(self._flush_woken(session, flushed), name=f"offline flush {session.jid}")
+
+    async def _flush_woken(self, session: Session, flushed: "asyncio.Future[None]") -> None:
+        try:
+            done = await self._flush(session)
+        finally:
+            if not flushed.done():
+                flushed.set_result(None)
+        if not done:
+            self._retry(session)
 
     # -- users who are on other nodes
 
@@ -334,12 +400,7 @@ class Offline(Module[Config]):
         if not takers or self._is_retrieving(user):
             return
         session = max(takers, key=lambda taker: taker.priority or 0)
-        flush = self._flushes.get(session)
-        if flush is None:
-            await self._flush(session)
-        else:
-            flush.again = True
-            await flush.ended.wait()
+        await self._flush(session)
 
     @hook(NodeDown)
     def note_parting(self, event: NodeDown) -> None:
@@ -390,16 +451,16 @@ class Offline(Module[Config]):
     def _takers(self, user: JID) -> list[Session]:
         return [s for s in self.sessions.sessions(user) if s.priority is not None and s.priority >= 0]
 
-    def _retry(self, session: Session, pause: float = RETRY_FIRST) -> None:
+    def _retry(self, session: Session) -> None:
         async def retry() -> None:
-            wait = pause
+            wait = RETRY_FIRST
             while True:
                 await asyncio.sleep(wait * random.uniform(0.5, 1.5))
                 if session.priority is None or session.priority < 0 or self._is_retrieving(session.user):
                     return
                 if await self._flush(session):
                     return
-                wait = min(max(wait * 2, RETRY_FIRST), RETRY_LONGEST)
+                wait = min(wait * 2, RETRY_LONGEST)
 
         self.spawn(retry(), name=f"offline flush {session.jid}")
 

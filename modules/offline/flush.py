@@ -6,7 +6,7 @@ from functools import partial
 from typing import ClassVar, Final, Protocol
 
 from xmppd.errors import JidError
-from xmppd.module_api import Blocklist, Chores, Holder, Outcome, Pending, Session, SpoolRow
+from xmppd.module_api import Blocklist, Chores, Holder, Outcome, Pending, Session, SpoolRow, Standing
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
@@ -18,6 +18,8 @@ RETRY_LONGEST: Final = 30.0
 
 class Spool(Protocol):
     """What a flush needs of the spool."""
+
+    standing: Standing
 
     async def take(self, host: str, username: str, holder: Holder, *, limit: int) -> list[SpoolRow]: ...
 
@@ -66,7 +68,7 @@ class Flush:
         self._log = log
         self._bytes = 0  # on their way
         self._room = asyncio.Event()
-        self.ended = asyncio.Event()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.again = True  # something was stored meanwhile
 
     async def run(self) -> None:
@@ -96,7 +98,7 @@ class Flush:
                 while self._bytes >= WINDOW and self.takes:
                     self._room.clear()
                     await self._room.wait()
-                if not self.takes:
+                if not self.takes or not self._spool.standing.holds_lease():  # others may have taken them over
                     break
                 sent += 1
                 self._send(row, blocked)

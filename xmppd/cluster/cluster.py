@@ -153,6 +153,11 @@ class Cluster:
             await asyncio.sleep(0.01)
 
     @property
+    def holds_lease(self) -> bool:
+        """Whether nobody else may believe yet that this process is dead."""
+        return self._loop.time() < self.lease_until
+
+    @property
     def joined(self) -> bool:
         return self.membership.state == MEMBER
 
