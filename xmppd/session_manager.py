@@ -55,6 +55,8 @@ class LiveSession(Protocol):
 
     def info(self) -> "SessionInfo": ...
 
+    def waiting(self) -> "Waiting": ...
+
 
 class KnownAccounts(Protocol):
     """Which accounts exist."""
@@ -125,6 +127,20 @@ class SessionInfo:
     uptime_seconds: int
     show: str  # available, chat, away, xa, dnd; "" before presence
     status_text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits for one client, for an operator's eyes."""
+
+    jid: JID  # full
+    state: str  # connected; waiting: to be resumed; plain: without stream management
+    resume_left: float  # seconds a session that waits has
+    unacknowledged: int  # stanzas
+    bytes: int
+    spooled: int  # of these
+    unsettled: int  # stanzas that came from it, and what became of them is not known yet
+    round_trip: float  # seconds an acknowledgement takes
 
 
 class SessionManager:
@@ -628,6 +644,10 @@ class SessionManager:
         else:
             rows = (row for row in self._table.own_sessions() if host is None or row.jid.domain == host)
         return [row.session.info() for row in sorted(rows, key=lambda row: row.jid.full) if row.session is not None]
+
+    def waiting(self, user: JID) -> list[Waiting]:
+        """What waits for the sessions of a user on this node."""
+        return [session.waiting() for session in self.sessions(user)]
 
     def kick(
         self, user: str, host: str, resource: str | None, reason: str, *, condition: str = "policy-violation"

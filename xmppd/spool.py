@@ -107,11 +107,11 @@ class SpoolRow:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Of the whole spool."""
+    """How many rows there are."""
 
-    offline: int  # rows without holder
-    held: int  # rows that wait for a session's acknowledgement
-    oldest: float | None  # seconds since 1970
+    offline: int  # without holder, in the whole spool
+    held: int  # by one member: they wait for the acknowledgement of a session
+    oldest: float | None  # of those without holder: since when, in seconds since 1970
 
 
 class KeepOptions(TypedDict, total=False):
@@ -441,14 +441,14 @@ class Spool:
 
         return await self._storage.read(work)
 
-    async def totals(self) -> Totals:
-        """How many rows there are in the whole table, of whatever state; not for a path that somebody waits for."""
-        free = case((table.c.holder_member.is_(None), 1), else_=0)
-        query = select(func.count().label("rows_"), func.sum(free).label("free"), func.min(table.c.created_at))
+    async def totals(self, member: bytes) -> Totals:
+        """For operators: it counts all offline messages there are."""
+        offline = select(func.count(), func.min(table.c.free_since)).where(table.c.free_since.is_not(None))
+        held = select(func.count()).select_from(table).where(table.c.holder_member == member)
 
         async def work(connection: AsyncConnection) -> Totals:
-            rows, unheld, oldest = (await connection.execute(query)).one()
-            return Totals(int(unheld or 0), int(rows) - int(unheld or 0), oldest)
+            count, oldest = (await connection.execute(offline)).one()
+            return Totals(int(count), int((await connection.execute(held)).scalar_one()), oldest)
 
         return await self._storage.read(work)
 

@@ -211,6 +211,12 @@ class Offline(Module[Config]):
         self._storing.setdefault(event.user.bare, set()).add(event.done)
         self._listen(event.user)
         event.done.add_done_callback(partial(self._freed, event.user))
+        # What is written from here on is behind them.
+        takers = self._takers(event.user)
+        for session in takers:
+            session.hold_messages(event.done)
+        if not takers and self.sessions.is_available(event.user):
+            self.sessions.hold_messages(event.user, event.done)
 
     def _freed(self, user: JID, done: "asyncio.Future[None]") -> None:
         self._no_longer_storing(user, done)

@@ -107,6 +107,11 @@ class Managed:
         """Whether it has no stream."""
         return self._timer is not None
 
+    @property
+    def resume_left(self) -> float:
+        """Seconds it may go on waiting."""
+        return 0.0 if self._timer is None else max(0.0, self._timer.when() - asyncio.get_running_loop().time())
+
     # -- to the client
 
     def send(self, stanza: Stanza) -> Outcome:

@@ -37,7 +37,7 @@ from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, bare, parse
 from xmppd.protocol.stanza import Stanza, build, error_reply
 from xmppd.router import Router
-from xmppd.session_manager import SUBSCRIPTIONS, SessionInfo, SessionManager
+from xmppd.session_manager import SUBSCRIPTIONS, SessionInfo, SessionManager, Waiting
 
 _PRIORITY: Final = f"{{{ns.CLIENT}}}priority"
 _SHOW: Final = f"{{{ns.CLIENT}}}show"
@@ -530,6 +530,23 @@ class Session:
     def idle_seconds(self) -> float:
         """How long the client has been silent."""
         return max(0.0, time.monotonic() - self.carrier.last_heard)
+
+    def waiting(self) -> Waiting:
+        """What operators are shown of what it waits for."""
+        managed = self.managed
+        if managed is None:
+            return Waiting(self.jid, "plain", 0.0, len(self.records), 0, 0, 0, 0.0)
+        outbound, backlog = managed.outbound, managed.backlog
+        return Waiting(
+            self.jid,
+            "waiting" if managed.waiting else "connected",
+            managed.resume_left,
+            len(outbound),
+            outbound.size,
+            backlog.rows,
+            managed.inbound.unsettled,
+            backlog.round_trip,
+        )
 
     def info(self) -> SessionInfo:
         """What operators are shown."""

@@ -8,6 +8,7 @@ from xmppd.access import Access as Rules
 from xmppd.admin.api_tokens import ApiTokens
 from xmppd.admin.nodes import Nodes
 from xmppd.admin.registry import Registry
+from xmppd.c2s.session import Parts
 from xmppd.c2s.tls import Certificates
 from xmppd.config import Config, HttpListen
 from xmppd.http.access import Access
@@ -35,6 +36,7 @@ class Node(Protocol):
     certificates: Certificates
     counters: Counters
     lag: LoopLag
+    parts: Parts
 
     @property
     def nodes(self) -> Nodes: ...
@@ -70,6 +72,8 @@ class HttpServers:
                 counters=node.counters,
                 lag=node.lag,
                 requests=self._requests,
+                resumption=node.parts.resumption,
+                spooling=node.parts.spooling,
             )
         )
 
