@@ -3,9 +3,10 @@
 import asyncio
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 from xmppd.errors import StorageError
+from xmppd.protocol.stanza import Stanza
 from xmppd.spool import Holder
 
 RETRY_FIRST: Final = 1.0  # seconds
@@ -24,6 +25,16 @@ class Log(Protocol):
     def warning(self, phrase: str, /, **fields: object) -> None: ...
 
     def error(self, phrase: str, /, *, exc: BaseException | None = None, **fields: object) -> None: ...
+
+
+class KeptMessage(Stanza):
+    """A message that is a row of the spool, and still is when the session it went to has died."""
+
+    __slots__ = ("holder", "row_id")
+
+    kept: ClassVar[bool] = True
+    row_id: bytes
+    holder: Holder | None  # None as soon as the row is free again
 
 
 class Chores:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 from xmppd.access import Access, AccessRules
 from xmppd.admin.registry import Arg, command
 from xmppd.admin.results import List, Rescode, Tuple, integer, string
-from xmppd.chores import Chores
+from xmppd.chores import Chores, KeptMessage
 from xmppd.cluster.tables import Owner
 from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, several, sized
 from xmppd.delivery import SAFE, Outcome, Pending, as_stanza_error
@@ -72,6 +72,7 @@ __all__ = [
     "Duration",
     "Holder",
     "IqRequest",
+    "KeptMessage",
     "List",
     "Module",
     "NoAccount",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, Final
 
 from xmppd.errors import CallRefused, CommandError, JidError, NodeUnreachable, StanzaError, StorageError
 from xmppd.events import (
@@ -37,6 +37,7 @@ from xmppd.module_api import (
     Context,
     Holder,
     IqRequest,
+    KeptMessage,
     Module,
     NoAccount,
     QuotaReached,
@@ -52,7 +53,7 @@ from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, make, parse
 from xmppd.protocol.stanza import Stanza, delay_element, with_child
 
-from .flush import RETRY_FIRST, RETRY_LONGEST, Flush, KeptMessage
+from .flush import RETRY_FIRST, RETRY_LONGEST, Flush
 from .retrieval import Retrieval, count_form, nodes
 from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, repetition_key, sender_of
 
@@ -62,7 +63,7 @@ _REMEMBERED: Final = 10.0  # seconds for which it is remembered that a message w
 _SAW_LATER: Final = 60.0  # seconds by which another node may have lost sight of this one before this one did of it
 _RETRIEVES: Final = "offline"  # in a session's state: it looks through the messages by itself
 _PARTED: Final = 100_000  # users with messages of a split, the most that are looked at
-_HELD: Final = 10.0  # seconds for another node to deliver what was stored for those who are back
+_HELD: Final = 10.0  # seconds that messages wait for older ones to be stored, free, or delivered by another node
 _SILENT: Final = 8.0  # seconds for what a silent node holds to be taken over: its lease, and a look or two
 _SILENT_LOOK: Final = 0.25  # seconds between two looks
 _FETCH: Final = f"{{{ns.OFFLINE}}}fetch"
@@ -134,8 +135,8 @@ class Offline(Module[Config]):
     @hook(MessageUndeliverable, after=("push", "blocking", "privacy"))
     def keep(self, event: MessageUndeliverable) -> Handled | None:
         message = event.message
-        if getattr(message, "row_id", None) is not None:  # not by its class, which a reload makes anew
-            return self._came_back(event, cast(KeptMessage, message))
+        if isinstance(message, KeptMessage):
+            return self._came_back(event, message)
         verdict = judge(message, self.config.store_empty_body)
         if verdict is Verdict.REFUSE:
             return None
@@ -212,11 +213,14 @@ class Offline(Module[Config]):
         self._listen(event.user)
         event.done.add_done_callback(partial(self._freed, event.user))
         # What is written from here on is behind them.
+        if not self.sessions.is_available(event.user):
+            return
+        until = _at_most(event.done)
         takers = self._takers(event.user)
         for session in takers:
-            session.hold_messages(event.done)
-        if not takers and self.sessions.is_available(event.user):
-            self.sessions.hold_messages(event.user, event.done)
+            session.hold_messages(until)
+        if not takers:
+            self.sessions.hold_messages(event.user, until)
 
     def _freed(self, user: JID, done: "asyncio.Future[None]") -> None:
         self._no_longer_storing(user, done)
@@ -285,7 +289,7 @@ class Offline(Module[Config]):
             while flush.again and flush.takes:
                 flush.again = False
                 if waiting := self._storing.get(session.user.bare):
-                    await asyncio.wait(waiting)
+                    await asyncio.wait(waiting, timeout=_HELD)
                 await self._until_taken_over(flush, session.user)
                 await flush.run()
         except StorageError as exc:
@@ -569,3 +573,22 @@ class Offline(Module[Config]):
         if jid.domain not in self.server.hosts:
             raise CommandError("Unknown virtual host")
         return await self.spool.count(jid.domain, jid.local)
+
+
+def _at_most(done: "asyncio.Future[None]") -> "asyncio.Future[None]":
+    """Done when that is, or after a while: people who are online chat on while the database is away."""
+    loop = asyncio.get_running_loop()
+    until: asyncio.Future[None] = loop.create_future()
+
+    def end() -> None:
+        if not until.done():
+            until.set_result(None)
+
+    timer = loop.call_later(_HELD, end)
+
+    def is_done(done: "asyncio.Future[None]") -> None:
+        timer.cancel()
+        end()
+
+    done.add_done_callback(is_done)
+    return until

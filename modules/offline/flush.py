@@ -3,12 +3,11 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from typing import ClassVar, Final, Protocol
+from typing import Final, Protocol
 
 from xmppd.errors import JidError
-from xmppd.module_api import Blocklist, Chores, Holder, Outcome, Pending, Session, SpoolRow, Standing
+from xmppd.module_api import Blocklist, Chores, Holder, KeptMessage, Outcome, Pending, Session, SpoolRow, Standing
 from xmppd.protocol.jid import JID
-from xmppd.protocol.stanza import Stanza
 
 CHUNK: Final = 100  # rows taken at once
 WINDOW: Final = 512 * 1024  # bytes that may be on their way to one session; its connection ends when too much piles up
@@ -32,16 +31,6 @@ class Log(Protocol):
     def warning(self, phrase: str, /, **fields: object) -> None: ...
 
     def error(self, phrase: str, /, *, exc: BaseException | None = None, **fields: object) -> None: ...
-
-
-class KeptMessage(Stanza):
-    """A message that is a row of the spool, and still is when the session it went to has died."""
-
-    __slots__ = ("holder", "row_id")
-
-    kept: ClassVar[bool] = True
-    row_id: bytes
-    holder: Holder | None  # None as soon as the row is free again
 
 
 class Flush:

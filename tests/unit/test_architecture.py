@@ -20,7 +20,18 @@ LAYERS = (
     {"iq", "router", "local_router", "session_manager", "s2s_manager", "forward", "nodes", "removals"},
     {"admin", "module_api", "module_loader"},
     {"c2s", "s2s", "http"},
-    {"server", "allocator", "clustering", "commanding", "serving", "signals", "accountant", "reload", "check", "spool_watch"},
+    {
+        "server",
+        "allocator",
+        "clustering",
+        "commanding",
+        "serving",
+        "signals",
+        "accountant",
+        "reload",
+        "check",
+        "spool_watch",
+    },
     {"__main__"},
 )
 # Rooms of one row that must not see each other, (user, used). http may use c2s: WebSocket and BOSH carry c2s sessions.

@@ -12,13 +12,13 @@ look now and then, and no write.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from secrets import token_hex
 from typing import TYPE_CHECKING, Final, Protocol
 
 from xmppd.c2s.stream_management import ELSEWHERE, ROUTED, Outbound, Sent
-from xmppd.chores import Chores
+from xmppd.chores import Chores, KeptMessage
 from xmppd.cluster.tables import Owner
 from xmppd.delivery import SAFE, Pending, Record, Settled, Unsettled
 from xmppd.errors import StorageError, StorageUnavailable
@@ -39,16 +39,6 @@ _ROUND_TRIPS: Final = 3  # one for a request that is under way already, one for 
 _AGAIN: Final = 0.5  # seconds until what could not be written is tried again
 _PARTS: Final = 8  # of the measured round trip, of which the last measurement is two
 log = get_logger("c2s")
-
-
-class SpooledMessage(Stanza):
-    """A message that is a row of the spool and goes to another session, or comes back."""
-
-    __slots__ = ("holder", "row_id")
-
-    kept = True
-    row_id: bytes
-    holder: Holder | None  # None as soon as the row is free
 
 
 class Watched(Protocol):
@@ -154,17 +144,22 @@ class Spooling:
         assert self._chores is not None
         self._chores.delete(row)
 
-    def release(self, session: "Session", rows: list[bytes], holder: Holder) -> None:
+    def release(self, session: "Session", rows: Mapping[Holder, list[bytes]]) -> None:
         """They are offline messages from now on."""
         assert self._chores is not None
         assert self._hooks is not None
         user = session.user
-        self.ended += len(rows)
+        self.ended += sum(map(len, rows.values()))
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         freeing = self.freeing.setdefault(user.bare, set())
         freeing.add(done)
+        left = len(rows)
 
         def freed() -> None:
+            nonlocal left
+            left -= 1
+            if left:
+                return
             freeing.discard(done)
             if not freeing and self.freeing.get(user.bare) is freeing:
                 del self.freeing[user.bare]
@@ -172,7 +167,8 @@ class Spooling:
                 done.set_result(None)
 
         self._hooks.notify(MessagesFreeing(user, done))
-        self._chores.release(rows, holder, freed)
+        for holder, ids in rows.items():
+            self._chores.release(ids, holder, freed)
 
     def reroute(self, stanza: Stanza, outcome: Pending) -> None:
         self._reroute([Record(stanza, outcome)])
@@ -366,19 +362,23 @@ class Backlog:
         """The session is over. What is to be routed again comes back; what is in the spool is free soon, and everything
         that may be kept goes along, where some of it is there: it must not be overtaken."""
         self._over = True
-        spooled = any(entry.stanza.kept or (isinstance(entry, Sent) and _is_row(entry.row)) for entry in left)
-        records, rows = [], []
+        spooled = any(isinstance(entry.stanza, KeptMessage) or _is_row(_row_of(entry)) for entry in left)
+        records: list[Record] = []
+        rows: dict[Holder, list[bytes]] = {}
         for entry in left:
             if spooled and isinstance(entry, Sent) and entry.row is None:
                 self._put(entry)
-            row = entry.row if isinstance(entry, Sent) else None
-            if _is_row(row):
-                assert row is not None
-                rows.append(row)
+            stanza, row = entry.stanza, _row_of(entry)
+            if isinstance(stanza, KeptMessage) and stanza.holder is not None and self._spooling.spool is not None:
+                holder, stanza.holder = stanza.holder, None
+                rows.setdefault(holder, []).append(stanza.row_id)
+                entry.settle(SAFE)
+            elif row is not None and _is_row(row):
+                rows.setdefault(self.holder, []).append(row)
             elif row != ELSEWHERE:
-                records.append(Record(entry.stanza, entry if entry.result is None else Pending()))
+                records.append(Record(stanza, entry if entry.result is None else Pending()))
         if rows:
-            self._spooling.release(self._session, rows, self.holder)
+            self._spooling.release(self._session, rows)
         for entry, item in self._again:
             if entry.result is None and entry.row == item.id:
                 self._submit(entry, item)  # the last attempt
@@ -408,18 +408,22 @@ class Backlog:
         outcome = Pending()
         if not _is_row(entry.row):
             return stanza, outcome
-        moved = SpooledMessage(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
+        moved = KeptMessage(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
         moved.row_id, moved.holder = entry.row, self.holder
         outcome.then(partial(self._arrived, entry, moved))
         return moved, outcome
 
     def _settled_elsewhere(self, row: bytes, result: Settled) -> None:
-        self._spooling.release(self._session, [row], self.holder)
+        self._spooling.release(self._session, {self.holder: [row]})
 
-    def _arrived(self, entry: Sent, moved: SpooledMessage, result: Settled) -> None:
+    def _arrived(self, entry: Sent, moved: KeptMessage, result: Settled) -> None:
         entry.settle(result)
         if moved.holder is not None:  # else it has come back and is free
             self._spooling.delete(moved.row_id)
+
+
+def _row_of(entry: Unsettled) -> bytes | None:
+    return entry.row if isinstance(entry, Sent) else None
 
 
 def _is_row(row: bytes | None) -> bool:

@@ -313,7 +313,7 @@ class Cluster:
         while True:
             await asyncio.sleep(BEAT)
             try:
-                await self._look(renew=self.joined or beats % SINGLE_BEATS == 0)
+                await self._look(renew=self.joined or beats % SINGLE_BEATS == 0 or not self.holds_lease)
                 self._database(away=False)
             except (StorageError, TimeoutError) as exc:
                 self._database(away=True, error=exc)
