@@ -74,8 +74,10 @@ async def test_it_comes_although_no_node_has_told_the_other(nodes):
     looks = watch(nodes[1])
     romeo = await nodes[0].come("romeo")
     await nodes.calm()
+    juliet = await nodes[1].enter("juliet")
+    await nodes.calm()
     nodes.net.hold("two", "one")  # that she is there
-    juliet = await nodes[1].come("juliet")
+    await juliet.available()
     for number in range(3):
         await nodes[0].stored(await romeo.send(message(JULIET, str(number), id=f"m{number}")))
     assert juliet.bodies == []
@@ -93,8 +95,10 @@ async def test_what_commits_late_is_seen_all_the_same(nodes):
     looks = watch(nodes[1])
     romeo = await nodes[0].come("romeo")
     await nodes.calm()
+    juliet = await nodes[1].enter("juliet")
+    await nodes.calm()
     nodes.net.hold("two", "one")
-    juliet = await nodes[1].come("juliet")
+    await juliet.available()
     nodes[0].advanced = -5.0  # as if it had begun to write five seconds ago
     await looks.look()
     await nodes[0].stored(await romeo.send(message(JULIET, "late")))

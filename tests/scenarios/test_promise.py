@@ -122,7 +122,7 @@ async def test_a_slow_acknowledgement_deletes_what_was_spooled(enter):
 
 async def test_a_client_with_a_long_way_is_given_time(enter):
     romeo, juliet = await enter("romeo"), await enter("juliet", prompt=False)
-    for number in range(12):
+    for number in range(6):
         say(romeo, str(number))
         await juliet.until_requested(number + 1)
         await asyncio.sleep(0.25)
@@ -131,7 +131,7 @@ async def test_a_client_with_a_long_way_is_given_time(enter):
         await romeo.until_acked(number + 1)
     before = numbers(romeo)["spooled"]
     assert info(romeo, juliet.jid)["round_trip_ms"] >= 200
-    for number in range(12, 16):
+    for number in range(6, 9):
         say(romeo, str(number))
         await juliet.until_requested(number + 1)
         await asyncio.sleep(0.25)

@@ -87,7 +87,7 @@ class Batcher:
 
 
 class Spool:
-    stored, duplicates, refused, taken, flushed = 1, 2, 3, 4, 5
+    stored, duplicates, refused, taken, flushed, taken_over = 1, 2, 3, 4, 5, 6
 
 
 @pytest.fixture
@@ -160,3 +160,4 @@ def test_the_page_shows_what_is_asked_for_at_the_moment(page):
     assert shown["xmppd_spool_rows_total", "refused"] == 3
     assert shown["xmppd_spool_rows_flushed_total",] == 5
     assert shown["xmppd_stanzas_rerouted_total",] == 4
+    assert shown["xmppd_unacknowledged_rows_total", "taken_over"] == 6

@@ -185,6 +185,7 @@ class Backlog:
         "_holder",
         "_left",
         "_marks",
+        "_moved",
         "_outbound",
         "_over",
         "_session",
@@ -209,6 +210,7 @@ class Backlog:
         self._over = False
         self._left = False  # it is on another node
         self._flying: set[asyncio.Future[Kept]] = set()
+        self._moved: dict[bytes, KeptMessage] = {}  # by row: on their way to where the session is now
 
     def watch(self) -> None:
         """Something was sent that somebody waits for."""
@@ -322,7 +324,13 @@ class Backlog:
         self._spooling.promise(entry)
 
     def _not_written(self, entry: Sent, item: KeepItem, error: BaseException) -> None:
-        if entry.row != item.id or self._left:
+        if entry.row != item.id:
+            return
+        if self._left:
+            entry.row = None
+            moved = self._moved.get(item.id)
+            if entry.result is None and (moved is None or moved.holder is None):
+                self._spooling.reroute(entry.stanza, entry)
             return
         if entry.result is None and self._over:
             self._spooling.reroute(entry.stanza, entry)
@@ -401,25 +409,23 @@ class Backlog:
         stanza = entry.stanza
         if entry.row is None:
             return stanza, entry
-        if entry.result is None:
-            # Not committed, or not yet to be relied on. It may come twice, but one of the two does.
-            entry.then(partial(self._settled_elsewhere, entry.row))
-            return stanza, entry
         outcome = Pending()
         if not _is_row(entry.row):
             return stanza, outcome
         moved = KeptMessage(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
         moved.row_id, moved.holder = entry.row, self.holder
+        self._moved[entry.row] = moved
         outcome.then(partial(self._arrived, entry, moved))
         return moved, outcome
 
-    def _settled_elsewhere(self, row: bytes, result: Settled) -> None:
-        self._spooling.release(self._session, {self.holder: [row]})
-
     def _arrived(self, entry: Sent, moved: KeptMessage, result: Settled) -> None:
-        entry.settle(result)
-        if moved.holder is not None:  # else it has come back and is free
+        self._moved.pop(moved.row_id, None)
+        if moved.holder is not None:
+            entry.settle(result)
             self._spooling.delete(moved.row_id)
+        elif entry.row is None and entry.result is None:
+            self._spooling.reroute(entry.stanza, entry)  # it has come back, and is not in the database
+        # Else it has come back and is free.
 
 
 def _row_of(entry: Unsettled) -> bytes | None:
