@@ -84,13 +84,6 @@ async def test_nothing_is_acknowledged_before_it_is_acknowledged_or_committed(en
     assert numbers(romeo)["held"] == 2
 
 
-@pytest.mark.long
-async def test_nothing_is_acknowledged_for_ten_seconds(enter):
-    romeo, juliet = await hold(enter, 10)
-    juliet.acknowledge()
-    await romeo.until_acked(2)
-
-
 async def test_prompt_clients_cost_no_write(enter):
     romeo, juliet = await enter("romeo"), await enter("juliet")
     for turn in range(10):

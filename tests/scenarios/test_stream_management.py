@@ -193,6 +193,7 @@ async def test_many_are_asked_for_at_once(enter):
     assert juliet.requests < 100
 
 
+@pytest.mark.long  # its short form is in test_promise.py
 async def test_nothing_moves_while_commit_and_acknowledgement_are_held(fresh):
     scene = fresh()
     for user in ("romeo", "juliet", "nurse"):

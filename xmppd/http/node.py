@@ -10,10 +10,13 @@ from xmppd.admin.nodes import Nodes
 from xmppd.admin.registry import Registry
 from xmppd.c2s.session import Parts
 from xmppd.c2s.tls import Certificates
+from xmppd.cluster.cluster import Cluster
 from xmppd.config import Config, HttpListen
+from xmppd.forward import Forwarder
 from xmppd.http.access import Access
 from xmppd.http.answers import Handler
 from xmppd.http.api import Api
+from xmppd.http.cluster_metrics import ClusterSources
 from xmppd.http.health import Live, Ready
 from xmppd.http.listener import HttpListener
 from xmppd.http.metrics_page import MetricsPage, Sources
@@ -37,6 +40,8 @@ class Node(Protocol):
     counters: Counters
     lag: LoopLag
     parts: Parts
+    cluster: Cluster
+    forwarder: Forwarder
 
     @property
     def nodes(self) -> Nodes: ...
@@ -74,7 +79,8 @@ class HttpServers:
                 requests=self._requests,
                 resumption=node.parts.resumption,
                 spooling=node.parts.spooling,
-            )
+            ),
+            ClusterSources(node.cluster.engine, node.cluster.links, node.cluster.calls, node.forwarder),
         )
 
     async def open(self, listen: HttpListen) -> dict[str, Any]:
