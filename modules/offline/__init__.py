@@ -4,13 +4,21 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Annotated, Any, Final
 
-from xmppd.errors import CallRefused, CommandError, JidError, NodeUnreachable, StanzaError, StorageError
+from xmppd.errors import (
+    CallRefused,
+    CommandError,
+    JidError,
+    NodeUnreachable,
+    StanzaError,
+    StorageError,
+    StorageUnavailable,
+)
 from xmppd.events import (
     HANDLED,
     DiscoNodeAsking,
@@ -227,6 +235,13 @@ class Offline(Module[Config]):
         self._remember(user)
         self._wake(user)
 
+    def _release(self, user: JID, ids: Iterable[bytes], holder: Holder) -> None:
+        """They did not arrive. Until they are free nobody is sent what was stored behind them."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._storing.setdefault(user.bare, set()).add(done)
+        done.add_done_callback(partial(self._freed, user))
+        self._chores.release(ids, holder, lambda: None if done.done() else done.set_result(None))
+
     @hook(MessagesFound)
     def deliver_found(self, event: MessagesFound) -> None:
         if self._takers(event.user):
@@ -236,7 +251,7 @@ class Offline(Module[Config]):
         """The session it was sent to has died: its row, which keeps its place, is free for the next one."""
         holder, message.holder = message.holder, None
         if holder is not None:
-            self._chores.release((message.row_id,), holder, partial(self._wake, event.user))
+            self._release(event.user, (message.row_id,), holder)
         event.outcome.follow(SAFE)
         return HANDLED
 
@@ -284,12 +299,16 @@ class Offline(Module[Config]):
             await asyncio.wait((flush.ended,))  # what comes from here on is behind all of it
             return True
         holder = Holder(self.owner.member, self.owner.incarnation, secrets.token_hex(8))
-        self._flushes[session] = flush = Flush(session, holder, self.spool, self._chores, self.log, self._blocklist)
+        self._flushes[session] = flush = Flush(
+            session, holder, self.spool, self._chores, self.log, self._blocklist, partial(self._release, session.user)
+        )
         try:
             while flush.again and flush.takes:
                 flush.again = False
                 if waiting := self._storing.get(session.user.bare):
-                    await asyncio.wait(waiting, timeout=_HELD)
+                    _, late = await asyncio.wait(waiting, timeout=_HELD)
+                    if late:
+                        raise StorageUnavailable("older messages are not stored or free yet")
                 await self._until_taken_over(flush, session.user)
                 await flush.run()
         except StorageError as exc:

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Final, Protocol
 
-from xmppd.errors import JidError
+from xmppd.errors import JidError, StorageUnavailable
 from xmppd.module_api import Blocklist, Chores, Holder, KeptMessage, Outcome, Pending, Session, SpoolRow, Standing
 from xmppd.protocol.jid import JID
 
@@ -48,8 +48,10 @@ class Flush:
         chores: Chores,
         log: Log,
         blocklist: Callable[[JID], Awaitable[Blocklist | None]],
+        release: Callable[[Iterable[bytes], Holder], None],
     ) -> None:
         self._blocklist = blocklist
+        self._release = release
         self._session = session
         self._holder = holder
         self._spool = spool
@@ -87,13 +89,16 @@ class Flush:
                 while self._bytes >= WINDOW and self.takes:
                     self._room.clear()
                     await self._room.wait()
-                if not self.takes or not self._spool.standing.holds_lease():  # others may have taken them over
+                if not self.takes:
                     break
+                if not self._spool.standing.holds_lease():
+                    raise StorageUnavailable("this node has no lease: others may have taken over what it has taken")
                 sent += 1
                 self._send(row, blocked)
             await asyncio.sleep(0)  # others' turn
         finally:
-            self._chores.release((row.id for row in rows[sent:]), self._holder)
+            if sent < len(rows):
+                self._release([row.id for row in rows[sent:]], self._holder)
 
     def _send(self, row: SpoolRow, blocked: Blocklist | None) -> None:
         try:
