@@ -481,15 +481,23 @@ class Offline(Module[Config]):
         return [s for s in self.sessions.sessions(user) if s.priority is not None and s.priority >= 0]
 
     def _retry(self, session: Session) -> None:
+        """Again and again until the database can. What is written to them meanwhile waits, for a while."""
+        flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        session.hold_messages(_at_most(flushed))
+
         async def retry() -> None:
             wait = RETRY_FIRST
-            while True:
-                await asyncio.sleep(wait * random.uniform(0.5, 1.5))
-                if session.priority is None or session.priority < 0 or self._is_retrieving(session.user):
-                    return
-                if await self._flush(session):
-                    return
-                wait = min(wait * 2, RETRY_LONGEST)
+            try:
+                while True:
+                    await asyncio.sleep(wait * random.uniform(0.3, 1.0))
+                    if session.priority is None or session.priority < 0 or self._is_retrieving(session.user):
+                        return
+                    if await self._flush(session):
+                        return
+                    wait = min(wait * 2, RETRY_LONGEST)
+            finally:
+                if not flushed.done():
+                    flushed.set_result(None)
 
         self.spawn(retry(), name=f"offline flush {session.jid}")
 

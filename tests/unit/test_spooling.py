@@ -76,13 +76,18 @@ class Play:
         self.hooks.add("offline", MessagesFreeing, self.freed.append)
         self.spooling = Spooling(self.spool, self.hooks, OWNER, reroute=self.rerouted.extend)
         self.written: list[bytes] = []
+        self.available = True  # another session of hers
         jid = parse("juliet@capulet.example/balcony")
         self.session = SimpleNamespace(
             jid=jid,
             user=parse("juliet@capulet.example"),
             anonymous=False,
             closed=False,
-            parts=SimpleNamespace(spooling=self.spooling, resumption=Resumption()),
+            parts=SimpleNamespace(
+                spooling=self.spooling,
+                resumption=Resumption(),
+                manager=SimpleNamespace(is_available=lambda user: self.available),
+            ),
             carrier=SimpleNamespace(write=self.written.append),
         )
         self.managed = self.session.managed = Managed(self.session)
@@ -200,10 +205,17 @@ async def test_younger_messages_do_not_overtake_those_in_the_spool_at_the_end(pl
     assert play.spooling.freeing == {}
 
 
-async def test_without_rows_all_is_routed_again_at_once(play):
+async def test_without_rows_all_goes_to_another_session_at_once(play):
     play.send("a", "b")
     assert [record.stanza.id for record in play.managed.close()] == ["a", "b"]
     assert play.spool.writes == []
+
+
+async def test_without_another_session_all_is_stored_at_once(play):
+    play.available = False
+    play.send("a", "b")
+    assert play.managed.close() == []
+    assert len(play.spool.writes) == len(play.spool.released) == 2
 
 
 async def test_what_could_not_be_written_is_tried_again_with_the_same_id(play):

@@ -367,10 +367,14 @@ class Backlog:
     # -- the end
 
     def end(self, left: list[Unsettled]) -> list[Record]:
-        """The session is over. What is to be routed again comes back; what is in the spool is free soon, and everything
-        that may be kept goes along, where some of it is there: it must not be overtaken."""
+        """The session is over. What is to be routed again comes back; what is in the spool is free soon. What may be
+        kept goes along where some of it is there, or nobody else is: now, since what is stored from here on, on
+        whatever node, must not come before it."""
         self._over = True
-        spooled = any(isinstance(entry.stanza, KeptMessage) or _is_row(_row_of(entry)) for entry in left)
+        session = self._session
+        spooled = not session.parts.manager.is_available(session.user) or any(
+            isinstance(entry.stanza, KeptMessage) or _is_row(_row_of(entry)) for entry in left
+        )
         records: list[Record] = []
         rows: dict[Holder, list[bytes]] = {}
         for entry in left:
