@@ -60,6 +60,7 @@ class Place:
         self._folder = folder
         self._storage = storage
         self._owner: Owner | None = None
+        self.lease_until = 0.0  # by the loop's clock
 
     @property
     def owner(self) -> Owner:
@@ -102,12 +103,14 @@ class Place:
         await self.claim()
 
     async def _register(self) -> NodeRow:
+        began = asyncio.get_running_loop().time()
         row = await self.members.register(self._registration(), lease=LEASE)
         if row.incarnation > self._folder.incarnation:  # the folder is a backup: others have seen later runs
             self._folder.advance(row.incarnation)
             if self._owner is not None:
                 raise XmppdError("the data folder is older than what the database knows of this node: start it again")
             row = await self.members.register(self._registration(), lease=LEASE)
+        self.lease_until = began + LEASE
         return row
 
     def _registration(self) -> Registration:
@@ -158,5 +161,6 @@ def build(
         ousted=ousted,
         claim=place.claim,
     )
+    cluster.lease_until = place.lease_until
     survey.serve(cluster)
     return cluster

@@ -11,6 +11,7 @@ from xmppd.admin.commands import register_core
 from xmppd.admin.nodes import Nodes
 from xmppd.admin.observers import Observers
 from xmppd.admin.outbox_commands import OutboxCommands
+from xmppd.admin.promise_commands import Numbers, PromiseCommands
 from xmppd.admin.puppets import Puppet, Puppets
 from xmppd.admin.registry import Registry, commands_of
 from xmppd.admin.selftest import SelfTest, SelfTestCommands
@@ -28,6 +29,7 @@ from xmppd.outbox import Outbox
 from xmppd.protocol.jid import JID
 from xmppd.router import Router
 from xmppd.session_manager import SessionManager
+from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
 
 
@@ -41,6 +43,7 @@ class Node(Protocol):
     registry: Registry
     loader: ModuleLoader
     storage: Storage
+    spool: Spool
     accounts: Accounts
     accountant: Accountant
     sessions: SessionManager
@@ -116,6 +119,7 @@ class Commanding:
             OutboxCommands(node.outbox, node.node),
             WatchCommands(watch),
             SelfTestCommands(selftest),
+            PromiseCommands(node.node, cluster.me.node, node.sessions, node.spool, _numbers(node)),
         ):
             node.registry.register("core", commands_of(source))
         node.registry.connect(self.nodes)
@@ -134,3 +138,21 @@ class Commanding:
 
 def _bind(node: Node) -> Callable[[JID, Puppet], Session]:
     return lambda jid, carrier: Session(jid, carrier, node.parts, get_logger("selftest"))
+
+
+def _numbers(node: Node) -> Callable[[], Numbers]:
+    def numbers() -> Numbers:
+        spooling, resumption = node.parts.spooling, node.parts.resumption
+        return Numbers(
+            spooling.holds_lease(),
+            resumption.waiting,
+            spooling.unacknowledged,
+            spooling.spooled,
+            spooling.acknowledged_late,
+            spooling.ended,
+            node.spool.taken_over,
+            resumption.redelivered,
+            node.spool.duplicates,
+        )
+
+    return numbers

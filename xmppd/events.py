@@ -12,6 +12,7 @@ from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Iterable
 
 
@@ -43,6 +44,10 @@ class Session(Protocol):
 
     def send(self, stanza: Stanza) -> object:
         """Write a stanza to this session's client; what became of it comes back (delivery.Outcome)."""
+        ...
+
+    def hold_messages(self, until: "asyncio.Future[Any]") -> None:
+        """Have messages for this session wait, in order, until that is done; what is given to `send` does not."""
         ...
 
     @property
@@ -150,6 +155,39 @@ class MessageStoring:
     user: JID
     message: Stanza
     rows: list[tuple[str, Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class MessageSpooling:
+    """The client of a session has not acknowledged a message for a while, or has no stream, or has gone: the message is
+    about to be written to the spool, after which its sender need not keep it; on the node of the session. The one plain
+    function that decides what may be kept says so in `keep`. Unhandled: it is not written, and its sender is not told
+    before its recipient's client has acknowledged it."""
+
+    user: JID  # bare: whose session it is
+    message: Stanza
+    keep: bool | None = None
+    stanza: bytes = b""  # what is kept
+    dedup: bytes | None = None  # the same for a repetition; None: it has none
+    expires_at: float | None = None  # seconds since 1970
+
+
+@dataclass(frozen=True, slots=True)
+class MessagesFreeing:
+    """A session has ended whose client had not acknowledged messages that are in the spool: when `done` is, they are
+    offline messages; on its node."""
+
+    user: JID  # bare
+    done: "asyncio.Future[None]"
+
+
+@dataclass(frozen=True, slots=True)
+class MessagesFound:
+    """Offline messages wait in the spool for a user who has a session here, as a look at the database once a second
+    shows: another node stored them while it did not know, or took them from a node that died; on every node with such a
+    session, and more than once for the same messages."""
+
+    user: JID  # bare
 
 
 # -- presence and subscriptions

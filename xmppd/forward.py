@@ -89,6 +89,10 @@ class Users(Protocol):
         """A session of that full JID was bound later on another node: end ours, if it is still there."""
         ...
 
+    async def settled_here(self, user: JID) -> None:
+        """Wait until what sessions of a user have left in the spool is free for others."""
+        ...
+
 
 class Forwarded(Stanza):
     """A stanza that has come from another node: `hops` links it has crossed."""
@@ -432,7 +436,11 @@ class Forwarder:
 
     async def _handed_over(self, peer: Peer, payload: Any) -> None:
         jid, bound_at = payload
-        self._users.yield_to(parse(jid), bound_at)
+        user = parse(jid)
+        self._users.yield_to(user, bound_at)
+        with suppress(TimeoutError):  # the caller waits no longer
+            async with asyncio.timeout(_HANDOVER / 2):
+                await self._users.settled_here(user)
         await self._calls.barrier(timeout=_HANDOVER)
 
 

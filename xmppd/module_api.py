@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 from xmppd.access import Access, AccessRules
 from xmppd.admin.registry import Arg, command
 from xmppd.admin.results import List, Rescode, Tuple, integer, string
+from xmppd.chores import Chores, KeptMessage
 from xmppd.cluster.tables import Owner
 from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, several, sized
 from xmppd.delivery import SAFE, Outcome, Pending, as_stanza_error
@@ -33,7 +34,7 @@ from xmppd.outbox import Event, FileSink, HttpSink, HttpTarget, Outbox, conversa
 from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stanza import Stanza
 from xmppd.session_manager import Resource
-from xmppd.spool import Holder, NoAccount, QuotaReached, SpoolRow
+from xmppd.spool import Holder, NoAccount, QuotaReached, SpoolRow, Standing
 from xmppd.storage import Storage
 from xmppd.storage.ids import new_id
 from xmppd.storage.sql import User, by_host, insert_new, read_per_user, upsert, write_per_user
@@ -65,6 +66,7 @@ __all__ = [
     "Arg",
     "BlockingService",
     "Blocklist",
+    "Chores",
     "Contact",
     "DiscoInfo",
     "DiscoService",
@@ -75,6 +77,7 @@ __all__ = [
     "HttpSink",
     "HttpTarget",
     "IqRequest",
+    "KeptMessage",
     "List",
     "Module",
     "NoAccount",
@@ -97,6 +100,7 @@ __all__ = [
     "Size",
     "SpoolRow",
     "Stamp",
+    "Standing",
     "Storage",
     "Tuple",
     "User",

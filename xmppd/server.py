@@ -27,6 +27,7 @@ from xmppd.auth import Auth
 from xmppd.c2s.handover import Handover
 from xmppd.c2s.resumption import Resumption
 from xmppd.c2s.session import Parts
+from xmppd.c2s.spooling import Spooling
 from xmppd.c2s.sweeper import RecordSweeper
 from xmppd.c2s.ticks import Ticks
 from xmppd.c2s.tls import Certificates
@@ -59,6 +60,8 @@ from xmppd.s2s_manager import S2SManager
 from xmppd.serving import Listeners
 from xmppd.session_manager import SessionManager
 from xmppd.spool import Spool
+from xmppd.spool_watch import Place as SpoolPlace
+from xmppd.spool_watch import SpoolWatch
 from xmppd.storage import Accounts, Storage, clock
 
 _log = get_logger("xmppd.server")
@@ -347,12 +350,15 @@ class Server:
             self.sweeper,
             self.counters,
             Resumption(lambda: self.config.stream_management, self.owner.member),
+            Spooling(self.spool, self.hooks, self.owner, reroute=self.sessions.reroute),
         )
+        self.sessions.freeing = self.parts.spooling.freeing
         try:
             yield
         finally:
             self.lag.stop()
             self.sweeper.stop()
+            self.parts.spooling.stop()
             self.auth.close()
 
     @contextlib.asynccontextmanager
@@ -376,6 +382,9 @@ class Server:
         self._node_handlers = NodeHandlers()
         self._node_handlers.connect(calls, self.spawn)
         Removals(calls, self.accounts, self.hooks, self.spawn)
+        self.spool.standing = SpoolPlace(self.cluster)
+        watch = SpoolWatch(self.spool, self.cluster, self.hooks, self.sessions.takes_messages_here, self.spawn)
+        self.spawn_service(watch.run(), name="spool watch")
         try:
             yield
         finally:

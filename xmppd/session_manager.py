@@ -55,6 +55,8 @@ class LiveSession(Protocol):
 
     def info(self) -> "SessionInfo": ...
 
+    def waiting(self) -> "Waiting": ...
+
 
 class KnownAccounts(Protocol):
     """Which accounts exist."""
@@ -127,6 +129,20 @@ class SessionInfo:
     status_text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits for one client, for an operator's eyes."""
+
+    jid: JID  # full
+    state: str  # connected; waiting: to be resumed; plain: without stream management
+    resume_left: float  # seconds a session that waits has
+    unacknowledged: int  # stanzas
+    bytes: int
+    spooled: int  # of these
+    unsettled: int  # stanzas that came from it, and what became of them is not known yet
+    round_trip: float  # seconds an acknowledgement takes
+
+
 class SessionManager:
     """One per node; the table behind it is the cluster's."""
 
@@ -157,6 +173,7 @@ class SessionManager:
         self.rerouted = 0  # stanzas whose session turned out to be dead
         self._remote: Remote | None = None
         self._held: dict[str, asyncio.Future[None]] = {}  # messages for these bare JIDs wait
+        self.freeing: Mapping[str, set[asyncio.Future[None]]] = {}  # what ended sessions leave in the spool
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         table.on_conflict.append(self._lost)
         table.on_appeared.append(self._appeared)
@@ -263,6 +280,15 @@ class SessionManager:
     def is_available(self, user: JID) -> bool:
         """Whether a resource is there that takes messages (priority not negative)."""
         return bool(_not_negative(self._table.rows(user.bare)))
+
+    def takes_messages_here(self, user: JID) -> bool:
+        """The same, on this node."""
+        return bool(_not_negative(_here(self._table.rows(user.bare))))
+
+    async def settled_here(self, user: JID) -> None:
+        """Wait until what sessions of a user have left in the spool here is free for others."""
+        if freeing := self.freeing.get(user.bare):
+            await asyncio.wait(freeing)
 
     def is_anonymous(self, user: JID) -> bool:
         """Whether this account exists for its session alone: nothing is kept for it, here or on any node."""
@@ -621,6 +647,10 @@ class SessionManager:
         else:
             rows = (row for row in self._table.own_sessions() if host is None or row.jid.domain == host)
         return [row.session.info() for row in sorted(rows, key=lambda row: row.jid.full) if row.session is not None]
+
+    def waiting(self, user: JID) -> list[Waiting]:
+        """What waits for the sessions of a user on this node."""
+        return [session.waiting() for session in self.sessions(user)]
 
     def kick(
         self, user: str, host: str, resource: str | None, reason: str, *, condition: str = "policy-violation"

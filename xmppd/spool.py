@@ -8,20 +8,34 @@ import asyncio
 import enum
 import hashlib
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Required, TypedDict, Unpack
+from typing import Any, Final, Protocol, Required, TypedDict, Unpack
 
-from sqlalchemy import BigInteger, ColumnElement, Select, case, delete, func, null, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    TextClause,
+    case,
+    delete,
+    exists,
+    func,
+    null,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
 from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.log import get_logger
 from xmppd.storage import Stamp, Storage, Utf8, by_host, fixed_bytes, insert_new, new_id
-from xmppd.storage.sql import User, limited_update
-from xmppd.storage.tables import HOST_BYTES, PART_BYTES, account
+from xmppd.storage.sql import User, db_now, limited_update
+from xmppd.storage.tables import HOST_BYTES, PART_BYTES, account, node
 from xmppd.storage.tables import spool as table
 
 log = get_logger("spool")
@@ -47,6 +61,28 @@ class _NotThere(Exception):
     """Rolls a removal back."""
 
 
+class Standing(Protocol):
+    """This node among those that use the database."""
+
+    def holds_lease(self) -> bool:
+        """Whether no other node may have taken over what this one holds."""
+        ...
+
+    def is_silent(self, member: bytes) -> bool:
+        """Whether that is another member of the cluster, and one that is not up as seen from here."""
+        ...
+
+
+class Alone:
+    """The Standing of a node without others."""
+
+    def holds_lease(self) -> bool:
+        return True
+
+    def is_silent(self, member: bytes) -> bool:
+        return False
+
+
 class Kept(enum.Enum):
     STORED = "stored"
     DUPLICATE = "duplicate"  # the same message is there already: it is as safe as that row
@@ -67,6 +103,15 @@ class SpoolRow:
     created_at: float
     sender: str
     stanza: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """How many rows there are."""
+
+    offline: int  # without holder, in the whole spool
+    held: int  # by one member: they wait for the acknowledgement of a session
+    oldest: float | None  # of those without holder: since when, in seconds since 1970
 
 
 class KeepOptions(TypedDict, total=False):
@@ -119,9 +164,11 @@ class Spool:
         self._storage = storage
         self._clock = clock
         self._dedup_window = dedup_window
+        self.standing: Standing = Alone()
         self._untakes: dict[User, int] = {}  # takes of which it is not known what they got
         # rows since the start: written, already there, over the quota, taken for a session, acknowledged by its client
         self.stored = self.duplicates = self.refused = self.taken = self.flushed = 0
+        self.taken_over = 0  # made free after the member that held them had died
         # In this order within a transaction: a row that is stored and acknowledged in one tick has to be gone after it.
         storage.batcher.define(
             KEEP, self._write_keeps, size=lambda item: 512 + len(item.stanza), committed=self._count_kept
@@ -145,6 +192,10 @@ class Spool:
         kept: asyncio.Future[Kept] = asyncio.get_running_loop().create_future()
         self._storage.batcher.submit_unit([(kind, item), *also]).add_done_callback(partial(_first_of, kept))
         return kept
+
+    def submit(self, item: KeepItem) -> "asyncio.Future[Kept]":
+        """As `keep`, of what `keep_item` has made; to be told again what became of it, it may be submitted again."""
+        return self._storage.batcher.submit(KEEP, item)
 
     def keep_item(
         self, host: str, username: str, sender_bare: str, stanza: bytes, **options: Unpack[KeepOptions]
@@ -203,7 +254,7 @@ class Spool:
             if item.dedup is not None:
                 seen.add(item.dedup)
             results[item.id] = Kept.STORED
-        await self._insert(connection, [item for item in items if results[item.id] is Kept.STORED], results)
+        await self._insert(connection, [item for item in items if results[item.id] is Kept.STORED], results, now)
         return [results[item.id] for item in items]
 
     async def _find_gone(self, connection: AsyncConnection, items: list[KeepItem]) -> set[User]:
@@ -255,11 +306,15 @@ class Spool:
         return counts
 
     async def _insert(
-        self, connection: AsyncConnection, items: list[KeepItem], results: dict[bytes, Kept | StorageError]
+        self,
+        connection: AsyncConnection,
+        items: list[KeepItem],
+        results: dict[bytes, Kept | StorageError],
+        now: float,
     ) -> None:
         if not items:
             return
-        await connection.execute(insert_new(table, connection.dialect), [_row(item) for item in items])
+        await connection.execute(insert_new(table, connection.dialect), [_row(item, now) for item in items])
         # Another node may have stored the same message a moment ago: its key then kept ours out.
         doubtful = [item.id for item in items if item.dedup is not None]
         for some in _chunks(doubtful):
@@ -275,8 +330,9 @@ class Spool:
         """
         if (host, username) in self._untakes:
             raise StorageUnavailable("what an earlier attempt took is not free again yet")  # it would be passed over
-        if not await self._storage.loader.get("spool waiting", (host, username)):
+        if None not in await self.holders(host, username):
             return []  # what most logins find, in a merged look-up
+        self._check_lease()
         take_id = new_id()
 
         async def work(connection: AsyncConnection) -> list[SpoolRow]:
@@ -305,6 +361,7 @@ class Spool:
 
         try:
             rows = await self._storage.run(work, repeatable=True)
+            self._check_lease()  # it may have been long ago that we began
         except BaseException:  # it may have been committed all the same: then these rows must not be held for ever
             user = (host, username)
             self._untakes[user] = self._untakes.get(user, 0) + 1
@@ -312,6 +369,15 @@ class Spool:
             raise
         self.taken += len(rows)
         return rows
+
+    def _check_lease(self) -> None:
+        if not self.standing.holds_lease():
+            raise StorageUnavailable("this node could not renew its lease: others may have taken over what it holds")
+
+    async def holders(self, host: str, username: str) -> frozenset[bytes | None]:
+        """The members that hold rows of the user, and None where there are rows without holder."""
+        found: frozenset[bytes | None] | None = await self._storage.loader.get("spool waiting", (host, username))
+        return found or frozenset()
 
     def release(self, ids: Iterable[bytes], holder: Holder) -> "asyncio.Future[None]":
         """Makes those of the rows free which `holder` still holds."""
@@ -321,12 +387,40 @@ class Spool:
         """The recipient's client has acknowledged these rows."""
         return self._storage.batcher.submit(DELETE, tuple(ids))
 
+    async def take_over(self, me: bytes) -> int:
+        """Frees what nodes hold whose lease has ended, by the database's clock; how many rows they were. `me` is not
+        among them. Several nodes may do it at once."""
+        dead = (
+            select(node.c.node_id, node.c.incarnation)
+            .where(node.c.node_id != me, or_(node.c.lease_until.is_(None), node.c.lease_until < db_now()))
+            .where(
+                exists().where(
+                    table.c.holder_member == node.c.node_id, table.c.holder_incarnation <= node.c.incarnation
+                )
+            )
+        )
+
+        async def look(connection: AsyncConnection) -> list[tuple[bytes, int]]:
+            return [(row.node_id, row.incarnation) for row in await connection.execute(dead)]
+
+        total = 0
+        for member, incarnation in await self._storage.read(look):
+            freed = await self._free(_TAKE_OVER, member, incarnation)
+            if freed:
+                log.info("messages of a dead node are free", node=uuid.UUID(bytes=member), messages=freed)
+            total += freed
+        self.taken_over += total
+        return total
+
     async def free_stale(self, member: bytes, incarnation: int) -> int:
         """Frees the rows that older incarnations of the member hold; how many they were."""
 
+        return await self._free(_FREE_STALE, member, incarnation)
+
+    async def _free(self, statements: dict[str, TextClause], member: bytes, incarnation: int) -> int:
         async def work(connection: AsyncConnection) -> int:
             result = await connection.execute(
-                _FREE_STALE[connection.dialect.name],
+                statements[connection.dialect.name],
                 {"member": member, "incarnation": incarnation, "now": self._clock(), "limit": _FREE_AT_ONCE},
             )
             return result.rowcount
@@ -350,6 +444,17 @@ class Spool:
 
         async def work(connection: AsyncConnection) -> int:
             return int((await connection.execute(query)).scalar_one())
+
+        return await self._storage.read(work)
+
+    async def totals(self, member: bytes) -> Totals:
+        """For operators: it counts all offline messages there are."""
+        offline = select(func.count(), func.min(table.c.free_since)).where(table.c.free_since.is_not(None))
+        held = select(func.count()).select_from(table).where(table.c.holder_member == member)
+
+        async def work(connection: AsyncConnection) -> Totals:
+            count, oldest = (await connection.execute(offline)).one()
+            return Totals(int(count), int((await connection.execute(held)).scalar_one()), oldest)
 
         return await self._storage.read(work)
 
@@ -492,7 +597,7 @@ def _first_of(kept: "asyncio.Future[Kept]", unit: "asyncio.Future[list[Any]]") -
         kept.set_result(unit.result()[0])
 
 
-def _row(item: KeepItem) -> dict[str, Any]:
+def _row(item: KeepItem, now: float) -> dict[str, Any]:
     holder = item.holder
     return {
         "id": item.id,
@@ -506,7 +611,7 @@ def _row(item: KeepItem) -> dict[str, Any]:
         "holder_member": holder.member if holder else None,
         "holder_incarnation": holder.incarnation if holder else None,
         "holder_session": holder.session if holder else None,
-        "free_since": None if holder else item.created_at,
+        "free_since": None if holder else now,  # not when it was queued, which may be long ago
     }
 
 
@@ -516,17 +621,18 @@ async def _write_deletes(connection: AsyncConnection, items: list[tuple[bytes, .
     return [None] * len(items)
 
 
-async def _fetch_waiting(connection: AsyncConnection, users: list[User]) -> dict[User, bool]:
-    """Which of the users have rows without holder."""
-    found = {}
+async def _fetch_waiting(connection: AsyncConnection, users: list[User]) -> dict[User, frozenset[bytes | None]]:
+    """Who holds rows of the users: members, or None for rows without holder."""
+    found: dict[User, set[bytes | None]] = {}
     for host, names in by_host(users).items():
         query = (
-            select(table.c.username)
-            .where(table.c.server_host == host, table.c.username.in_(names), table.c.holder_member.is_(None))
+            select(table.c.username, table.c.holder_member)
+            .where(table.c.server_host == host, table.c.username.in_(names))
             .distinct()
         )
-        found.update({(host, username): True for username in (await connection.execute(query)).scalars()})
-    return found
+        for row in await connection.execute(query):
+            found.setdefault((host, row.username), set()).add(row.holder_member)
+    return {user: frozenset(holders) for user, holders in found.items()}
 
 
 async def _is_there(connection: AsyncConnection, row_id: bytes) -> bool:
@@ -569,9 +675,17 @@ _TAKE: Final = limited_update(
     " AND (expires_at IS NULL OR expires_at > :now)",
     _TYPES,
 )
+_FREE: Final = (
+    "holder_member = NULL, holder_incarnation = NULL, holder_session = NULL, take_id = NULL, free_since = :now"
+)
 _FREE_STALE: Final = limited_update(
+    "spool", _FREE, "holder_member = :member AND holder_incarnation < :incarnation", _TYPES
+)
+# Looked at once more as it is done: the member may have come back meanwhile.
+_TAKE_OVER: Final = limited_update(
     "spool",
-    "holder_member = NULL, holder_incarnation = NULL, holder_session = NULL, take_id = NULL, free_since = :now",
-    "holder_member = :member AND holder_incarnation < :incarnation",
+    _FREE,
+    "holder_member = :member AND holder_incarnation <= :incarnation AND EXISTS (SELECT 1 FROM node"
+    " WHERE node_id = :member AND incarnation >= :incarnation AND (lease_until IS NULL OR lease_until < {db_now}))",
     _TYPES,
 )

@@ -4,17 +4,28 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, Final
 
-from xmppd.errors import CallRefused, CommandError, JidError, NodeUnreachable, StanzaError, StorageError
+from xmppd.errors import (
+    CallRefused,
+    CommandError,
+    JidError,
+    NodeUnreachable,
+    StanzaError,
+    StorageError,
+    StorageUnavailable,
+)
 from xmppd.events import (
     HANDLED,
     DiscoNodeAsking,
     Handled,
+    MessagesFound,
+    MessagesFreeing,
+    MessageSpooling,
     MessageStoring,
     MessageUndeliverable,
     NodeDown,
@@ -31,9 +42,11 @@ from xmppd.module_api import (
     Arg,
     BlockingService,
     Blocklist,
+    Chores,
     Context,
     Holder,
     IqRequest,
+    KeptMessage,
     Module,
     NoAccount,
     QuotaReached,
@@ -49,7 +62,7 @@ from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, make, parse
 from xmppd.protocol.stanza import Stanza, delay_element, with_child
 
-from .flush import RETRY_FIRST, RETRY_LONGEST, Chores, Flush, KeptMessage
+from .flush import RETRY_FIRST, RETRY_LONGEST, Flush
 from .retrieval import Retrieval, count_form, nodes
 from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, repetition_key, sender_of
 
@@ -59,7 +72,9 @@ _REMEMBERED: Final = 10.0  # seconds for which it is remembered that a message w
 _SAW_LATER: Final = 60.0  # seconds by which another node may have lost sight of this one before this one did of it
 _RETRIEVES: Final = "offline"  # in a session's state: it looks through the messages by itself
 _PARTED: Final = 100_000  # users with messages of a split, the most that are looked at
-_HELD: Final = 10.0  # seconds for another node to deliver what was stored for those who are back
+_HELD: Final = 10.0  # seconds that messages wait for older ones to be stored, free, or delivered by another node
+_SILENT: Final = 8.0  # seconds for what a silent node holds to be taken over: its lease, and a look or two
+_SILENT_LOOK: Final = 0.25  # seconds between two looks
 _FETCH: Final = f"{{{ns.OFFLINE}}}fetch"
 _PURGE: Final = f"{{{ns.OFFLINE}}}purge"
 
@@ -129,8 +144,8 @@ class Offline(Module[Config]):
     @hook(MessageUndeliverable, after=("push", "blocking", "privacy"))
     def keep(self, event: MessageUndeliverable) -> Handled | None:
         message = event.message
-        if getattr(message, "row_id", None) is not None:  # not by its class, which a reload makes anew
-            return self._came_back(event, cast(KeptMessage, message))
+        if isinstance(message, KeptMessage):
+            return self._came_back(event, message)
         verdict = judge(message, self.config.store_empty_body)
         if verdict is Verdict.REFUSE:
             return None
@@ -145,14 +160,13 @@ class Offline(Module[Config]):
         now = self.clock()
         # A copy of something that was stored already must not be taken for its repetition: that row is going away.
         key = None if bears_our_stamp(message) else repetition_key(message, user)
-        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
         storing = MessageStoring(user, message)
         self.tell_at_once(storing)
         stored = self.spool.keep(
             user.domain,
             user.local,
             sender_of(message),
-            with_child(message, delay_element(stamp, user.domain, REASON)).xml,
+            self._stamped(message, user, now),
             dedup=key,
             quota=self._quota(user),
             expires_at=expiry(message, now),
@@ -165,11 +179,19 @@ class Offline(Module[Config]):
         stored.add_done_callback(partial(self._stored, user, kept))
         return kept
 
-    def _stored(self, user: JID, kept: "asyncio.Future[None]", stored: "asyncio.Future[object]") -> None:
+    @staticmethod
+    def _stamped(message: Stanza, user: JID, now: float) -> bytes:
+        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
+        return with_child(message, delay_element(stamp, user.domain, REASON)).xml
+
+    def _no_longer_storing(self, user: JID, kept: "asyncio.Future[None]") -> None:
         waiting = self._storing[user.bare]
         waiting.discard(kept)
         if not waiting:
             del self._storing[user.bare]
+
+    def _stored(self, user: JID, kept: "asyncio.Future[None]", stored: "asyncio.Future[object]") -> None:
+        self._no_longer_storing(user, kept)
         if stored.cancelled():
             kept.cancel()
             return
@@ -185,11 +207,55 @@ class Offline(Module[Config]):
         else:
             kept.set_exception(error)
 
+    @hook(MessageSpooling)
+    def keep_unacknowledged(self, event: MessageSpooling) -> None:
+        """A session holds it until its client has acknowledged it, or the session ends."""
+        message = event.message
+        event.keep = judge(message, self.config.store_empty_body) is Verdict.KEEP
+        if event.keep:
+            now = self.clock()
+            event.stanza = self._stamped(message, event.user, now)
+            event.dedup = None if bears_our_stamp(message) else repetition_key(message, event.user)
+            event.expires_at = expiry(message, now)
+
+    @hook(MessagesFreeing)
+    def await_free(self, event: MessagesFreeing) -> None:
+        """As if they were being stored: a login waits for them, and other sessions get them."""
+        self._storing.setdefault(event.user.bare, set()).add(event.done)
+        self._listen(event.user)
+        event.done.add_done_callback(partial(self._freed, event.user))
+        # What is written from here on is behind them.
+        if not self.sessions.is_available(event.user):
+            return
+        until = _at_most(event.done)
+        takers = self._takers(event.user)
+        for session in takers:
+            session.hold_messages(until)
+        if not takers:
+            self.sessions.hold_messages(event.user, until)
+
+    def _freed(self, user: JID, done: "asyncio.Future[None]") -> None:
+        self._no_longer_storing(user, done)
+        self._remember(user)
+        self._wake(user)
+
+    def _release(self, user: JID, ids: Iterable[bytes], holder: Holder) -> None:
+        """They did not arrive. Until they are free nobody is sent what was stored behind them."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._storing.setdefault(user.bare, set()).add(done)
+        done.add_done_callback(partial(self._freed, user))
+        self._chores.release(ids, holder, lambda: None if done.done() else done.set_result(None))
+
+    @hook(MessagesFound)
+    def deliver_found(self, event: MessagesFound) -> None:
+        if self._takers(event.user):
+            self._wake(event.user)
+
     def _came_back(self, event: MessageUndeliverable, message: KeptMessage) -> Handled:
         """The session it was sent to has died: its row, which keeps its place, is free for the next one."""
         holder, message.holder = message.holder, None
         if holder is not None:
-            self._chores.release((message.row_id,), holder, partial(self._wake, event.user))
+            self._release(event.user, (message.row_id,), holder)
         event.outcome.follow(SAFE)
         return HANDLED
 
@@ -234,22 +300,38 @@ class Offline(Module[Config]):
         flush = self._flushes.get(session)
         if flush is not None:
             flush.again = True
+            await asyncio.wait((flush.ended,))  # what comes from here on is behind all of it
             return True
         holder = Holder(self.owner.member, self.owner.incarnation, secrets.token_hex(8))
-        self._flushes[session] = flush = Flush(session, holder, self.spool, self._chores, self.log, self._blocklist)
+        self._flushes[session] = flush = Flush(
+            session, holder, self.spool, self._chores, self.log, self._blocklist, partial(self._release, session.user)
+        )
         try:
             while flush.again and flush.takes:
                 flush.again = False
                 if waiting := self._storing.get(session.user.bare):
-                    await asyncio.wait(waiting)
+                    _, late = await asyncio.wait(waiting, timeout=_HELD)
+                    if late:
+                        raise StorageUnavailable("older messages are not stored or free yet")
+                await self._until_taken_over(flush, session.user)
                 await flush.run()
         except StorageError as exc:
             self.log.warning("offline messages wait", user=session.user, error=exc)
             return False
         finally:
             del self._flushes[session]
-            flush.ended.set()
+            flush.ended.set_result(None)
         return True
+
+    async def _until_taken_over(self, flush: Flush, user: JID) -> None:
+        """What a node holds that has died comes before what is stored now, and will be free when its lease has ended:
+        seconds in which new messages wait too. One that is only cut off keeps it, and is not waited for any longer."""
+        give_up = time.monotonic() + _SILENT
+        while flush.takes and time.monotonic() < give_up:
+            holders = await self.spool.holders(user.domain, user.local)
+            if not any(holder is not None and self.spool.standing.is_silent(holder) for holder in holders):
+                return
+            await asyncio.sleep(_SILENT_LOOK)
 
     def _wake(self, user: JID) -> None:
         """No message waits in the spool while its recipient is available: it may have become so meanwhile."""
@@ -260,10 +342,24 @@ class Offline(Module[Config]):
             self.nodes.cast("wake", user.full, self.nodes.of(user))
             return
         session = max(takers, key=lambda taker: taker.priority or 0)
-        if session in self._flushes:
-            self._flushes[session].again = True
-        else:
-            self._retry(session, pause=0)
+        flush = self._flushes.get(session)
+        if flush is not None:
+            if not flush.again:
+                flush.again = True
+                session.hold_messages(flush.ended)
+            return
+        flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        session.hold_messages(flushed)  # what was stored was written before them
+        self.spawn(self._flush_woken(session, flushed), name=f"offline flush {session.jid}")
+
+    async def _flush_woken(self, session: Session, flushed: "asyncio.Future[None]") -> None:
+        try:
+            done = await self._flush(session)
+        finally:
+            if not flushed.done():
+                flushed.set_result(None)
+        if not done:
+            self._retry(session)
 
     # -- users who are on other nodes
 
@@ -337,12 +433,7 @@ class Offline(Module[Config]):
         if not takers or self._is_retrieving(user):
             return
         session = max(takers, key=lambda taker: taker.priority or 0)
-        flush = self._flushes.get(session)
-        if flush is None:
-            await self._flush(session)
-        else:
-            flush.again = True
-            await flush.ended.wait()
+        await self._flush(session)
 
     @hook(NodeDown)
     def note_parting(self, event: NodeDown) -> None:
@@ -393,16 +484,24 @@ class Offline(Module[Config]):
     def _takers(self, user: JID) -> list[Session]:
         return [s for s in self.sessions.sessions(user) if s.priority is not None and s.priority >= 0]
 
-    def _retry(self, session: Session, pause: float = RETRY_FIRST) -> None:
+    def _retry(self, session: Session) -> None:
+        """Again and again until the database can. What is written to them meanwhile waits, for a while."""
+        flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        session.hold_messages(_at_most(flushed))
+
         async def retry() -> None:
-            wait = pause
-            while True:
-                await asyncio.sleep(wait * random.uniform(0.5, 1.5))
-                if session.priority is None or session.priority < 0 or self._is_retrieving(session.user):
-                    return
-                if await self._flush(session):
-                    return
-                wait = min(max(wait * 2, RETRY_FIRST), RETRY_LONGEST)
+            wait = RETRY_FIRST
+            try:
+                while True:
+                    await asyncio.sleep(wait * random.uniform(0.3, 1.0))
+                    if session.priority is None or session.priority < 0 or self._is_retrieving(session.user):
+                        return
+                    if await self._flush(session):
+                        return
+                    wait = min(wait * 2, RETRY_LONGEST)
+            finally:
+                if not flushed.done():
+                    flushed.set_result(None)
 
         self.spawn(retry(), name=f"offline flush {session.jid}")
 
@@ -505,3 +604,22 @@ class Offline(Module[Config]):
         if jid.domain not in self.server.hosts:
             raise CommandError("Unknown virtual host")
         return await self.spool.count(jid.domain, jid.local)
+
+
+def _at_most(done: "asyncio.Future[None]") -> "asyncio.Future[None]":
+    """Done when that is, or after a while: people who are online chat on while the database is away."""
+    loop = asyncio.get_running_loop()
+    until: asyncio.Future[None] = loop.create_future()
+
+    def end() -> None:
+        if not until.done():
+            until.set_result(None)
+
+    timer = loop.call_later(_HELD, end)
+
+    def is_done(done: "asyncio.Future[None]") -> None:
+        timer.cancel()
+        end()
+
+    done.add_done_callback(is_done)
+    return until

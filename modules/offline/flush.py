@@ -1,14 +1,13 @@
-"""Offline messages on their way to a session, and what is left to be written about them."""
+"""Offline messages on their way to a session."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from typing import ClassVar, Final, Protocol
+from typing import Final, Protocol
 
-from xmppd.errors import JidError, StorageError
-from xmppd.module_api import Blocklist, Holder, Outcome, Pending, Session, SpoolRow
+from xmppd.errors import JidError, StorageUnavailable
+from xmppd.module_api import Blocklist, Chores, Holder, KeptMessage, Outcome, Pending, Session, SpoolRow, Standing
 from xmppd.protocol.jid import JID
-from xmppd.protocol.stanza import Stanza
 
 CHUNK: Final = 100  # rows taken at once
 WINDOW: Final = 512 * 1024  # bytes that may be on their way to one session; its connection ends when too much piles up
@@ -18,6 +17,8 @@ RETRY_LONGEST: Final = 30.0
 
 class Spool(Protocol):
     """What a flush needs of the spool."""
+
+    standing: Standing
 
     async def take(self, host: str, username: str, holder: Holder, *, limit: int) -> list[SpoolRow]: ...
 
@@ -30,79 +31,6 @@ class Log(Protocol):
     def warning(self, phrase: str, /, **fields: object) -> None: ...
 
     def error(self, phrase: str, /, *, exc: BaseException | None = None, **fields: object) -> None: ...
-
-
-class KeptMessage(Stanza):
-    """A message that is a row of the spool, and still is when the session it went to has died."""
-
-    __slots__ = ("holder", "row_id")
-
-    kept: ClassVar[bool] = True
-    row_id: bytes
-    holder: Holder | None  # None as soon as the row is free again
-
-
-class Chores:
-    """Deletes and releases rows, in batches, and tries again until the database has done it."""
-
-    def __init__(self, spool: Spool, log: Log) -> None:
-        self._spool = spool
-        self._log = log
-        self._delete: list[bytes] = []
-        self._pause = RETRY_FIRST
-        self._scheduled = False
-
-    def delete(self, row_id: bytes) -> None:
-        """The message has arrived, or its sender was told that it will not."""
-        self._delete.append(row_id)
-        if not self._scheduled:
-            self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._write_deletes)
-
-    def release(self, ids: Iterable[bytes], holder: Holder, done: Callable[[], None] = lambda: None) -> None:
-        """They did not arrive: somebody else may take them; `done` is called when that is committed."""
-        ids = tuple(ids)
-        again = partial(self.release, ids, holder, done)
-        if ids:
-            self._attempt(lambda: self._spool.release(ids, holder), again, done)
-
-    def _write_deletes(self) -> None:
-        self._scheduled = False
-        ids, self._delete = self._delete, []
-
-        def again() -> None:
-            for row_id in ids:
-                self.delete(row_id)
-
-        if ids:
-            self._attempt(lambda: self._spool.delete(ids), again, lambda: None)
-
-    def _attempt(
-        self, write: "Callable[[], asyncio.Future[None]]", again: Callable[[], None], done: Callable[[], None]
-    ) -> None:
-        try:
-            future = write()
-        except StorageError as exc:
-            self._later(again, exc)
-        else:
-            future.add_done_callback(partial(self._written, again, done))
-
-    def _written(self, again: Callable[[], None], done: Callable[[], None], future: "asyncio.Future[None]") -> None:
-        if future.cancelled():
-            return
-        error = future.exception()
-        if error is None:
-            self._pause = RETRY_FIRST
-            done()
-        elif isinstance(error, StorageError):
-            self._later(again, error)
-        else:
-            self._log.error("offline messages could not be put away", exc=error)
-
-    def _later(self, again: Callable[[], None], error: StorageError) -> None:
-        self._log.warning("offline messages wait to be put away", error=error, again_in_s=self._pause)
-        asyncio.get_running_loop().call_later(self._pause, again)
-        self._pause = min(self._pause * 2, RETRY_LONGEST)
 
 
 class Flush:
@@ -120,8 +48,10 @@ class Flush:
         chores: Chores,
         log: Log,
         blocklist: Callable[[JID], Awaitable[Blocklist | None]],
+        release: Callable[[Iterable[bytes], Holder], None],
     ) -> None:
         self._blocklist = blocklist
+        self._release = release
         self._session = session
         self._holder = holder
         self._spool = spool
@@ -129,7 +59,7 @@ class Flush:
         self._log = log
         self._bytes = 0  # on their way
         self._room = asyncio.Event()
-        self.ended = asyncio.Event()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.again = True  # something was stored meanwhile
 
     async def run(self) -> None:
@@ -161,11 +91,14 @@ class Flush:
                     await self._room.wait()
                 if not self.takes:
                     break
+                if not self._spool.standing.holds_lease():
+                    raise StorageUnavailable("this node has no lease: others may have taken over what it has taken")
                 sent += 1
                 self._send(row, blocked)
             await asyncio.sleep(0)  # others' turn
         finally:
-            self._chores.release((row.id for row in rows[sent:]), self._holder)
+            if sent < len(rows):
+                self._release([row.id for row in rows[sent:]], self._holder)
 
     def _send(self, row: SpoolRow, blocked: Blocklist | None) -> None:
         try:

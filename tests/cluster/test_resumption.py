@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from tests.harness.managed import Managed
-from tests.harness.scene import PASSWORD, Scene
+from tests.harness.promise import spool_status
+from tests.harness.scene import PASSWORD, Scene, until
 
 
 @pytest.fixture
@@ -137,6 +138,8 @@ async def test_messages_on_their_way_arrive_once_and_in_order(house):
         mine = [body for body in got if body.startswith(f"{which}.")]
         assert list(dict.fromkeys(mine)) == [f"{which}.{number}" for number in range(sent[which])]
     assert house.nodes[0].quick("get_offline_count", "juliet", "localhost") == "0"
+    for node in house.nodes:
+        await until(lambda node=node: spool_status(house.nodes[0], of=node)["held"] == 0, "deletion")
 
 
 async def test_what_the_modules_know_goes_along(house):

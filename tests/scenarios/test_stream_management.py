@@ -6,6 +6,7 @@ import sqlite3
 import pytest
 
 from tests.harness.managed import SM, Managed
+from tests.harness.promise import write_locked
 from tests.harness.scene import PASSWORD, until
 
 VERSION = "<query xmlns='jabber:iq:version'/>"
@@ -192,6 +193,7 @@ async def test_many_are_asked_for_at_once(enter):
     assert juliet.requests < 100
 
 
+@pytest.mark.long  # its short form is in test_promise.py
 async def test_nothing_moves_while_commit_and_acknowledgement_are_held(fresh):
     scene = fresh()
     for user in ("romeo", "juliet", "nurse"):
@@ -265,13 +267,14 @@ async def test_what_was_not_acknowledged_comes_again_and_nothing_else(enter):
 
 async def test_the_count_of_what_came_goes_on(enter):
     romeo, juliet = await enter("romeo"), await enter("juliet", prompt=False)
-    say(romeo, "juliet@localhost", "one", "two")
-    await romeo.sync()
-    await juliet.until_requested()
-    await romeo.cut()
-    # Neither counts, as nobody has acknowledged it: they are sent again, and are known.
-    answer = await come_back(romeo)
-    assert answer.xml.get("h") == "0"
+    with write_locked(romeo.scene.node):
+        say(romeo, "juliet@localhost", "one", "two")
+        await romeo.sync()
+        await juliet.until_requested()
+        await romeo.cut()
+        # Neither counts, as nobody has acknowledged or stored it: they are sent again, and are known.
+        answer = await come_back(romeo)
+        assert answer.xml.get("h") == "0"
     say(romeo, "juliet@localhost", "one", "two")
     romeo.send_raw("<iq type='get' id='again' to='localhost'><ping xmlns='urn:xmpp:ping'/></iq>")
     say(romeo, "juliet@localhost", "three")

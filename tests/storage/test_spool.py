@@ -10,8 +10,9 @@ import pytest
 from sqlalchemy import func, select, update
 
 from xmppd.errors import StorageUnavailable
-from xmppd.spool import FREE, Holder, Kept, NoAccount, QuotaReached, Spool
+from xmppd.spool import FREE, Alone, Holder, Kept, NoAccount, QuotaReached, Spool
 from xmppd.storage import Accounts, Storage, new_id
+from xmppd.storage.members import Members, Registration
 from xmppd.storage.tables import spool as spool_table
 
 HOST = "example.net"
@@ -422,6 +423,93 @@ async def test_a_starting_node_frees_the_rows_of_its_own_older_lives_only(spool)
     assert await spool.count(HOST, "juliet") == 1100
     assert await stanzas(spool, CHAMBER, limit=2000) == [b"%d" % number for number in range(1100)]
     assert await spool.free_stale(b"A" * 16, 3) == 0
+
+
+def node(member: bytes, incarnation: int = 1) -> Registration:
+    name = f"xmppd@{member[:1].decode()}"
+    return Registration(member, name, "", incarnation, "0.1.0", b"h" * 32, b"i" + member[1:], b"p" * 31 + member[:1])
+
+
+async def test_what_a_dead_member_holds_is_taken_over_and_nothing_else(spool, other_spool, storage):
+    members = Members(storage)
+    await members.identity()
+    dead, stopped, alive = b"D" * 16, b"S" * 16, b"L" * 16
+    await members.register(node(dead, 2), lease=0.01)
+    await members.register(node(stopped), lease=30)
+    await members.release(stopped, node(stopped).instance)
+    await members.register(node(alive), lease=30)
+    for number in range(1100):
+        last = keep(spool, b"%d" % number, holder=Holder(dead, 1 + number % 2, f"s{number}"))
+    await last
+    await keep(spool, b"1100", holder=Holder(stopped, 1, "s"))
+    await keep(spool, b"its own", holder=Holder(alive, 1, "s"))
+    assert await spool.holders(HOST, "juliet") == {dead, stopped, alive}
+
+    freed = await asyncio.gather(spool.take_over(BALCONY.member), other_spool.take_over(CHAMBER.member))
+
+    assert sum(freed) == 1101
+    assert await stanzas(spool, CHAMBER, limit=2000) == [b"%d" % number for number in range(1101)]
+    assert await spool.holders(HOST, "juliet") == {alive, CHAMBER.member}
+
+
+async def test_a_member_that_has_come_back_keeps_what_it_holds(spool, storage, monkeypatch):
+    members = Members(storage)
+    await members.identity()
+    await members.register(node(b"D" * 16), lease=0.01)
+    await keep(spool, holder=Holder(b"D" * 16, 1, "s"))
+    await asyncio.sleep(0.05)
+    read = storage.read
+
+    async def read_and_come_back(work):
+        found = await read(work)
+        await members.register(node(b"D" * 16), lease=30)
+        return found
+
+    monkeypatch.setattr(storage, "read", read_and_come_back)
+
+    assert await spool.take_over(BALCONY.member) == 0
+    assert await spool.holders(HOST, "juliet") == {b"D" * 16}
+
+
+async def test_both_sides_of_a_split_take_each_row_once(spool, other_spool, storage):
+    """Both live and look at one database, free what a third one held, and deliver what is free."""
+    members = Members(storage)
+    await members.identity()
+    await members.register(node(b"D" * 16), lease=0.01)
+    for number in range(600):
+        last = keep(spool, b"%d" % number, holder=Holder(b"D" * 16, 1, f"s{number}") if number % 2 else None)
+    await last
+    await asyncio.sleep(0.05)
+
+    async def side(one: Spool, holder: Holder) -> list[bytes]:
+        got = []
+        while True:
+            freed = await one.take_over(holder.member)
+            rows = await one.take(HOST, "juliet", holder, limit=7)
+            got += [row.stanza for row in rows]
+            if not freed and not rows and b"D" * 16 not in await one.holders(HOST, "juliet"):
+                return got
+
+    one, other = await asyncio.gather(side(spool, BALCONY), side(other_spool, CHAMBER))
+    assert len(one + other) == len(set(one + other)) == 600
+    assert one
+    assert other
+
+
+async def test_a_node_without_a_lease_takes_nothing(spool):
+    class Late(Alone):
+        held = True
+
+        def holds_lease(self) -> bool:
+            return self.held
+
+    await keep(spool)
+    spool.standing = late = Late()
+    late.held = False
+    with pytest.raises(StorageUnavailable):
+        await spool.take(HOST, "juliet", BALCONY)
+    late.held = True
+    assert len(await spool.take(HOST, "juliet", BALCONY)) == 1
 
 
 async def test_users_whose_rows_became_free_are_found_again(spool, clock):

@@ -90,7 +90,7 @@ class Batcher:
 
 
 class Spool:
-    stored, duplicates, refused, taken, flushed = 1, 2, 3, 4, 5
+    stored, duplicates, refused, taken, flushed, taken_over = 1, 2, 3, 4, 5, 6
 
 
 class Outbox:
@@ -175,3 +175,4 @@ def test_the_page_shows_what_is_asked_for_at_the_moment(page):
     assert shown["xmppd_outbox_dead", "log"] == 1
     assert shown["xmppd_outbox_oldest_seconds", "log"] == 7
     assert shown["xmppd_stanzas_rerouted_total",] == 4
+    assert shown["xmppd_unacknowledged_rows_total", "taken_over"] == 6

@@ -25,7 +25,7 @@ from typing import Any, Final
 from xmppd.c2s.managed import Managed
 from xmppd.c2s.session import Parts, Session
 from xmppd.cluster.interfaces import Calls, Links, Peer
-from xmppd.delivery import SAFE, Pending, Record, Unsettled
+from xmppd.delivery import SAFE, Pending, Record
 from xmppd.errors import CallRefused, NodeUnreachable, StreamError
 from xmppd.events import SessionArrived, SessionLeft
 from xmppd.forward import Forwarder
@@ -46,7 +46,7 @@ class _Leaving:
 
     session: Session
     node: bytes
-    entries: list[Stanza | Unsettled]
+    entries: list[tuple[Stanza, Pending | None]]  # what was not acknowledged
     priority: int | None
     presence: Stanza | None
     timer: asyncio.TimerHandle
@@ -90,10 +90,10 @@ class Handover:
             "presence": None if presence is None else presence.xml.decode(),
         }
         luggage: dict[str, Any] = {}
-        entries = managed.outbound.entries()
         timer = asyncio.get_running_loop().call_later(_PATIENCE, self._did_not_come, session)
-        self._leaving[session.jid.full] = _Leaving(session, peer.node, entries, session.priority, presence, timer)
-        session.leave(SessionLeft(session, luggage))
+        leaving = _Leaving(session, peer.node, [], session.priority, presence, timer)
+        self._leaving[session.jid.full] = leaving
+        leaving.entries = session.leave(SessionLeft(session, luggage))
         log.info("session left", jid=session.jid.full, node=peer.name)
         return {**state, "luggage": luggage}
 
@@ -109,10 +109,7 @@ class Handover:
             self._pass_on(session, stanza, pending, leaving.node if there else None)
 
     def _all(self, leaving: _Leaving) -> list[tuple[Stanza, Pending | None]]:
-        kept: list[tuple[Stanza, Pending | None]] = [
-            (entry.stanza, entry) if isinstance(entry, Unsettled) else (entry, None) for entry in leaving.entries
-        ]
-        return kept + leaving.session.left()
+        return leaving.entries + leaving.session.left()
 
     def _pass_on(self, session: Session, stanza: Stanza, pending: Pending | None, node: bytes | None) -> None:
         if pending is not None and pending.result is not None:

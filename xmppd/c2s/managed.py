@@ -13,13 +13,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from xmppd.c2s.stream_management import (
-    REQUEST,
-    HandledTooHigh,
-    Inbound,
-    Outbound,
-    resumed,
-)
+from xmppd.c2s.spooling import Backlog
+from xmppd.c2s.stream_management import REQUEST, HandledTooHigh, Inbound, Outbound, Sent, resumed
 from xmppd.delivery import SAFE, Outcome, Pending, Record, Unsettled
 from xmppd.errors import StreamError
 from xmppd.protocol.stanza import Stanza
@@ -29,7 +24,7 @@ if TYPE_CHECKING:
     from xmppd.c2s.session import Session
 
 WINDOW: Final = 256 * 1024  # bytes written again at once when a stream is resumed; the rest as they are acknowledged
-_WHOLE: Final = 0.2  # seconds for what came before the stream was lost to be settled, so that it is not sent again
+_WHOLE: Final = 1.5  # seconds for what came before the stream was lost to be settled, so that it is not sent again
 _SETTLING: Final = frozenset({"get", "set"})
 
 
@@ -68,7 +63,9 @@ class Managed:
         "_limit_size",
         "_requested",
         "_session",
+        "_spooling",
         "_timer",
+        "backlog",
         "id",
         "inbound",
         "max",
@@ -81,7 +78,9 @@ class Managed:
         self.max = 0
         self.inbound = Inbound(self._nudge)
         self.outbound = Outbound()
+        self.backlog = Backlog(session, self.outbound)
         self._session = session
+        self._spooling = session.parts.spooling
         self._limit = options.max_ack_queue
         self._limit_size = options.max_ack_queue_size
         self._ack_timeout = options.ack_timeout
@@ -108,6 +107,11 @@ class Managed:
         """Whether it has no stream."""
         return self._timer is not None
 
+    @property
+    def resume_left(self) -> float:
+        """Seconds it may go on waiting."""
+        return 0.0 if self._timer is None else max(0.0, self._timer.when() - asyncio.get_running_loop().time())
+
     # -- to the client
 
     def send(self, stanza: Stanza) -> Outcome:
@@ -117,11 +121,17 @@ class Managed:
         entry: Stanza | Unsettled = stanza
         kind, type = stanza.kind, stanza.type
         if (kind == "message" and type not in ("headline", "error")) or (kind == "iq" and type in _SETTLING):
-            outcome = entry = Unsettled(stanza)
+            outcome = entry = Sent(stanza)
         xml = stanza.xml
         outbound = self.outbound
         if outbound.add(entry, len(xml)):
             self._session.carrier.write(xml)
+        self._spooling.unacknowledged += 1
+        if outcome is not SAFE:
+            if self._timer is not None:
+                asyncio.get_running_loop().call_soon(self.backlog.at_once)
+            elif not self.backlog.watched:
+                self.backlog.watch()
         if (len(outbound) > self._limit or outbound.size > self._limit_size) and not self._full:
             self._full = True
             # Not now: whoever sends is in the midst of looking through sessions.
@@ -151,7 +161,9 @@ class Managed:
 
     def acknowledged(self, h: int) -> None:
         """<a/>. StreamError when it is too high."""
-        self._requested = None
+        if self._requested is not None:
+            self.backlog.answered(time.monotonic() - self._requested)
+            self._requested = None
         self._settle(h)
         outbound = self.outbound
         if not outbound.open and not self.waiting:
@@ -160,12 +172,17 @@ class Managed:
             self._nudge()
 
     def _settle(self, h: int) -> None:
+        outbound = self.outbound
+        before = len(outbound)
         try:
-            done = self.outbound.acknowledge(h)
+            done = outbound.acknowledge(h)
         except HandledTooHigh as exc:
             raise StreamError("undefined-condition", str(exc), application=exc.xml) from None
+        self._spooling.unacknowledged -= before - len(outbound)
         for entry in done:
             entry.settle(SAFE)
+            if type(entry) is Sent and entry.row is not None:
+                self.backlog.acknowledged(entry)
 
     def requested(self, behind: int) -> None:
         """<r/>, in front of which so many stanzas wait for their turn."""
@@ -211,6 +228,7 @@ class Managed:
         self.outbound.shut()
         self._await_resumption()
         session.set_waiting(True)
+        self.backlog.at_once()
         return True
 
     def _rest(self) -> None:
@@ -239,8 +257,10 @@ class Managed:
         self._await_resumption()
         whole: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.inbound.when_whole(lambda: None if whole.done() else whole.set_result(None))
-        if not whole.done():
-            await asyncio.wait((whole,), timeout=_WHOLE)
+        wanted: list[asyncio.Future[Any]] = [whole, *self.backlog.flying()]
+        waiting = [one for one in wanted if not one.done()]
+        if waiting:
+            await asyncio.wait(waiting, timeout=_WHOLE)
         return not self._session.closed and attempt == self._attempt
 
     def resume(self, connection: "Connection") -> Pending | None:
@@ -253,6 +273,7 @@ class Managed:
         self._session.set_waiting(False)
         connection.carry(self._session)
         connection.write(resumed(self.id, self.inbound.rewind()))
+        self._session.parts.resumption.redelivered += self.outbound.written
         self.outbound.rewind()
         self._pump()
         return undecided
@@ -268,4 +289,17 @@ class Managed:
             self._timer.cancel()
             self._timer = None
         self.inbound.close()
-        return [Record(entry.stanza, entry) for entry in self.outbound.take()]
+        self._spooling.unacknowledged -= len(self.outbound)
+        return self.backlog.end(self.outbound.take())
+
+    def leave(self) -> list[tuple[Stanza, Pending | None]]:
+        """The session goes on on another node: what was not acknowledged, to be passed on."""
+        self._rest()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.inbound.close()
+        self._spooling.unacknowledged -= len(self.outbound)
+        left = self.backlog.leaving()
+        self.outbound.take()
+        return left

@@ -30,6 +30,7 @@ class Resumption:
         self.here = 0  # resumed so far
         self.from_elsewhere = 0
         self.failed = 0
+        self.redelivered = 0  # stanzas written again
         self._node = node
         self._sessions: dict[str, Session] = {}
         self._ended: dict[str, tuple[str, Inbound]] = {}  # by id: the bare JID, and what came from it

@@ -4,6 +4,7 @@ The session speaks to its connection through `Carrier` and to the rest of the se
 manager, so that another carrier can take it over.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, Final, Protocol
 
 from xmppd.c2s.managed import Managed, Nobody
 from xmppd.c2s.resumption import Resumption
+from xmppd.c2s.spooling import Spooling
 from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Records, Spawn, as_stanza_error
 from xmppd.errors import JidError, StanzaError, StreamError
 from xmppd.events import (
@@ -35,7 +37,7 @@ from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, bare, parse
 from xmppd.protocol.stanza import Stanza, build, error_reply
 from xmppd.router import Router
-from xmppd.session_manager import SUBSCRIPTIONS, SessionInfo, SessionManager
+from xmppd.session_manager import SUBSCRIPTIONS, SessionInfo, SessionManager, Waiting
 
 _PRIORITY: Final = f"{{{ns.CLIENT}}}priority"
 _SHOW: Final = f"{{{ns.CLIENT}}}show"
@@ -86,6 +88,7 @@ class Parts:
     sweeper: Sweeper
     counters: Counters = field(default_factory=Counters)
     resumption: Resumption = field(default_factory=Resumption)
+    spooling: Spooling = field(default_factory=Spooling)
 
 
 class Session:
@@ -292,10 +295,19 @@ class Session:
             await came
         finally:
             told()
-            self._flushes -= 1
-            if not self._flushes:
-                self._release_held()
+            self._flushed()
         return SAFE
+
+    def hold_messages(self, until: "asyncio.Future[Any]") -> None:
+        """Have messages for it wait, behind those that wait already, until that is done."""
+        self._held = self._held or []
+        self._flushes += 1
+        until.add_done_callback(lambda done: self._flushed())
+
+    def _flushed(self) -> None:
+        self._flushes -= 1
+        if not self._flushes:
+            self._release_held()
 
     def _release_held(self) -> None:
         held, self._held = self._held or [], None
@@ -399,17 +411,19 @@ class Session:
 
     # -- from node to node (handover.py)
 
-    def leave(self, event: SessionLeft) -> None:
-        """It goes on on another node: until it shows up there, what comes for it waits."""
+    def leave(self, event: SessionLeft) -> list[tuple[Stanza, Pending | None]]:
+        """It goes on on another node: until it shows up there, what comes for it waits. What was not acknowledged."""
         self.closed = True
         self._leaving = [*(self._held or ()), *(self._arriving or ())]
         self._held = self._arriving = None
         managed, self.managed = self.managed, None
+        entries: list[tuple[Stanza, Pending | None]] = []
         if managed is not None:
             self.parts.resumption.forget(managed)
-            managed.close()
+            entries = managed.leave()
         self._notify(event, self.state.clear)
         self.priority = self.presence = None  # whoever is at work for it stops
+        return entries
 
     def left(self) -> list[tuple[Stanza, Pending | None]]:
         """What has come for it meanwhile; from now on it is routed."""
@@ -516,6 +530,23 @@ class Session:
     def idle_seconds(self) -> float:
         """How long the client has been silent."""
         return max(0.0, time.monotonic() - self.carrier.last_heard)
+
+    def waiting(self) -> Waiting:
+        """What operators are shown of what it waits for."""
+        managed = self.managed
+        if managed is None:
+            return Waiting(self.jid, "plain", 0.0, len(self.records), 0, 0, 0, 0.0)
+        outbound, backlog = managed.outbound, managed.backlog
+        return Waiting(
+            self.jid,
+            "waiting" if managed.waiting else "connected",
+            managed.resume_left,
+            len(outbound),
+            outbound.size,
+            backlog.rows,
+            managed.inbound.unsettled,
+            backlog.round_trip,
+        )
 
     def info(self) -> SessionInfo:
         """What operators are shown."""

@@ -23,6 +23,29 @@ REQUEST: Final = f"<r xmlns='{ns.SM}'/>".encode()
 _ACK: Final = f"<a xmlns='{ns.SM}' h='%d'/>".encode()
 
 
+class Sent(Unsettled):
+    """A stanza on its way to a client, whose sender waits for its outcome.
+
+    `row`: its row in the spool, by then or soon; ROUTED: it cannot be kept, and its sender no longer waits; ELSEWHERE:
+    the same message is another row; None: the client alone can tell."""
+
+    __slots__ = ("row",)
+
+    def __init__(self, stanza: Stanza) -> None:
+        # One for each message: spelled out, it takes half the time.
+        self.result = None
+        self._decided = True
+        self._failed = None
+        self._settlers = None
+        self._deciders = None
+        self.stanza = stanza
+        self.row: bytes | None = None
+
+
+ROUTED: Final = b""
+ELSEWHERE: Final = b"="
+
+
 class HandledTooHigh(Exception):
     """The client acknowledges more than was sent to it (XEP-0198, Error Handling); counts as on the wire."""
 
@@ -171,6 +194,16 @@ class Outbound:
         """Bytes of XML."""
         return self._size
 
+    @property
+    def end(self) -> int:
+        """How many there have been in all."""
+        return self.acknowledged + len(self._queue)
+
+    def between(self, first: int, end: int) -> list[Stanza | Unsettled]:
+        """Those that are still here, counted from the first one there ever was."""
+        done = self.acknowledged
+        return list(islice(self._queue, max(0, first - done), max(0, end - done)))
+
     def add(self, entry: Stanza | Unsettled, size: int) -> bool:
         """One more, of so many bytes. Whether it is to be written now."""
         self._queue.append(entry)
@@ -229,8 +262,14 @@ class Outbound:
         return list(self._queue)
 
     def take(self) -> list[Unsettled]:
-        """The session is over: whatever somebody still waits for, oldest first."""
-        left = [entry for entry in self._queue if isinstance(entry, Unsettled) and entry.result is None]
+        """The session is over: whatever somebody still waits for, or what became of it is known to nobody, oldest
+        first."""
+        left = [
+            entry
+            for entry in self._queue
+            if isinstance(entry, Unsettled)
+            and (entry.result is None or (isinstance(entry, Sent) and entry.row is not None))
+        ]
         self._queue.clear()
         self.written = self._size = self._unwritten = 0
         self.open = False

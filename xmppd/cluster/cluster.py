@@ -154,6 +154,11 @@ class Cluster:
             await asyncio.sleep(0.01)
 
     @property
+    def holds_lease(self) -> bool:
+        """Whether nobody else may believe yet that this process is dead."""
+        return self._loop.time() < self.lease_until
+
+    @property
     def joined(self) -> bool:
         return self.membership.state == MEMBER
 
@@ -309,7 +314,7 @@ class Cluster:
         while True:
             await asyncio.sleep(BEAT)
             try:
-                await self._look(renew=self.joined or beats % SINGLE_BEATS == 0)
+                await self._look(renew=self.joined or beats % SINGLE_BEATS == 0 or not self.holds_lease)
                 self._database(away=False)
             except (StorageError, TimeoutError) as exc:
                 self._database(away=True, error=exc)

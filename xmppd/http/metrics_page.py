@@ -1,7 +1,7 @@
 """/metrics: what the node counted (metrics.py) and what can be asked of it now, for Prometheus."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from aiohttp import web
@@ -16,6 +16,8 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from xmppd.c2s.resumption import Resumption
+from xmppd.c2s.spooling import Spooling
 from xmppd.http.answers import Answer, only_reads
 from xmppd.http.cluster_metrics import ClusterCollector, ClusterSources
 from xmppd.metrics import Counters, Histogram, LoopLag
@@ -44,6 +46,8 @@ class Sources:
     counters: Counters
     lag: LoopLag
     requests: Mapping[tuple[str, int], int]  # by handler and status
+    resumption: Resumption = field(default_factory=Resumption)
+    spooling: Spooling = field(default_factory=Spooling)
 
 
 class NodeCollector(Collector):
@@ -56,6 +60,7 @@ class NodeCollector(Collector):
         yield from self._node()
         yield from self._streams()
         yield from self._stanzas()
+        yield from self._promise()
         yield from self._storage()
         yield from self._outbox()
 
@@ -121,6 +126,22 @@ class NodeCollector(Collector):
         yield _counts("xmppd_stanzas_sent", "Stanzas written to clients", "kind", sent)
         yield _counts("xmppd_stanza_errors", "Stanza errors sent", "condition", src.counters.stanza_errors)
         yield _count("xmppd_stanzas_rerouted", "Stanzas routed again: their session was dead", src.sessions.rerouted)
+
+    def _promise(self) -> Iterator[Metric]:
+        src, resumption, spooling = self._sources, self._sources.resumption, self._sources.spooling
+        waiting = spooling.unacknowledged
+        yield GaugeMetricFamily("xmppd_stanzas_unacknowledged", "Sent to clients, who owe an answer", value=waiting)
+        streams = {"here": resumption.here, "elsewhere": resumption.from_elsewhere, "failed": resumption.failed}
+        yield _counts("xmppd_resumptions", "Streams to be resumed, by where their session was", "result", streams)
+        yield _count("xmppd_stanzas_redelivered", "Stanzas written again to resumed streams", resumption.redelivered)
+        rows = {
+            "written": spooling.spooled,
+            "acknowledged": spooling.acknowledged_late,
+            "ended": spooling.ended,
+            "taken_over": src.spool.taken_over,
+            "duplicate": spooling.duplicates,
+        }
+        yield _counts("xmppd_unacknowledged_rows", "Unacknowledged messages in the spool", "event", rows)
 
     def _storage(self) -> Iterator[Metric]:
         batcher, spool = self._sources.batcher, self._sources.spool

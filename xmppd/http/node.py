@@ -8,6 +8,7 @@ from xmppd.access import Access as Rules
 from xmppd.admin.api_tokens import ApiTokens
 from xmppd.admin.nodes import Nodes
 from xmppd.admin.registry import Registry
+from xmppd.c2s.session import Parts
 from xmppd.c2s.tls import Certificates
 from xmppd.cluster.cluster import Cluster
 from xmppd.config import Config, HttpListen
@@ -40,6 +41,7 @@ class Node(Protocol):
     certificates: Certificates
     counters: Counters
     lag: LoopLag
+    parts: Parts
     cluster: Cluster
     forwarder: Forwarder
 
@@ -78,6 +80,8 @@ class HttpServers:
                 counters=node.counters,
                 lag=node.lag,
                 requests=self._requests,
+                resumption=node.parts.resumption,
+                spooling=node.parts.spooling,
             ),
             ClusterSources(node.cluster.engine, node.cluster.links, node.cluster.calls, node.forwarder),
         )

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Dialect, Insert, Integer, Row, Table, TextClause, bindparam, delete, select, text
 from sqlalchemy.dialects import mysql, sqlite
@@ -24,14 +24,20 @@ class db_now(ColumnElement[float]):
     type = Stamp()
 
 
+_NOW: Final = {
+    "sqlite": "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)",
+    "mysql": "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000)",
+}
+
+
 @compiles(db_now, "sqlite")
 def _sqlite_now(element: db_now, compiler: SQLCompiler, **options: Any) -> str:
-    return "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
+    return _NOW["sqlite"]
 
 
 @compiles(db_now, "mysql")
 def _mysql_now(element: db_now, compiler: SQLCompiler, **options: Any) -> str:
-    return "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000)"
+    return _NOW["mysql"]
 
 
 def insert_new(table: Table, dialect: Dialect) -> Insert:
@@ -95,12 +101,15 @@ def limited_update(table: str, changes: str, where: str, types: Mapping[str, Typ
     """An UPDATE of the first `:limit` rows by `id` that match, for each database by its dialect's name.
 
     UPDATE … ORDER BY … LIMIT is MySQL's, and locks the rows it changes in one go; SQLite as it is usually built does
-    without, and its writer has the database to itself anyway. `types` tells those of the other parameters.
+    without, and its writer has the database to itself anyway. `types` tells those of the other parameters; `{db_now}`
+    in `where` is the database's clock.
     """
     rows = f"{where} ORDER BY id LIMIT :limit"
     spelt = {
-        "mysql": f"UPDATE {table} SET {changes} WHERE {rows}",
-        "sqlite": f"UPDATE {table} SET {changes} WHERE id IN (SELECT id FROM {table} WHERE {rows})",
+        "mysql": f"UPDATE {table} SET {changes} WHERE {rows}".replace("{db_now}", _NOW["mysql"]),
+        "sqlite": f"UPDATE {table} SET {changes} WHERE id IN (SELECT id FROM {table} WHERE {rows})".replace(
+            "{db_now}", _NOW["sqlite"]
+        ),
     }
     used = [bindparam(name, type_=types[name]) for name in types if re.search(rf":{name}\b", spelt["mysql"])]
     return {name: text(sql).bindparams(*used, bindparam("limit", type_=Integer())) for name, sql in spelt.items()}

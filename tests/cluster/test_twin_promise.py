@@ -1,0 +1,130 @@
+"""No message waits in the spool while its recipient is available, on whatever node."""
+
+import asyncio
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from tests.cluster import worlds
+from tests.cluster.test_presence import JULIET
+from tests.modules.world import message
+from xmppd.protocol.jid import parse
+from xmppd.spool_watch import SpoolWatch
+
+ROUNDS = 40
+
+
+@pytest.fixture
+async def nodes(databases, tmp_path):
+    async with worlds.cluster(2, await databases.migrated("sqlite", tmp_path), tmp_path) as made:
+        await made.load(roster={}, presence={}, offline={})
+        await made[0].account("juliet", "romeo")
+        yield made
+
+
+def watch(world):
+    """Its looks at the database, when they are wanted."""
+    cluster = SimpleNamespace(me=SimpleNamespace(node=world.owner.member), skews={}, joined=True, holds_lease=True)
+    return SpoolWatch(world.spool, cluster, world.hooks, world.manager.takes_messages_here, world.spawn)
+
+
+async def test_what_is_stored_while_its_recipient_appears_elsewhere_comes_at_once(nodes, monkeypatch):
+    hits = 0
+    keep = nodes[0].spool.keep
+
+    def counting(*args, **options):
+        future = keep(*args, **options)
+
+        def committed(done):
+            nonlocal hits
+            hits += nodes[1].manager.is_available(parse(JULIET))
+
+        future.add_done_callback(committed)
+        return future
+
+    monkeypatch.setattr(nodes[0].spool, "keep", counting)
+    romeo = await nodes[0].come("romeo")
+    await nodes.calm()
+    chance = random.Random(6)
+    nodes.net.delay = lambda: chance.uniform(0, 0.004)
+    for turn in range(ROUNDS):
+
+        async def write(turn=turn):
+            await asyncio.sleep(chance.uniform(0, 0.012))
+            for part in range(3):
+                await romeo.send(message(JULIET, f"{turn}.{part}", id=f"m{turn}.{part}"))
+
+        juliet = await nodes[1].enter("juliet")
+
+        async def appear(juliet=juliet):
+            await asyncio.sleep(chance.uniform(0, 0.012))
+            await juliet.available()
+
+        await asyncio.gather(write(), appear())
+        await nodes[1].until(lambda juliet=juliet: len(juliet.bodies) >= 3)
+        assert juliet.bodies == [f"{turn}.{part}" for part in range(3)]
+        nodes.sweep()
+        juliet.session.close(clean=True)
+        await nodes[0].until(lambda: not nodes[0].table.rows(JULIET))
+    assert hits > 0, "the race was never hit"
+
+
+async def test_it_comes_although_no_node_has_told_the_other(nodes):
+    looks = watch(nodes[1])
+    romeo = await nodes[0].come("romeo")
+    juliet = await nodes[1].enter("juliet")
+    await nodes.calm()
+    nodes.net.hold("two", "one")  # that she is there
+    await juliet.available()
+    for number in range(3):
+        await nodes[0].stored(await romeo.send(message(JULIET, str(number), id=f"m{number}")))
+    assert juliet.bodies == []
+
+    await looks.look()
+
+    await nodes[1].until(lambda: len(juliet.bodies) == 3)
+    await looks.look()  # it sees them again, and they are not sent again
+    await nodes[1].quiet()
+    assert juliet.bodies == ["0", "1", "2"]
+
+    # Rows do not show in the order of their times: this one was begun five seconds ago.
+    nodes[0].advanced = -5.0
+    await nodes[0].stored(await romeo.send(message(JULIET, "3", id="m3")))
+    await looks.look()
+    await nodes[1].until(lambda: len(juliet.bodies) == 4)
+
+    # The next one is stored when the other node learns that she is there, and the one behind it goes to her directly.
+    nodes[0].advanced = 0.0
+    await nodes[0].stored(await romeo.send(message(JULIET, "4", id="m4")))
+    nodes.net.let_go("two", "one")
+    await nodes[0].until(lambda: nodes[0].manager.is_available(parse(JULIET)))
+    await romeo.send(message(JULIET, "5", id="m5"))
+    await nodes[1].until(lambda: len(juliet.bodies) == 6)
+    assert juliet.bodies == [str(number) for number in range(6)]
+
+
+async def test_what_is_written_behind_stored_messages_does_not_overtake_them(nodes):
+    """A message that another node sends directly, while those that it has stored are being fetched."""
+    chance = random.Random(7)
+    romeo = await nodes[0].come("romeo")
+    await nodes.calm()
+    nodes.net.delay = lambda: chance.uniform(0, 0.004)
+    for turn in range(15):
+        expected = [f"{turn}.{number}" for number in range(40)]
+
+        async def write(expected=expected):
+            for body in expected:
+                await romeo.send(message(JULIET, body, id=body))
+                await asyncio.sleep(chance.uniform(0, 0.001))
+
+        juliet = await nodes[1].enter("juliet")
+        writing = asyncio.create_task(write())
+        await asyncio.sleep(chance.uniform(0, 0.02))
+        await juliet.available()
+        await writing
+        await nodes[1].until(lambda juliet=juliet, expected=expected: len(juliet.bodies) >= len(expected))
+        assert juliet.bodies == expected
+        nodes.sweep()
+        juliet.session.close(clean=True)
+        await nodes[0].until(lambda: not nodes[0].table.rows(JULIET))

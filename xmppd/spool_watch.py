@@ -1,0 +1,104 @@
+"""What is done about the spool once a second by each node of a cluster: rows of the dead are taken over, and users who
+are available here are not left waiting for what is stored for them.
+
+Tables between nodes lag a little, so a node may store a message for somebody who has just become available on another
+one. The nodes tell each other; this look at the database is for what that misses.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from xmppd.cluster.cluster import Cluster
+from xmppd.errors import JidError, StorageError
+from xmppd.events import MessagesFound
+from xmppd.hooks import Hooks
+from xmppd.log import get_logger
+from xmppd.protocol.jid import JID, make
+from xmppd.spool import Spool
+
+_PERIOD: Final = 1.0  # seconds
+_OVERLAP: Final = 10.0  # seconds a commit may take to show, and a clock may be behind; what differs more is known
+_AT_ONCE: Final = 200  # users between two turns of the others
+log = get_logger("spool")
+
+
+class Place:
+    """This node among those that use the database. Fulfils spool.Standing."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def holds_lease(self) -> bool:
+        """By the clock of the process, which goes on while it is frozen."""
+        return self._cluster.holds_lease
+
+    def is_silent(self, member: bytes) -> bool:
+        cluster = self._cluster
+        return member != cluster.me.node and member not in cluster.links.peers and cluster.membership.is_member(member)
+
+
+class SpoolWatch:
+    """One per node. `is_here` tells whether a user (a bare JID) has a session on this node that takes messages."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        cluster: Cluster,
+        hooks: Hooks,
+        is_here: Callable[[JID], bool],
+        spawn: Callable[..., Any],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._spool = spool
+        self._cluster = cluster
+        self._hooks = hooks
+        self._is_here = is_here
+        self._spawn = spawn
+        self._clock = clock
+        self._since = clock()  # what was stored before has been seen, but for the overlap
+        self.looks = 0
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        away = False
+        while True:
+            await asyncio.sleep(_PERIOD * random.uniform(0.8, 1.2))  # not all nodes at once
+            if not self._cluster.joined or not self._cluster.holds_lease:
+                continue
+            try:
+                await self.look()
+            except StorageError as exc:
+                if not away:
+                    log.warning("spool cannot be looked at", error=exc)
+                away = True
+            except Exception as exc:
+                log.error("look at the spool failed", exc=exc)
+            else:
+                away = False
+
+    async def look(self) -> None:
+        """Once. Raises StorageError."""
+        began = self._clock()
+        await self._spool.take_over(self._cluster.me.node)
+        skew = max((abs(each) for each in self._cluster.skews.values()), default=0.0)
+        users = await self._spool.freed_since(self._since - _OVERLAP - skew)
+        self._since = began
+        self.looks += 1
+        for count, (host, username) in enumerate(users, 1):
+            try:
+                user = make(username, host)
+            except JidError:
+                continue
+            if self._is_here(user):
+                waiting = self._hooks.notify(MessagesFound(user))
+                if waiting is not None:
+                    self._spawn(_finish(waiting), name="messages found")
+            if count % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+
+
+async def _finish(waiting: Any) -> None:
+    await waiting
