@@ -54,7 +54,7 @@ class Account:
         """The sender was told that it could not be delivered."""
         self.state[number] |= RETURNED
 
-    def arrive(self, number: int, id: str) -> bool:
+    def arrive(self, number: int, id: str, node: int) -> bool:
         """Whether it is the first time."""
         if not 0 < number < len(self.state):
             self.wrong.append({"from": self.sender, "number": number, "what": "was never sent"})
@@ -67,7 +67,7 @@ class Account:
         self.state[number] |= ARRIVED
         stream = bisect(self.streams, number)
         if number < (highest := self._highest.get(stream, 0)):
-            self.disorder.append({**self.about(number), "after": highest, "at": time.time()})
+            self.disorder.append({**self.about(number), "after": highest, "arrived_at": time.time(), "on": node + 1})
         else:
             self._highest[stream] = number
         return True
@@ -105,11 +105,11 @@ class Book:
         self.accounts[account.sender] = account
         return account
 
-    def arrive(self, recipient: str, sender: str, number: int, id: str) -> None:
+    def arrive(self, recipient: str, sender: str, number: int, id: str, node: int) -> None:
         account = self.accounts[sender]
         if account.recipient != recipient:
             account.wrong.append({**account.about(number), "what": f"came to {recipient}"})
-        elif account.arrive(number, id):
+        elif account.arrive(number, id, node):
             self.arrived += 1
 
     def owed(self) -> int:

@@ -76,7 +76,7 @@ class Client:
         self.absence = 0.0  # seconds to stay away after the next loss of the stream
         self.calm = False  # behaves as well as it can
         self.silent = 0.0  # since when it has been asking
-        self.received_at = 0.0
+        self.received_at = 0.0  # the last message
         self.failure = ""  # of the last attempt
         self._to = f"{peer}@localhost"
         self._salted: dict[str, bytes] = {}
@@ -241,9 +241,9 @@ class Client:
 
     def arrived(self, got: Got) -> None:
         self.silent = 0.0
-        self.received_at = asyncio.get_running_loop().time()
         name = got.name
         if name == "message":
+            self.received_at = asyncio.get_running_loop().time()
             entry = self._read(got)
         elif name == "r":
             self._answer()
@@ -259,7 +259,7 @@ class Client:
         if self._counting:
             self._received.append(entry)
         elif entry is not None:
-            self.book.arrive(self.name, *entry)
+            self.book.arrive(self.name, *entry, self.node)
 
     def _read(self, got: Got) -> tuple[str, int, str] | None:
         sender = got.attributes.get("from", "").partition("@")[0]
@@ -284,7 +284,7 @@ class Client:
         self._handled += len(received)
         for entry in received:
             if entry is not None:
-                self.book.arrive(self.name, *entry)
+                self.book.arrive(self.name, *entry, self.node)
         received.clear()
         stream.write(f"<a xmlns='{SM}' h='{self._handled}'/>")
 

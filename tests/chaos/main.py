@@ -269,7 +269,7 @@ class Run:
         looked = 0.0
         while True:
             now = loop.time()
-            quiet = now - max(began, *(client.received_at for client in self.clients if True))
+            quiet = now - max(began, *(client.received_at for client in self.clients))
             there = all(client.up for client in self.clients)
             if there and not self.faults.unacknowledged and not self.book.owed() and quiet > _QUIET:
                 spooled = await asyncio.to_thread(self.faults.spooled)
