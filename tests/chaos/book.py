@@ -1,7 +1,7 @@
 """The books of a run of scripts/chaos: what was written, acknowledged, brought back and delivered, and the verdict.
 
-Every sender has one recipient and numbers its messages from 1. What counts is what the recipient's client has *handled*:
-a client with stream management has handled a message when it has said so in an <a/>.
+Every sender has one recipient and numbers its messages from 1. What counts is what the recipient's client has handled:
+with stream management it has handled a message when it has said so in an <a/>.
 """
 
 import time

@@ -36,14 +36,17 @@ class Habits:
     @property
     def name(self) -> str:
         kind = "managed" if self.managed else "plain"
-        more = [word for word, is_so in (("slow", self.slow), ("floods", self.floods), ("same-id", self.same_id)) if is_so]
+        more = [
+            word for word, is_so in (("slow", self.slow), ("floods", self.floods), ("same-id", self.same_id)) if is_so
+        ]
         return " ".join([kind, *([f"{self.delay * 1000:.0f}ms"] if self.managed else []), *more])
 
 
+LATE: Final = Habits(delay=0.3)
 KINDS: Final = (
     Habits(),
     Habits(delay=0.05),
-    Habits(delay=0.3),
+    LATE,
     Habits(floods=True),
     Habits(delay=0.05, slow=True),
     Habits(managed=False),
@@ -292,7 +295,9 @@ class Client:
         pending = self._pending
         count = h - self._base
         if not 0 <= count <= len(pending):
-            self.account.wrong.append({"from": self.name, "what": f"h={h} with {self._base} and {len(pending)} pending"})
+            self.account.wrong.append(
+                {"from": self.name, "what": f"h={h} with {self._base} and {len(pending)} pending"}
+            )
             return
         for _ in range(count):
             if number := pending.popleft():

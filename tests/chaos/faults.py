@@ -159,13 +159,9 @@ class Faults:
     async def kill(self) -> None:
         """SIGKILL under load, as a power cut."""
         while (node := self._pick()) is None:
-            await asyncio.sleep(0.2)
+            await self._sleep(0.2)
         self._busy.add(node)
-        self.flooding = True
-        end = time.monotonic() + _FLOODING
-        while self.unacknowledged < self.wanted and time.monotonic() < end and not self._mending.is_set():
-            await asyncio.sleep(0.01)
-        self.flooding = False
+        await self._flood()
         waiting = self.unacknowledged
         self.at_kill.append(waiting)
         self.counts["kill"] += 1
@@ -179,6 +175,14 @@ class Faults:
         self.note(f"{node.name} is back")
         self._away.discard(node)
         self._busy.discard(node)
+
+    async def _flood(self) -> None:
+        """Until there is as much on its way as there is to be."""
+        self.flooding = True
+        end = time.monotonic() + _FLOODING
+        while self.unacknowledged < self.wanted and time.monotonic() < end and not self._mending.is_set():
+            await self._sleep(0.01)
+        self.flooding = False
 
     async def restart(self) -> None:
         """An orderly stop, and a start."""
@@ -254,11 +258,11 @@ class Faults:
             await self._sleep(seconds)
             await asyncio.to_thread(self._database.start)
         else:
-            with closing(sqlite3.connect(self.file, timeout=5, isolation_level=None, check_same_thread=False)) as own:
-                with suppress(sqlite3.OperationalError):
-                    await asyncio.to_thread(own.execute, "BEGIN IMMEDIATE")
-                    await self._sleep(seconds)
-                    own.execute("ROLLBACK")
+            own = sqlite3.connect(self.file, timeout=5, isolation_level=None, check_same_thread=False)
+            with closing(own), suppress(sqlite3.OperationalError):
+                await asyncio.to_thread(own.execute, "BEGIN IMMEDIATE")
+                await self._sleep(seconds)
+                own.execute("ROLLBACK")
         self.note("the database is back")
         self._database_busy = False
 
