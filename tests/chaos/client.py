@@ -140,13 +140,13 @@ class Client:
         """A new session."""
         self.counts["logins"] += 1
         await stream.bind("chaos")
+        enabled = await stream.enable(self.habits.resume) if self.habits.managed else None
+        # Nothing of the old one is forgotten before: until here an attempt may fail.
         again = [number for number in self._pending if number]
         self._pending.clear()
         self._base = self._handled = 0
-        self._counting = False
         self.account.new_stream()
-        if self.habits.managed:
-            enabled = await stream.enable(self.habits.resume)
+        if enabled is not None:
             self._id, self._id_node = enabled.attributes.get("id", ""), self.node
             self._counting = True
             self._pending.append(0)

@@ -32,7 +32,7 @@ _COMING: Final = 60.0  # seconds until all clients must have logged in
 _STUCK: Final = 90.0  # seconds without any progress until what has not come counts as lost
 _QUIET: Final = 1.5  # seconds without a message: nothing more comes
 _ROUND: Final = 30.0  # seconds until everybody logs in anew, quiet or not
-_SILENT: Final = 3  # rounds in which nothing is acknowledged, kept or on its way: what is missing will not come
+_SILENT: Final = 2  # rounds in which nothing is acknowledged, kept or on its way: what is missing will not come
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
