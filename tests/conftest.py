@@ -1,6 +1,8 @@
 """Servers for scenarios, and databases. A real process serves many tests, whose accounts go with them; `fresh` makes
 one to break."""
 
+import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -24,6 +26,25 @@ _SHARED_AT_ONCE = 8  # each takes 100 MB
 
 # Hundreds of processes are started from here: compiling everything anew for each would be half of their work.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def _sockets() -> int:
+    """How many this process has open."""
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _whoever_leaves_a_socket_is_named() -> Iterator[None]:
+    """What is left unclosed is warned of when the collector finds it: have that be in the test that left it, and not
+    in whichever one runs by then."""
+    before = _sockets()
+    yield
+    if _sockets() > before:
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,12 @@ def cluster(tmp_path_factory):
     """Two nodes for those tests that leave them as they were."""
     cluster = RealCluster(tmp_path_factory.mktemp("cluster"), 2)
     for node, port in zip(cluster, free_ports(2), strict=True):
-        api = {"port": port, "ip": "127.0.0.1", "module": "http", "request_handlers": {"/api": "api"}}
+        api = {
+            "port": port,
+            "ip": "127.0.0.1",
+            "module": "http",
+            "request_handlers": {"/api": "api", "/metrics": "metrics"},
+        }
         permissions = {"all": {"who": "loopback", "what": ["connected*", "where", "kick_session", "status"]}}
         listen = [*node.options["listen"], api]
         node.configure({**node.options, "listen": listen, "api_permissions": permissions})
@@ -52,6 +57,41 @@ def cluster(tmp_path_factory):
         cluster.end()
     for node in cluster:
         node.judge()
+
+
+def counted(node: ClusterNode, name: str, /, **labels: str) -> float:
+    """One number of a node's /metrics."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{node.options['listen'][-1]['port']}/metrics", timeout=20) as page:
+        pairs = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
+        wanted = f"{name}{{{pairs}}} "
+        [found] = [line for line in page.read().decode().splitlines() if line.startswith(wanted)]
+    return float(found.removeprefix(wanted))
+
+
+async def test_what_two_users_of_one_node_say_stays_there(cluster):
+    scene, there = Scene(cluster[0]), Scene(cluster[1])
+    romeo, juliet = await scene.raw_login("romeo"), await scene.raw_login("juliet")
+    nurse = await there.raw_login("nurse")
+    for client in (romeo, juliet, nurse):
+        client.forget()
+
+    async def speech(to) -> float:
+        """Bytes that the nats-server of the first node sent to the other one's meanwhile."""
+        route = {"node": TWO, "direction": "sent"}
+        await asyncio.to_thread(until, lambda: counted(cluster[0], "xmppd_link_queue_bytes", node=TWO) == 0, "quiet")
+        before = counted(cluster[0], "xmppd_nats_route_bytes_total", **route)
+        for number in range(200):
+            romeo.send_message(to.jid, f"{number} " + "x" * 1000)
+        for number in range(200):
+            assert (await to.next()).body.startswith(f"{number} ")
+        return counted(cluster[0], "xmppd_nats_route_bytes_total", **route) - before
+
+    across = await speech(nurse)
+    here = await speech(juliet)
+
+    assert across > 200_000
+    assert here < 20_000, "heartbeats, and nothing that was said"
+    await asyncio.gather(scene.end(), there.end())
 
 
 async def test_commands_reach_the_whole_cluster_from_any_node(cluster):

@@ -1,6 +1,7 @@
 """Joining and leaving with real processes that share one database."""
 
 import json
+import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,8 @@ from tests.harness.cluster import ClusterNode, free_ports, until
 from tests.harness.scene import Scene
 from xmppd.cluster.membership import Copy
 
-ALREADY_JOINED, UNREACHABLE, WRONG_COOKIE, OTHER_HOSTS, SELF = 17, 18, 19, 21, 22
+ALREADY_JOINED, UNREACHABLE, WRONG_COOKIE, OTHER_VERSION, OTHER_HOSTS, SELF = 17, 18, 19, 20, 21, 22
+NODE_LOCAL_DATABASE = 23
 OTHER_DATABASE, REMOVED, IN_USE, NO_SUCH_NODE, NOT_CONVERGED = 24, 25, 16, 27, 26
 
 
@@ -154,6 +156,34 @@ async def test_what_does_not_fit_is_refused_with_its_own_words_and_code(real_clu
     assert given.returncode == 0, given.stdout
     stranger.asked("join_cluster", "xmppd@node01")
     cluster.converged(*cluster.nodes[:3])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another machine is a mount namespace, which takes root")
+async def test_an_sqlite_file_is_not_shared_with_another_machine(real_cluster):
+    cluster = real_cluster(2, start=False)
+    boot_id = cluster.folder / "boot_id"
+    boot_id.write_text("6f0c3c0e-0000-4000-8000-000000000000\n")
+    cluster[0].start()
+    script = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
+    cluster[1].start("unshare", "--mount", "sh", "-c", script, str(boot_id))
+
+    assert "SQLite file" in refused(cluster[1], NODE_LOCAL_DATABASE, "join_cluster", "xmppd@node01")
+    assert failing(cluster[1], "xmppd@node01") == ["database"]
+    assert members(cluster[0]) == ["xmppd@node01"]
+
+
+async def test_a_node_of_a_distant_version_is_refused(real_cluster):
+    cluster = real_cluster(2, start=False)
+    newer = cluster.folder / "newer"  # what a release with a protocol two steps on says of itself
+    newer.mkdir()
+    (newer / "sitecustomize.py").write_text("import xmppd.clustering\n\nxmppd.clustering.PROTOCOL += 2\n")
+    cluster[1].environment["PYTHONPATH"] = f"{newer}:{cluster[1].environment['PYTHONPATH']}"
+    cluster.start()
+
+    assert "upgrade the older one" in refused(cluster[1], OTHER_VERSION, "join_cluster", "xmppd@node01")
+    assert "upgrade the older one" in refused(cluster[0], OTHER_VERSION, "join_cluster", "xmppd@node02")
+    assert failing(cluster[1], "xmppd@node01") == ["version"]
+    assert members(cluster[0]) == ["xmppd@node01"]
 
 
 async def test_members_see_each_other_and_do_not_join_twice(real_cluster):

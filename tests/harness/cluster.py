@@ -2,25 +2,20 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tests.harness.ports import free_port
 from tests.harness.server import PATIENCE, Options, Server, options
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody uses, all different."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Ports of 127.0.0.1 that nobody uses or is given, all different."""
+    return [free_port() for _ in range(count)]
 
 
 class ClusterNode(Server):

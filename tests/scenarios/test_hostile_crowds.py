@@ -3,10 +3,13 @@
 Every attack runs in several rounds. The first warms up: caches fill, the memory allocator gets its pages. After it
 nothing may grow. The pair's p99 is that of its best round, and is held against what it is without an attack, before and
 (where it had to be tried again) between them: what else goes on in the machine only ever adds to it, whereas a server
-that stands still does so in every round.
+that stands still does so in every round. Under three times the quiet value is what `scripts/test --long` asks for; on
+a machine that does other things meanwhile the p99 only shows whether the server stood still, and that the short form
+asks.
 """
 
 import base64
+import os
 import re
 import socket
 from collections import Counter
@@ -20,6 +23,8 @@ from tests.harness.scene import until
 
 ROUNDS = 3
 AGAIN = 3  # more rounds, if the pair was slow in all of these
+# Seconds of a p99 that are quick enough, whatever it is without an attack.
+ANYHOW = 3 * NOISE if os.environ.get("XMPPD_LONG_TESTS") else 0.15
 FLAT = 4.0  # MiB that later rounds may take more than the first one: pages the allocator keeps
 STREAMS = "http://etherx.jabber.org/streams"
 LISTEN = [
@@ -76,7 +81,7 @@ class Siege:
 
     @property
     def is_quick(self):
-        return min(self.during) < 3 * max(self.quiet, NOISE)
+        return min(self.during) < max(3 * self.quiet, ANYHOW)
 
     async def weigh(self):
         """After a round, when all have gone and what they used was given back."""

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from xmppd.cluster import subjects
+from xmppd.cluster.calls import NodeCalls
 from xmppd.cluster.engine import Engine
 from xmppd.cluster.hello import LOOK, REFRESH, SKEW, Card
-from xmppd.cluster.interfaces import Calls, Peer
+from xmppd.cluster.interfaces import Peer
 from xmppd.cluster.links import LinkSet
 from xmppd.cluster.membership import MEMBER, REMOVED, Identity, Membership, Node, Store
 from xmppd.cluster.replica import Replica
@@ -65,7 +66,7 @@ class Cluster:
         *,
         engine: Engine,
         links: LinkSet,
-        calls: Calls,
+        calls: NodeCalls,
         replica: Replica,
         hooks: Hooks,
         spawn: Callable[..., Any],

@@ -17,6 +17,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from xmppd.http.answers import Answer, only_reads
+from xmppd.http.cluster_metrics import ClusterCollector, ClusterSources
 from xmppd.metrics import Counters, Histogram, LoopLag
 from xmppd.session_manager import SessionManager
 from xmppd.spool import Spool
@@ -150,9 +151,11 @@ class MetricsPage:
     name = "metrics"
     exact = True
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: Sources, cluster: ClusterSources) -> None:
         self._registry = CollectorRegistry(auto_describe=False)  # our own: nothing a library registers gets in
         self._registry.register(NodeCollector(sources))
+        self._cluster = ClusterCollector(cluster)
+        self._registry.register(self._cluster)
         ProcessCollector(registry=self._registry)  # memory, CPU time, open files
         GCCollector(registry=self._registry)
 
@@ -160,6 +163,7 @@ class MetricsPage:
         only_reads(request)
         accept = request.headers.get("Accept", "")[:_LONGEST_ACCEPT]
         encoder, content_type = _encoder(accept)
+        await self._cluster.refresh()
         return Answer(200, encoder(self._registry), content_type)
 
 

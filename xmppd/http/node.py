@@ -9,10 +9,13 @@ from xmppd.admin.api_tokens import ApiTokens
 from xmppd.admin.nodes import Nodes
 from xmppd.admin.registry import Registry
 from xmppd.c2s.tls import Certificates
+from xmppd.cluster.cluster import Cluster
 from xmppd.config import Config, HttpListen
+from xmppd.forward import Forwarder
 from xmppd.http.access import Access
 from xmppd.http.answers import Handler
 from xmppd.http.api import Api
+from xmppd.http.cluster_metrics import ClusterSources
 from xmppd.http.health import Live, Ready
 from xmppd.http.listener import HttpListener
 from xmppd.http.metrics_page import MetricsPage, Sources
@@ -35,6 +38,8 @@ class Node(Protocol):
     certificates: Certificates
     counters: Counters
     lag: LoopLag
+    cluster: Cluster
+    forwarder: Forwarder
 
     @property
     def nodes(self) -> Nodes: ...
@@ -70,7 +75,8 @@ class HttpServers:
                 counters=node.counters,
                 lag=node.lag,
                 requests=self._requests,
-            )
+            ),
+            ClusterSources(node.cluster.engine, node.cluster.links, node.cluster.calls, node.forwarder),
         )
 
     async def open(self, listen: HttpListen) -> dict[str, Any]:
