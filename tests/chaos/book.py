@@ -24,7 +24,7 @@ class Account:
         self.acked_at = array("d", [0.0])
         self.acked_by = array("b", [-1])  # number of the node
         self.streams = [0]  # the first number that each stream of a client without stream management wrote
-        self._highest: dict[int, int] = {}  # by stream
+        self._highest: dict[int, tuple[int, str]] = {}  # by stream: the number, and how it came
         self.repeated = 0
         self.disorder: list[dict[str, Any]] = []
         self.wrong: list[dict[str, Any]] = []
@@ -54,8 +54,8 @@ class Account:
         """The sender was told that it could not be delivered."""
         self.state[number] |= RETURNED
 
-    def arrive(self, number: int, id: str, node: int) -> bool:
-        """Whether it is the first time."""
+    def arrive(self, number: int, id: str, node: int, *, stored: bool = False) -> bool:
+        """Whether it is the first time. `stored`: it has a delay stamp."""
         if not 0 < number < len(self.state):
             self.wrong.append({"from": self.sender, "number": number, "what": "was never sent"})
             return False
@@ -66,10 +66,12 @@ class Account:
             return False
         self.state[number] |= ARRIVED
         stream = bisect(self.streams, number)
-        if number < (highest := self._highest.get(stream, 0)):
-            self.disorder.append({**self.about(number), "after": highest, "arrived_at": time.time(), "on": node + 1})
+        how = f"{time.time():.3f} on {node + 1}{' from the spool' if stored else ''}"
+        highest, before = self._highest.get(stream, (0, ""))
+        if number < highest:
+            self.disorder.append({**self.about(number), "arrived": how, "after": highest, "which_arrived": before})
         else:
-            self._highest[stream] = number
+            self._highest[stream] = (number, how)
         return True
 
     def about(self, number: int) -> dict[str, Any]:
@@ -105,11 +107,11 @@ class Book:
         self.accounts[account.sender] = account
         return account
 
-    def arrive(self, recipient: str, sender: str, number: int, id: str, node: int) -> None:
+    def arrive(self, recipient: str, sender: str, number: int, id: str, stored: bool, node: int) -> None:
         account = self.accounts[sender]
         if account.recipient != recipient:
             account.wrong.append({**account.about(number), "what": f"came to {recipient}"})
-        elif account.arrive(number, id, node):
+        elif account.arrive(number, id, node, stored=stored):
             self.arrived += 1
 
     def owed(self) -> int:

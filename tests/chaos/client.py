@@ -88,7 +88,7 @@ class Client:
         self._id_node = -1
         self._pending: deque[int] = deque()  # numbers (0: another stanza) that no <a/> covers
         self._base = 0  # how many it covers
-        self._received: deque[tuple[str, int, str] | None] = deque()  # and not handled
+        self._received: deque[tuple[str, int, str, bool] | None] = deque()  # and not handled
         self._handled = 0
         self._counting = False
 
@@ -264,14 +264,14 @@ class Client:
         elif entry is not None:
             self.book.arrive(self.name, *entry, self.node)
 
-    def _read(self, got: Got) -> tuple[str, int, str] | None:
+    def _read(self, got: Got) -> tuple[str, int, str, bool] | None:
         sender = got.attributes.get("from", "").partition("@")[0]
         number = int((got.body or "0").split()[0])
         if got.attributes.get("type") == "error":
             self.counts[f"errors: {', '.join(child.rpartition(' ')[2] for child in got.children[-1:])}"] += 1
             self.account.give_back(number)
             return None
-        return sender, number, got.attributes.get("id", "")
+        return sender, number, got.attributes.get("id", ""), "urn:xmpp:delay delay" in got.children
 
     def _answer(self) -> None:
         if self.habits.delay and not self.calm:

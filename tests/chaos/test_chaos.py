@@ -130,7 +130,7 @@ def test_the_verdict_names_what_is_missing():
     assert not verdict["good"]
     assert verdict["named"]["lost"][0]["acknowledged_by"] == 3
     assert book.owed() == 1
-    book.arrive("juliet", "romeo", 1, "romeo-1", 0)
+    book.arrive("juliet", "romeo", 1, "romeo-1", stored=False, node=0)
     assert book.verdict()["good"]
-    book.arrive("nurse", "romeo", 1, "romeo-1", 0)
+    book.arrive("nurse", "romeo", 1, "romeo-1", stored=False, node=0)
     assert book.verdict()["wrong"] == 1
