@@ -11,7 +11,7 @@ from collections import Counter
 from typing import Any, Final
 
 SENT, ACKED, ARRIVED, RETURNED = 1, 2, 4, 8
-_NAMED: Final = 50  # messages named of each kind of trouble; the rest are counted
+_NAMED: Final = 1000  # messages named of each kind of trouble; the rest are counted
 
 
 class Account:
