@@ -12,7 +12,20 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from xmppd.cluster.tables import Lost, Owner, SessionRow, SessionTable
-from xmppd.delivery import ERROR, SAFE, Bounce, Gate, Outcome, Pending, Record, Settled, Spawn, first_of
+from xmppd.delivery import (
+    ERROR,
+    SAFE,
+    Bounce,
+    Gate,
+    Outcome,
+    Pending,
+    Record,
+    Settled,
+    Spawn,
+    Turns,
+    as_stanza_error,
+    first_of,
+)
 from xmppd.errors import StanzaError
 from xmppd.events import (
     DirectedPresenceArrived,
@@ -154,6 +167,7 @@ class SessionManager:
         self.rerouted = 0  # stanzas whose session turned out to be dead
         self._remote: Remote | None = None
         self._held: dict[str, asyncio.Future[None]] = {}  # messages for these bare JIDs wait
+        self._turns = Turns(self._reroute_one)
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         table.on_conflict.append(self._lost)
         table.on_appeared.append(self._appeared)
@@ -297,14 +311,22 @@ class SessionManager:
             stanza = record.stanza
             if stanza.copy:
                 record.outcome.settle(SAFE)
-                continue
-            try:
-                if stanza.kind == "iq":
-                    record.outcome.follow(self._bounce(stanza, StanzaError("service-unavailable")))
-                else:
-                    record.outcome.follow(self.route(stanza))
-            except StanzaError as error:
-                record.outcome.follow(self._bounce(stanza, error))
+            elif stanza.kind == "message" and stanza.to is not None:
+                self._turns.add(stanza.to.bare, record)
+            else:
+                self._reroute_one(record)
+
+    def _reroute_one(self, record: Record) -> Outcome:
+        stanza = record.stanza
+        try:
+            if stanza.kind == "iq":
+                outcome = self._bounce(stanza, StanzaError("service-unavailable"))
+            else:
+                outcome = self.route(stanza)
+        except Exception as exc:  # the others have to go on
+            outcome = self._bounce(stanza, as_stanza_error(exc))
+        record.outcome.follow(outcome)
+        return outcome
 
     def multicast(self, stanza: Stanza, users: Iterable[JID], *, only: bytes | None = None) -> None:
         """Give one presence to every available resource of many users of our hosts; `to` becomes each user's bare JID.
@@ -489,6 +511,8 @@ class SessionManager:
         return self.route(stanza)
 
     def _message(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
+        if self._turns and to.bare in self._turns and (ahead := self._turns.ahead(to.bare, stanza)) is not None:
+            return self._gate.wait(stanza, self._message_held(stanza, ahead))
         if self._held and to.bare in self._held and not stanza.hops and not stanza.kept:
             return self._gate.wait(stanza, self._message_held(stanza, self._held[to.bare]))
         if to.resource:
