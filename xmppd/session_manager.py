@@ -163,11 +163,11 @@ class SessionManager:
         self._bounce = bounce
         self._spawn = spawn
         self._gate = Gate(hooks, spawn, bounce)
+        self._turns = Turns(self._reroute_one)
         self.strict = strict  # routing.profile: rfc6121
         self.rerouted = 0  # stanzas whose session turned out to be dead
         self._remote: Remote | None = None
         self._held: dict[str, asyncio.Future[None]] = {}  # messages for these bare JIDs wait
-        self._turns = Turns(self._reroute_one)
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         table.on_conflict.append(self._lost)
         table.on_appeared.append(self._appeared)
