@@ -46,6 +46,7 @@ def listens(node: ClusterNode) -> bool:
     return any(line[1].endswith(wanted) and line[3] == "0A" for line in lines)
 
 
+@pytest.mark.long
 async def test_a_node_that_never_joined_opens_no_port_and_runs_no_engine(real_cluster):
     cluster = real_cluster(1)
 
@@ -74,6 +75,7 @@ async def test_joining_needs_no_command_on_the_other_node_and_cuts_off_no_client
         await scene.end()
 
 
+@pytest.mark.long
 async def test_the_command_returns_when_the_tables_agree(real_cluster):
     cluster = real_cluster(2, join=False)
     scene = Scene(cluster[0])
@@ -116,6 +118,7 @@ async def test_two_nodes_join_each_other_at_once(real_cluster):
     cluster.converged()
 
 
+@pytest.mark.long
 async def test_the_other_side_may_ask_for_the_join(real_cluster):
     cluster = real_cluster(2, join=False)
 
@@ -158,6 +161,7 @@ async def test_what_does_not_fit_is_refused_with_its_own_words_and_code(real_clu
     cluster.converged(*cluster.nodes[:3])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.geteuid() != 0, reason="another machine is a mount namespace, which takes root")
 async def test_an_sqlite_file_is_not_shared_with_another_machine(real_cluster):
     cluster = real_cluster(2, start=False)
@@ -172,6 +176,7 @@ async def test_an_sqlite_file_is_not_shared_with_another_machine(real_cluster):
     assert members(cluster[0]) == ["xmppd@node01"]
 
 
+@pytest.mark.long
 async def test_a_node_of_a_distant_version_is_refused(real_cluster):
     cluster = real_cluster(2, start=False)
     newer = cluster.folder / "newer"  # what a release with a protocol two steps on says of itself
@@ -220,6 +225,7 @@ async def test_nodes_come_back_in_any_order_without_a_command(real_cluster, orde
     cluster.converged()
 
 
+@pytest.mark.long
 async def test_a_missing_peer_does_not_delay_a_start(real_cluster):
     cluster = real_cluster(2)
     for node in cluster:
@@ -232,6 +238,7 @@ async def test_a_missing_peer_does_not_delay_a_start(real_cluster):
     await scene.end()
 
 
+@pytest.mark.long
 async def test_a_killed_node_comes_back(real_cluster):
     cluster = real_cluster(2)
     cluster[1].kill()
@@ -264,6 +271,7 @@ async def test_a_removed_node_stops_and_stays_removed_until_it_is_a_new_one(real
     cluster.converged()
 
 
+@pytest.mark.long
 async def test_a_node_that_does_not_run_can_be_removed_and_learns_it(real_cluster):
     cluster = real_cluster(2)
     cluster[1].kill()
@@ -302,6 +310,7 @@ async def test_a_copied_data_folder_is_refused_while_the_first_one_serves(real_c
     cluster.converged()
 
 
+@pytest.mark.long
 async def test_another_database_than_the_clusters_is_not_served_from(real_cluster):
     cluster = real_cluster(2)
     cluster[1].stop()
@@ -381,6 +390,7 @@ async def test_the_cookie_is_changed_without_a_link_going_down(real_cluster):
     cluster.converged()
 
 
+@pytest.mark.long
 async def test_the_cookie_is_not_taken_from_the_command_line(real_cluster):
     cluster = real_cluster(1)
 
@@ -408,6 +418,7 @@ def test_the_copy_of_the_members_is_read_back_as_it_was_written(tmp_path):
         Copy.parse(copy.text().replace("member", "single", 1))
 
 
+@pytest.mark.long
 @pytest.mark.mariadb
 async def test_members_start_and_find_each_other_without_the_database(real_cluster, databases, tmp_path):
     url = databases.empty("mariadb", tmp_path)

@@ -210,7 +210,7 @@ async def test_who_is_bound_elsewhere_but_silent_is_gone_for_the_contacts(nodes)
         assert ways(client, JULIET)[-1] == ("balcony", "available")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_a_hundred_thousand_lost_sessions_do_not_hold_up_the_loop(nodes):
     world, dead = nodes[1], Owner(b"d" * 16, 0, 1)
     romeo = await world.come("romeo")

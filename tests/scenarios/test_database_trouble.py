@@ -24,7 +24,7 @@ import pytest
 from tests import mariadb
 from tests.scenarios.plain_node import PATIENCE, Client, Node, Refused, error_of
 
-SHORT, LONG = 8.0, 30.0  # seconds of trouble
+SHORT, LONG = 5.0, 30.0  # seconds of trouble
 PROMPT = 2.0  # seconds a message between two people online may take, on a busy machine, whatever the database does
 BOUND = 28.0  # seconds within which every request has its answer: below a stream's negotiation_timeout
 BACK = 20.0  # seconds after its end until a trouble is over for everybody
@@ -230,7 +230,7 @@ async def playing(node: Node) -> AsyncIterator[Play]:
         await play.end()
 
 
-HOW_LONG = [pytest.param(SHORT, id="8s"), pytest.param(LONG, id="30s", marks=pytest.mark.long)]
+HOW_LONG = [pytest.param(SHORT, id="5s"), pytest.param(LONG, id="30s", marks=pytest.mark.long)]
 
 
 # -- MariaDB -----------------------------------------------------------------------------------------------------------
@@ -290,6 +290,7 @@ async def test_a_database_that_is_away_harms_nobody_who_is_online(node, mariadb_
         await play.check(logins={"temporary-auth-failure"})
 
 
+@pytest.mark.long
 @pytest.mark.alone
 @pytest.mark.mariadb
 async def test_a_database_that_stutters_is_borne(node, mariadb_server):

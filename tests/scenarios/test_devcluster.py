@@ -44,7 +44,6 @@ def answers(address: str) -> bool:
     return True
 
 
-@pytest.mark.alone
 def test_a_node_serves_when_up_returns(folder):
     node = up(folder)
 
@@ -114,7 +113,6 @@ def ask(node: dict, *command: str) -> list[str]:
     return sorted(done.stdout.split())
 
 
-@pytest.mark.alone
 def test_two_nodes_are_one_cluster_when_up_returns(folder):
     one, two = lines(script("devcluster", "up", "2", "--dir", folder, "--json"))
     names = [one["name"], two["name"]]
@@ -166,7 +164,9 @@ def test_a_cluster_may_have_its_database_in_mariadb(folder, mariadb_server):
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the load generator needs a C compiler")
-@pytest.mark.parametrize("tls", ["none", "starttls", "direct"])
+@pytest.mark.parametrize(
+    "tls", ["starttls", pytest.param("none", marks=pytest.mark.long), pytest.param("direct", marks=pytest.mark.long)]
+)
 def test_no_message_is_lost_under_a_short_load(tls):
     measured = script("bench", "chat", "--pairs", "5", "--warm", "0.2", "--time", "0.5", "--tls", tls)
 

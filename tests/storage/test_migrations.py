@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Column, Integer, MetaData, inspect, select, text, update
 
 from modules.announce.motd import motd, motd_seen
@@ -22,6 +24,7 @@ from modules.roster.store import roster_item, roster_version
 from modules.vcard import vcard
 from xmppd.errors import SchemaTooNew, StorageUnavailable
 from xmppd.storage import Lease, Utf8, db_now, host_column, long_text, migrate, module_table, user_column
+from xmppd.storage.migrate import revisions
 from xmppd.storage.tables import db_lock, metadata
 
 # The tables that the bundled modules declare, each of which a revision has to make.
@@ -55,6 +58,18 @@ def test_every_table_of_a_bundled_module_is_among_them():
     ]
 
     assert sorted(declarations) == sorted(table.name for table in BUNDLED)
+
+
+def test_the_revisions_are_those_that_alembic_finds():
+    found = ScriptDirectory(str(REPOSITORY / "xmppd/storage/migrations")).walk_revisions()
+
+    assert revisions() == [script.revision for script in found][::-1]
+
+
+def test_a_start_without_a_migration_does_not_load_alembic():
+    program = "import sys, xmppd.server; sys.exit('alembic' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode == 0
 
 
 async def tables_of(storage) -> set[str]:
