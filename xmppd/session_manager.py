@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Final, Protocol
 
 from xmppd.cluster.tables import Lost, Owner, SessionRow, SessionTable
 from xmppd.delivery import (
@@ -45,6 +45,8 @@ from xmppd.protocol.jid import JID, bare
 from xmppd.protocol.stanza import Stanza
 
 Rows = Mapping[str, SessionRow]
+_OWED: Final = 10.0  # seconds for a node to take back its row of a full JID that is bound elsewhere, or to be seen dead
+_OWED_LOOK: Final = 0.02
 SUBSCRIPTIONS = frozenset({"subscribe", "subscribed", "unsubscribe", "unsubscribed"})
 
 
@@ -93,6 +95,10 @@ class Remote(Protocol):
         ...
 
     def spread(self, node: bytes, stanza: Stanza, users: Sequence[str]) -> None: ...
+
+    def owes(self, node: bytes, user: str) -> bool:
+        """Whether something was sent there for a bare JID of which nothing is known yet."""
+        ...
 
     def kick(self, nodes: Sequence[bytes], jid: JID, reason: str, condition: str) -> None: ...
 
@@ -510,9 +516,29 @@ class SessionManager:
         await asyncio.wait((until,))
         return self.route(stanza)
 
+    def _owed(self, row: SessionRow) -> bool:
+        """Whether the node where this session's full JID was bound before has something for the user of which nothing
+        is known yet. As a rule it takes its row back within milliseconds; when it does not it is dead, perhaps, and
+        what it has will be routed again as soon as that is known."""
+        if row.hides is None or self._remote is None:
+            return False
+        node, since = row.hides
+        return time.monotonic() < since + _OWED and self._remote.owes(node, row.jid.bare)
+
+    async def _message_behind(self, stanza: Stanza) -> Outcome:
+        assert stanza.to is not None
+        user, owed = stanza.to.bare, True
+        while owed:
+            await asyncio.sleep(_OWED_LOOK)
+            owed = any(self._owed(row) for row in self._table.rows(user).values())
+        return self.route(stanza)
+
     def _message(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
         if self._turns and to.bare in self._turns and (ahead := self._turns.ahead(to.bare, stanza)) is not None:
             return self._gate.wait(stanza, self._message_held(stanza, ahead))
+        for one in rows.values():
+            if one.hides is not None and self._owed(one) and not stanza.hops and not stanza.kept:
+                return self._gate.wait(stanza, self._message_behind(stanza))
         if self._held and to.bare in self._held and not stanza.hops and not stanza.kept:
             return self._gate.wait(stanza, self._message_held(stanza, self._held[to.bare]))
         if to.resource:
