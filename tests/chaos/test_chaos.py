@@ -17,7 +17,7 @@ def run(tmp_path, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 
 def kept(code: int, report: dict[str, Any]) -> None:
-    """Nothing is lost. Order does not always survive the death of a node yet: docs/delivery.md."""
+    """Nothing is lost. Order does not survive everything yet: docs/delivery.md, Order."""
     assert code == (0 if report["good"] else 1)
     assert report["lost"] == report["wrong"] == 0, report["named"]
     assert report["never_acknowledged"] == 0
