@@ -264,7 +264,11 @@ class ServerInfo(Protocol):
     """What a module may know about the server."""
 
     version: str
-    started_at: float  # Unix time
+
+    @property
+    def started_at(self) -> float:
+        """By the clock that modules are given."""
+        ...
 
     @property
     def hosts(self) -> tuple[str, ...]: ...

@@ -58,7 +58,7 @@ from xmppd.s2s_manager import S2SManager
 from xmppd.serving import Listeners
 from xmppd.session_manager import SessionManager
 from xmppd.spool import Spool
-from xmppd.storage import Accounts, Storage
+from xmppd.storage import Accounts, Storage, clock
 
 _log = get_logger("xmppd.server")
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
@@ -83,7 +83,6 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.started_at = time.time()
         self.version = software_version()
         self._started = time.monotonic()
         self._status = "starting"
@@ -128,6 +127,11 @@ class Server:
             log.set_level(level)
         except KeyError as exc:
             raise ValueError(level) from exc
+
+    @property
+    def started_at(self) -> float:
+        """Unix time, by the clock of the cluster."""
+        return clock() - self.uptime()
 
     def uptime(self) -> float:
         """Seconds."""
@@ -255,7 +259,7 @@ class Server:
         )
         try:
             self.accounts = Accounts(self.storage)
-            self.spool = Spool(self.storage)
+            self.spool = Spool(self.storage, clock=clock)
             self._place = clustering.Place(self.config, self.folder, self.storage, self.version)
             away = await self._place.open()
             self.owner = self._place.owner
@@ -319,6 +323,7 @@ class Server:
             bounce=self.router.bounce,
             spawn=self.spawn,
             strict=self.config.routing.profile == "rfc6121",
+            clock_ns=clock.ns,
         )
         local = LocalRouter(self.sessions, dispatcher, self.gate)
         for host in self.config.hosts:
@@ -421,7 +426,7 @@ class Server:
             access=self.access,
             server=self,
             log=get_logger(f"modules.{name}"),
-            clock=time.time,
+            clock=clock,
             route=self.router.route,
             spawn=self.spawn_service,
             service=self.loader.service,
