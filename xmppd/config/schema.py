@@ -59,11 +59,7 @@ MECHANISMS: Final = (
 )
 
 # Validated, but nothing acts on them yet. `listen[]` stands for each listener; a name covers what is below it.
-NO_EFFECT_YET: Final = (
-    "database.read",
-    "listen[].trusted_proxies",
-    "listen[].use_proxy_protocol",
-)
+NO_EFFECT_YET: Final = ("database.read",)
 
 
 def _freeze(value: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -185,6 +181,8 @@ class Options(BaseModel):
 class _Listener(Options):
     port: Port
     ip: IpAddress
+    use_proxy_protocol: bool = False
+    trusted_proxies: Networks = ()
 
 
 class C2SListen(_Listener):
@@ -208,8 +206,6 @@ class C2SListen(_Listener):
     send_timeout: Annotated[Duration, lasting(0.1, 3600)] = 30.0
     access: Word = "c2s"
     shaper: Word = "c2s_shaper"
-    use_proxy_protocol: bool = False
-    trusted_proxies: Networks = ()
 
 
 class HttpListen(_Listener):

@@ -86,6 +86,12 @@ class NodeCollector(Collector):
         yield connections
         yield _count("xmppd_connections_accepted", "Client connections accepted", counters.accepted)
         yield _count("xmppd_connections_refused", "Client connections there was no room for", counters.refused)
+        yield _counts(
+            "xmppd_proxies_refused",
+            "Connections without a PROXY header from a trusted balancer",
+            "reason",
+            counters.proxies_refused,
+        )
         yield _counts("xmppd_logins", "Successful authentications", "mechanism", counters.logins)
         yield _counts("xmppd_login_failures", "Failed authentications", "reason", counters.login_failures)
         yield _counts("xmppd_streams_refused", "Streams ended with an error", "condition", counters.stream_errors)

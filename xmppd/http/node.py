@@ -86,7 +86,15 @@ class HttpServers:
         """Open one listener; its entry for ready.json comes back. Raises XmppdError."""
         handlers = {path: self._handler(path, kind) for path, kind in listen.request_handlers.items()}
         tls = self._node.certificates.context if listen.tls else None
-        listener = HttpListener(listen.ip, listen.port, handlers, tls=tls, requests=self._requests)
+        listener = HttpListener(
+            listen.ip,
+            listen.port,
+            handlers,
+            tls=tls,
+            requests=self._requests,
+            proxies=listen.trusted_proxies if listen.use_proxy_protocol else None,
+            refused=self._node.counters.proxies_refused,
+        )
         entry = await listener.open()
         self._listeners.append(listener)
         return entry
