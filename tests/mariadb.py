@@ -45,8 +45,13 @@ def required() -> bool:
 class MariaDB:
     """`start`, `stop` and `kill` may be repeated; the data stay. Made durable as an operator would run it."""
 
-    def __init__(self, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, options: tuple[str, ...] = (), *, prefix: tuple[str, ...] = (), address: str = "127.0.0.1"
+    ) -> None:
+        """`prefix` is a command that becomes the server, as `ip netns exec`; `address` where it listens then."""
         _sweep()
+        self.prefix = prefix
+        self.address = address
         self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_fast_folder()))
         self.port = free_port()
         self.options = options
@@ -54,8 +59,9 @@ class MariaDB:
         self._schemas: dict[str, list[str]] = {}
         self._install()
         self.start()
-        self.query(f"CREATE USER '{USER}'@'127.0.0.1' IDENTIFIED BY '{PASSWORD}'")
-        self.query(f"GRANT ALL ON `t\\_%`.* TO '{USER}'@'127.0.0.1'")  # and nothing that only root may
+        host = "127.0.0.1" if address == "127.0.0.1" else "%"
+        self.query(f"CREATE USER '{USER}'@'{host}' IDENTIFIED BY '{PASSWORD}'")
+        self.query(f"GRANT ALL ON `t\\_%`.* TO '{USER}'@'{host}'")  # and nothing that only root may
 
     def new_database(self) -> str:
         """A fresh database; the URL that leads to it."""
@@ -68,7 +74,7 @@ class MariaDB:
 
     def url(self, name: str) -> str:
         quoted = PASSWORD.replace("%", "%25").replace(" ", "%20").replace("/", "%2F").replace("@", "%40")
-        return f"mysql://{USER}:{quoted.replace(':', '%3A').replace(',', '%2C')}@127.0.0.1:{self.port}/{name}"
+        return f"mysql://{USER}:{quoted.replace(':', '%3A').replace(',', '%2C')}@{self.address}:{self.port}/{name}"
 
     def query(self, sql: str, database: str | None = None) -> list[tuple[object, ...]]:
         """One statement as root."""
@@ -104,13 +110,14 @@ class MariaDB:
         with log:
             self._process = subprocess.Popen(
                 [
+                    *self.prefix,
                     _binary("mariadbd"),
                     "--no-defaults",
                     *_as_root(),
                     f"--datadir={self.folder / 'data'}",
                     f"--socket={self.folder / 'my.sock'}",
                     f"--pid-file={self.folder / 'my.pid'}",
-                    "--bind-address=127.0.0.1",
+                    f"--bind-address={self.address}",
                     f"--port={self.port}",
                     "--skip-name-resolve",
                     "--innodb-buffer-pool-size=64M",

@@ -1,13 +1,14 @@
 """`python -m xmppd`: run a node in the foreground."""
 
 import argparse
+import contextlib
 import faulthandler
 import gc
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from xmppd.errors import (
     ConfigError,
@@ -30,11 +31,32 @@ EXIT_CODES: dict[type[XmppdError], int] = {
 }
 
 
+def run() -> NoReturn:
+    """`main` as a program, which is gone when the node has stopped.
+
+    Python would first wait for every thread that anybody has left behind (a module's, one that looks up a name or waits
+    for a disk), however long that takes, and whoever stops a node with it. What has to be kept is kept by then.
+    """
+    try:
+        code = main()
+    except SystemExit as exc:  # argparse
+        code = exc.code if isinstance(exc.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and serve; the exit code of the process."""
     arguments = _parser().parse_args(argv)
     # Only now: `--help` should not load the server. Nothing of it is garbage, and looking for some costs a tenth of it.
     gc.disable()
+    import asyncio
+
     import uvloop
 
     from xmppd import config, log
@@ -56,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.new_identity:
             return _new_identity(loaded.data_dir)
         log.setup_from(loaded)
-        again = uvloop.run(_serve(Server, loaded))
+        # Never closed: that would wait for threads, too, and for tasks that do not heed being cancelled.
+        again = asyncio.Runner(loop_factory=uvloop.new_event_loop).run(_serve(Server, loaded))
     except XmppdError as exc:
         print(f"xmppd: {exc}", file=sys.stderr)
         return next((code for kind, code in EXIT_CODES.items() if isinstance(exc, kind)), 1)
@@ -114,4 +137,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

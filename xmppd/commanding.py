@@ -10,6 +10,7 @@ from xmppd.admin.cluster_commands import ClusterCommands, CookieCommands
 from xmppd.admin.commands import register_core
 from xmppd.admin.nodes import Nodes
 from xmppd.admin.observers import Observers
+from xmppd.admin.outbox_commands import OutboxCommands
 from xmppd.admin.promise_commands import Numbers, PromiseCommands
 from xmppd.admin.puppets import Puppet, Puppets
 from xmppd.admin.registry import Registry, commands_of
@@ -24,6 +25,7 @@ from xmppd.config import Config
 from xmppd.hooks import Hooks
 from xmppd.log import get_logger
 from xmppd.module_loader import ModuleLoader
+from xmppd.outbox import Outbox
 from xmppd.protocol.jid import JID
 from xmppd.router import Router
 from xmppd.session_manager import SessionManager
@@ -51,6 +53,7 @@ class Node(Protocol):
     router: Router
     hooks: Hooks
     parts: Parts
+    outbox: Outbox
 
     @property
     def node(self) -> str: ...
@@ -113,6 +116,7 @@ class Commanding:
             ApiTokenCommands(self.api_tokens),
             ClusterCommands(cluster, info),
             CookieCommands(node.cookies),
+            OutboxCommands(node.outbox, node.node),
             WatchCommands(watch),
             SelfTestCommands(selftest),
             PromiseCommands(node.node, cluster.me.node, node.sessions, node.spool, _numbers(node)),

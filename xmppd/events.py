@@ -179,6 +179,17 @@ class MessagesFound:
     user: JID  # bare
 
 
+@dataclass(slots=True)
+class MessageStoring:
+    """A message is about to be stored for a user who is absent; on the node where that is done. Handlers are plain
+    functions and append to `rows` what commits with it, or not at all: (kind, item) as for `Batcher.submit_unit`, from
+    `outbox.row` for example. Unhandled: it is stored."""
+
+    user: JID
+    message: Stanza
+    rows: list[tuple[str, Any]] = field(default_factory=list)
+
+
 # -- presence and subscriptions
 
 

@@ -81,6 +81,7 @@ class Counters:
         "login_failures",
         "logins",
         "open",
+        "proxies_refused",
         "refused",
         "silent",
         "stalled",
@@ -95,6 +96,7 @@ class Counters:
         self.accepted = 0  # connections
         self.open = 0  # connections of clients now
         self.refused = 0  # connections there was no room for
+        self.proxies_refused: dict[str, int] = {}  # without a PROXY header of a trusted balancer, by reason
         self.cut_off = 0  # connections of peers that read too slowly
         self.given_back = 0  # times that freed memory was given back to the system
         self.tls_failures = 0

@@ -30,6 +30,7 @@ from xmppd.errors import CommandError, JidError
 from xmppd.events import Handled, Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.nodes import Nodes
+from xmppd.outbox import Event, FileSink, HttpSink, HttpTarget, Outbox, conversation, repetition, ulid
 from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stanza import Stanza
 from xmppd.session_manager import Resource
@@ -70,7 +71,11 @@ __all__ = [
     "DiscoInfo",
     "DiscoService",
     "Duration",
+    "Event",
+    "FileSink",
     "Holder",
+    "HttpSink",
+    "HttpTarget",
     "IqRequest",
     "KeptMessage",
     "List",
@@ -79,6 +84,7 @@ __all__ = [
     "NoReply",
     "Nodes",
     "OptionalRate",
+    "Outbox",
     "Outcome",
     "Owner",
     "Pending",
@@ -103,6 +109,7 @@ __all__ = [
     "between",
     "by_host",
     "command",
+    "conversation",
     "fixed_bytes",
     "from_node",
     "hook",
@@ -117,9 +124,11 @@ __all__ = [
     "module_table",
     "new_id",
     "read_per_user",
+    "repetition",
     "several",
     "sized",
     "string",
+    "ulid",
     "upsert",
     "user_column",
     "write_per_user",
@@ -268,7 +277,16 @@ class ServerInfo(Protocol):
     """What a module may know about the server."""
 
     version: str
-    started_at: float  # Unix time
+
+    @property
+    def started_at(self) -> float:
+        """By the clock that modules are given."""
+        ...
+
+    @property
+    def node(self) -> str:
+        """The name of this node, a label."""
+        ...
 
     @property
     def hosts(self) -> tuple[str, ...]: ...
@@ -321,6 +339,7 @@ class Context:
     spawn: Callable[..., object]
     service: Callable[[type], Any]
     nodes: Nodes = field(default_factory=lambda: Nodes(""))  # alone
+    outbox: Outbox | None = None
     # The loader puts in its own:
     switch: Callable[[type, bool], None] = lambda event, on: None
     notify: Callable[[object], Awaitable[None] | None] = lambda event: None
@@ -369,6 +388,12 @@ class Module(Generic[C]):
         """Send a stanza of the server's own making on its way."""
         return self._context.route(stanza)
 
+    @property
+    def outbox(self) -> Outbox:
+        """Durable events for web servers."""
+        assert self._context.outbox is not None
+        return self._context.outbox
+
     def spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> None:
         """Run a task that ends with the module; a crash is logged."""
         self._context.spawn(coroutine, name=name)
@@ -386,6 +411,11 @@ class Module(Generic[C]):
         if host not in self.server.hosts:
             raise CommandError(f"unknown host: {name}")
         return host
+
+    def tell_at_once(self, event: object) -> None:
+        """Tell those who watch an event by plain functions; a coroutine among them is a mistake (TypeError)."""
+        if self._context.notify(event) is not None:
+            raise TypeError(f"handlers of {type(event).__name__} are plain functions")
 
     async def tell(self, event: object) -> None:
         """Tell whoever watches an event that this module has made happen."""

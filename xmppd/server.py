@@ -1,9 +1,9 @@
 """Builds every part of a node, starts them in order, stops them in reverse.
 
-Start: data folder → certificates → storage → tables, router, managers → modules → control socket → http → listeners →
-ready.
+Start: data folder → certificates → storage → tables, router, managers → outbox → modules → control socket → http →
+listeners → ready.
 Stop: not ready → stop listening → `system-shutdown` to each stream → wait `shutdown_grace` → http → control socket →
-modules in reverse → storage → data folder.
+modules in reverse → outbox → storage → data folder.
 """
 
 import asyncio
@@ -51,6 +51,7 @@ from xmppd.module_api import Context
 from xmppd.module_loader import ModuleLoader
 from xmppd.nodes import NodeHandlers, Nodes
 from xmppd.notify import Notifier
+from xmppd.outbox import Outbox, Retry, Settings
 from xmppd.protocol import ns
 from xmppd.reload import Plan, Reloader
 from xmppd.removals import Removals
@@ -61,7 +62,7 @@ from xmppd.session_manager import SessionManager
 from xmppd.spool import Spool
 from xmppd.spool_watch import Place as SpoolPlace
 from xmppd.spool_watch import SpoolWatch
-from xmppd.storage import Accounts, Storage
+from xmppd.storage import Accounts, Storage, clock
 
 _log = get_logger("xmppd.server")
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
@@ -86,7 +87,6 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.started_at = time.time()
         self.version = software_version()
         self._started = time.monotonic()
         self._status = "starting"
@@ -132,6 +132,11 @@ class Server:
         except KeyError as exc:
             raise ValueError(level) from exc
 
+    @property
+    def started_at(self) -> float:
+        """Unix time, by the clock of the cluster."""
+        return clock() - self.uptime()
+
     def uptime(self) -> float:
         """Seconds."""
         return time.monotonic() - self._started
@@ -172,6 +177,7 @@ class Server:
                 self._storage,
                 self._routing_parts,
                 self._cluster,
+                self._outbox,
                 self._modules,
                 self._control,
             ):
@@ -258,7 +264,7 @@ class Server:
         )
         try:
             self.accounts = Accounts(self.storage)
-            self.spool = Spool(self.storage)
+            self.spool = Spool(self.storage, clock=clock)
             self._place = clustering.Place(self.config, self.folder, self.storage, self.version)
             away = await self._place.open()
             self.owner = self._place.owner
@@ -322,6 +328,7 @@ class Server:
             bounce=self.router.bounce,
             spawn=self.spawn,
             strict=self.config.routing.profile == "rfc6121",
+            clock_ns=clock.ns,
         )
         local = LocalRouter(self.sessions, dispatcher, self.gate)
         for host in self.config.hosts:
@@ -376,7 +383,7 @@ class Server:
         self._node_handlers.connect(calls, self.spawn)
         Removals(calls, self.accounts, self.hooks, self.spawn)
         self.spool.standing = SpoolPlace(self.cluster)
-        watch = SpoolWatch(self.spool, self.cluster, self.hooks, self.sessions.takes_messages_here, self.spawn)
+        watch = SpoolWatch(self.spool, self.cluster, self.hooks, self.sessions.takes_messages_here, self.spawn, clock)
         self.spawn_service(watch.run(), name="spool watch")
         try:
             yield
@@ -390,6 +397,36 @@ class Server:
                 "data folder is a copy of ours, `xmppd --new-identity` makes it a node of its own"
             )
         )
+
+    @contextlib.asynccontextmanager
+    async def _outbox(self) -> AsyncIterator[None]:
+        """Before the modules, which have sinks, and after them."""
+        options = self.config.outbox
+        settings = Settings(
+            retry=Retry(**options.retry.model_dump()),
+            per_sink=options.concurrency.per_sink,
+            open_after=options.breaker.open_after,
+            probe_every=options.breaker.probe_every,
+            max_events=options.memory.max_events,
+            max_bytes=options.memory.max_bytes,
+            batch_events=options.batch.max_events,
+            batch_wait=options.batch.max_ms / 1000,
+            dead_letter=options.dead_letter,
+        )
+        self.outbox = Outbox(
+            self.storage,
+            self.owner.member,
+            self.owner.incarnation,
+            name=self.node,
+            settings=settings,
+            durability=options.durability,
+            when_full=options.memory.when_full,
+        )
+        await self.outbox.start()
+        try:
+            yield
+        finally:
+            await self.outbox.stop()
 
     @contextlib.asynccontextmanager
     async def _modules(self) -> AsyncIterator[None]:
@@ -430,11 +467,12 @@ class Server:
             access=self.access,
             server=self,
             log=get_logger(f"modules.{name}"),
-            clock=time.time,
+            clock=clock,
             route=self.router.route,
             spawn=self.spawn_service,
             service=self.loader.service,
             nodes=Nodes(name, self.cluster.links, self.cluster.calls, self.sessions.nodes_of),
+            outbox=self.outbox,
         )
 
     @contextlib.asynccontextmanager

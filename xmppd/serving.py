@@ -100,6 +100,7 @@ class Listeners:
             ticks=node.ticks,
             spawn=node.spawn,
             room=self._room,
+            proxies=listen.trusted_proxies if listen.use_proxy_protocol else None,
         )
         address = await listener.open()
         self._clients.append(listener)

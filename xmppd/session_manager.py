@@ -6,7 +6,7 @@ negative; NONNEG all that are not negative; OFF means MessageUndeliverable, wher
 
 import asyncio
 import time
-from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -157,13 +157,16 @@ class SessionManager:
         bounce: Bounce,
         spawn: Spawn,
         strict: bool = False,
+        clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
+        """`clock_ns`: a time on which all nodes agree, in nanoseconds since 1970."""
         self._table = table
         self._owner = owner
         self._accounts = accounts
         self._hooks = hooks
         self._iqs = iqs
         self._bounce = bounce
+        self._clock_ns = clock_ns
         self._spawn = spawn
         self._gate = Gate(hooks, spawn, bounce)
         self.strict = strict  # routing.profile: rfc6121
@@ -183,7 +186,7 @@ class SessionManager:
     def open(self, session: LiveSession, *, priority: int | None = None, later_than: int = 0) -> SessionRow:
         """Enter a session that was just bound; one with the same full JID, here or elsewhere, ends with `conflict`
         (requirements ST-01). One that was on another node, with a row bound at `later_than`, has a priority already."""
-        bound_at = max(time.time_ns(), later_than + 1)
+        bound_at = max(self._clock_ns(), later_than + 1)
         row = SessionRow(session.jid, self._owner, bound_at, session, anonymous=session.anonymous)
         row.priority = priority
         displaced = self._table.insert(row)

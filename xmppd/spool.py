@@ -125,6 +125,7 @@ class KeepOptions(TypedDict, total=False):
     # The future raises NoAccount when the user is not registered (any more), else an account made anew with that name
     # would get the message.
     for_account: bool
+    also: Sequence[tuple[str, Any]]  # `keep` alone: (kind, item) pairs that commit with the row, or not at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,12 @@ class Spool:
         gives rows back in the order of these calls. Raises StorageUnavailable at once when the write queue is full.
         """
         kind, item = self.keep_item(host, username, sender_bare, stanza, **options)
-        return self._storage.batcher.submit(kind, item)
+        also = options.get("also")
+        if not also:
+            return self._storage.batcher.submit(kind, item)
+        kept: asyncio.Future[Kept] = asyncio.get_running_loop().create_future()
+        self._storage.batcher.submit_unit([(kind, item), *also]).add_done_callback(partial(_first_of, kept))
+        return kept
 
     def submit(self, item: KeepItem) -> "asyncio.Future[Kept]":
         """As `keep`, of what `keep_item` has made; to be told again what became of it, it may be submitted again."""
@@ -577,6 +583,18 @@ class Spool:
             return  # the next start frees all that this run holds
         log.warning("spooled messages wait to be free again", user=f"{user[1]}@{user[0]}", reason=exc)
         asyncio.get_running_loop().call_later(pause, self._untake, item, user, min(pause * 2, _UNTAKE_LONGEST))
+
+
+def _first_of(kept: "asyncio.Future[Kept]", unit: "asyncio.Future[list[Any]]") -> None:
+    """The row's own result out of those of its unit."""
+    if kept.done():
+        return
+    if unit.cancelled():
+        kept.cancel()
+    elif (error := unit.exception()) is not None:
+        kept.set_exception(error)
+    else:
+        kept.set_result(unit.result()[0])
 
 
 def _row(item: KeepItem, now: float) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from xmppd.events import (
     MessagesFound,
     MessagesFreeing,
     MessageSpooling,
+    MessageStoring,
     MessageUndeliverable,
     NodeDown,
     NodeSynced,
@@ -159,6 +160,8 @@ class Offline(Module[Config]):
         now = self.clock()
         # A copy of something that was stored already must not be taken for its repetition: that row is going away.
         key = None if bears_our_stamp(message) else repetition_key(message, user)
+        storing = MessageStoring(user, message)
+        self.tell_at_once(storing)
         stored = self.spool.keep(
             user.domain,
             user.local,
@@ -168,6 +171,7 @@ class Offline(Module[Config]):
             quota=self._quota(user),
             expires_at=expiry(message, now),
             for_account=True,
+            also=storing.rows,
         )
         kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._storing.setdefault(user.bare, set()).add(kept)

@@ -6,6 +6,7 @@ told of it, never neither.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -124,7 +125,7 @@ class Presence(Module[Config]):
         if event.previous is None:
             self._last.forget(session.user)
             state["complete"] = False
-            session.state[CAME] = self.clock()
+            session.state[CAME] = time.monotonic()
         try:
             await self._tell(session, presence)
         except StorageError as exc:
@@ -372,7 +373,7 @@ class Presence(Module[Config]):
     @hook(SessionsLost)
     def lose(self, event: SessionsLost) -> None:
         """Nobody else tells their contacts here."""
-        self.spawn(self._losses.tell(event.sessions, self.clock()), name="presence of lost sessions")
+        self.spawn(self._losses.tell(event.sessions, time.monotonic()), name="presence of lost sessions")
 
     @hook(DirectedPresenceArrived)
     def meet(self, event: DirectedPresenceArrived) -> None:

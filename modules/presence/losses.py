@@ -19,7 +19,7 @@ from .blocked import Blocks
 from .slices import Slice, sliced
 
 MET: Final = "presence met"  # in a session's state: full JIDs of other nodes that sent it directed presence
-CAME: Final = "presence came"  # in a session's state: when it became available, by the module's clock
+CAME: Final = "presence came"  # in a session's state: when it became available, by `time.monotonic`, which nobody sets
 _MANY: Final = 1000  # of them for one session; of those beyond no end is told
 _RETRY: Final = 5.0  # seconds between two looks for a database that is away
 

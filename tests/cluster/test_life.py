@@ -193,6 +193,7 @@ async def test_an_engine_that_does_not_start_is_tried_again_and_the_node_lives_o
 
 
 async def test_a_lease_that_cannot_be_renewed_is_not_claimed_to_be_held(start, caplog):
+    caplog.set_level("INFO", "xmppd")
     node = await start("member")
     await beats(node)
     node.store.away = True
@@ -206,6 +207,7 @@ async def test_a_lease_that_cannot_be_renewed_is_not_claimed_to_be_held(start, c
     assert [record.msg for record in caplog.records].count("members not readable") == 1
     node.store.away = False
     await until(lambda: node.cluster.lease_until > held)
+    await until(lambda: "members readable again" in [record.msg for record in caplog.records])
 
 
 async def test_a_node_whose_id_another_process_has_taken_says_so_once(start):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 from tests.harness.watcher import Watcher
 
 ROOT = Path(__file__).parents[2]
+WRONG_CLOCK = Path(__file__).with_name("wrong_clock.py")
 BATCH_IDLE = 300.0  # seconds; after ten minutes the node hangs up
 PATIENCE = 60.0  # seconds until a node must serve or be gone
 _TROUBLE = re.compile(r"^\S+ (ERROR|CRITICAL)|^Traceback", re.MULTILINE)
@@ -52,6 +54,7 @@ class Server:
         for name in [name for name in self.environment if name.startswith("XMPPD_")]:
             del self.environment[name]
         self.expects_trouble = False  # a test that provokes errors in the log says so
+        self.clock = 0.0  # seconds by which its wall clock is ahead of the others'
         self.process: subprocess.Popen[bytes] | None = None
         self._batch: subprocess.Popen[bytes] | None = None
         self._batch_used = 0.0
@@ -72,7 +75,7 @@ class Server:
         assert self.process is None, "it runs already"
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "xmppd", "--config", str(self.path)],
+                [*prefix, sys.executable, *self._program, "--config", str(self.path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -80,6 +83,10 @@ class Server:
                 env=self.environment,
             )
         self._watcher = Watcher(self.process.pid)
+
+    @property
+    def _program(self) -> list[str]:
+        return ["-m", "xmppd"] if not self.clock else [str(WRONG_CLOCK), str(self.clock)]
 
     def start(self, *prefix: str) -> None:
         """Start the process and wait until it serves."""
@@ -147,6 +154,9 @@ class Server:
         try:
             return process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # what each of its threads is doing comes to the log
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             process.kill()
             process.wait()
             raise NotServing(f"it did not stop\n{self.log}") from None

@@ -28,6 +28,7 @@ from xmppd.log import get_logger
 from xmppd.module_api import Contact, Context, RosterService
 from xmppd.module_loader import ModuleLoader
 from xmppd.nodes import NodeHandlers, Nodes
+from xmppd.outbox import Outbox, Retry, Settings
 from xmppd.protocol.jid import JID, parse
 from xmppd.protocol.sasl import prep_password, prep_username
 from xmppd.protocol.stanza import Stanza
@@ -40,6 +41,7 @@ from xmppd.storage import Accounts, Storage
 
 HOST = "capulet.example"
 OWNER = Owner(bytes(range(16)), 0, 7)
+OUTBOX = Settings(retry=Retry(base=0.01, jitter="none"))
 _ids = itertools.count(1)
 
 
@@ -188,6 +190,8 @@ class World:
         self.table = SessionTable()
         self.tasks: set[asyncio.Task[None]] = set()
         self.with_records: list[Session] = []
+        self.outbox = Outbox(storage, self.owner.member, self.owner.incarnation, settings=OUTBOX, clock=self.clock)
+        self.node = place.name if place else "xmppd@test"
         self.version, self.hosts, self.started_at = "1.2.3", (HOST,), self.clock() - 100
         routes = self.routes = RouteTable()
         self.router = Router(routes, self.hooks, self.spawn)
@@ -252,6 +256,7 @@ class World:
             spawn=self.spawn,
             service=self.service,
             nodes=Nodes(name, self.place.links, self.place.calls, self.manager.nodes_of) if self.place else Nodes(name),
+            outbox=self.outbox,
         )
 
     # -- for tests
@@ -339,6 +344,7 @@ class World:
 
     async def close(self) -> None:
         await self.loader.stop()
+        await self.outbox.stop()
         for task in list(self.tasks):
             task.cancel()
         if self.tasks:

@@ -120,6 +120,36 @@ async def ask(scene, *argv):
     return await asyncio.to_thread(scene.node.quick, *argv)
 
 
+SLEEPER = """
+import asyncio
+import threading
+import time
+from dataclasses import dataclass
+
+from xmppd.module_api import Module
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    pass
+
+
+class Sleeper(Module[Config]):
+    async def start(self) -> None:
+        threading.Thread(target=time.sleep, args=(3600,)).start()
+        asyncio.get_running_loop().run_in_executor(None, time.sleep, 3600)
+        self.deaf = asyncio.create_task(sleep_on())
+
+
+async def sleep_on() -> None:
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
+"""
+
+
 def site(tmp_path, **files):
     folder = tmp_path / "site"
     folder.mkdir(exist_ok=True)
@@ -391,3 +421,10 @@ async def test_without_offline_the_sender_is_told(changing):
     answer = await romeo.next_message()
     assert (answer.id, answer.condition) == (id, "service-unavailable")
     scene.asked("module", "load", "offline")
+
+
+def test_threads_and_tasks_that_do_not_end_keep_no_node_from_stopping(fresh, tmp_path):
+    scene = fresh(module_paths=[str(site(tmp_path, sleeper=SLEEPER))], modules={"sleeper": {}})
+
+    assert scene.node.stop() == 0
+    assert "stopped node=" in scene.node.log.splitlines()[-1]

@@ -65,6 +65,28 @@ async def test_work_that_raises_leaves_nothing(counter):
     assert await numbers(counter) == [1, 0]
 
 
+async def test_work_that_is_cancelled_keeps_nobody_from_writing_however_long_it_is_remembered(counter):
+    """On SQLite it kept the write lock for as long as a cursor lived, which an exception's traceback held."""
+    remembered, written = [], 0
+
+    async def work(connection):
+        await add_one()(connection)
+        await connection.execute(select(COUNTER.c.n))
+
+    for turns in range(0, 200, 3):
+        task = asyncio.create_task(counter.run(work))
+        remembered.append(task)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        if not task.cancelled():
+            break
+        await counter.run(add_one(2))
+        written += 1
+    assert (await numbers(counter))[1] == written > 3
+
+
 async def test_work_that_is_cancelled_leaves_nothing_and_no_broken_connection(database, make_storage):
     storage = make_storage(database, pool_max=1)
     await storage.open()

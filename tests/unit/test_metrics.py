@@ -1,5 +1,7 @@
 """Counters that cost nothing, and the page that shows them."""
 
+from typing import ClassVar
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
@@ -8,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from xmppd.delivery import ERROR, SAFE, Pending
 from xmppd.http.metrics_page import NodeCollector, Sources
 from xmppd.metrics import Counters, Histogram, LoopLag, StanzaCount, add
+from xmppd.outbox.rows import Tally
 
 
 def test_a_value_on_a_bound_belongs_below_it():
@@ -90,6 +93,14 @@ class Spool:
     stored, duplicates, refused, taken, flushed, taken_over = 1, 2, 3, 4, 5, 6
 
 
+class Outbox:
+    tallies: ClassVar = {"log": Tally(3, 1, 5.0)}
+    runners: ClassVar = {}
+
+    def age(self, sink):
+        return 7.0
+
+
 @pytest.fixture
 def counters():
     return Counters()
@@ -108,6 +119,7 @@ def page(counters):
         sessions=Sessions(),
         batcher=Batcher(),
         spool=Spool(),
+        outbox=Outbox(),
         counters=counters,
         lag=LoopLag(Clock()),
         requests={("api", 401): 2},
@@ -159,5 +171,8 @@ def test_the_page_shows_what_is_asked_for_at_the_moment(page):
     assert (shown["xmppd_storage_queue_rows",], shown["xmppd_storage_queue_bytes",]) == (5, 1280)
     assert shown["xmppd_spool_rows_total", "refused"] == 3
     assert shown["xmppd_spool_rows_flushed_total",] == 5
+    assert shown["xmppd_outbox_queued", "log"] == 3
+    assert shown["xmppd_outbox_dead", "log"] == 1
+    assert shown["xmppd_outbox_oldest_seconds", "log"] == 7
     assert shown["xmppd_stanzas_rerouted_total",] == 4
     assert shown["xmppd_unacknowledged_rows_total", "taken_over"] == 6

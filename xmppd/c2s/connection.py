@@ -22,6 +22,7 @@ from xmppd.c2s.managed import Managed
 from xmppd.c2s.session import Session
 from xmppd.c2s.stream_management import failed
 from xmppd.c2s.ticks import Ticks
+from xmppd.c2s.tls import feed
 from xmppd.delivery import ERROR, SAFE, Pending, Spawn
 from xmppd.errors import StreamError
 from xmppd.log import Logger
@@ -94,12 +95,14 @@ class Connection(asyncio.Protocol):
         *,
         tls: ssl.SSLContext | None = None,
         counters: Counters,
+        client: tuple[str, int] | None = None,
     ) -> None:
+        """`client`: who it is, where the socket's other end is a balancer."""
         self.settings = settings
         self.name = settings.name
         self.log = log
         self.secure = False
-        self.peer: tuple[str, int] = ("", 0)
+        self.peer: tuple[str, int] = client or ("", 0)
         self.last_heard = time.monotonic()
         self.session: Session | None = None
         self.negotiator: Negotiator | None = None
@@ -144,7 +147,7 @@ class Connection(asyncio.Protocol):
             self._socket = sock
             _tune(sock, self.settings.send_timeout)
         address = transport.get_extra_info("peername")
-        if address:
+        if address and not self.peer[0]:
             self.peer = (_plain_ip(address[0]), address[1])
         self.shape()
         loop = asyncio.get_running_loop()
@@ -482,12 +485,7 @@ class Connection(asyncio.Protocol):
         protocol: Any = transport.get_protocol() if transport is not None and not transport.is_closing() else None
         if protocol is None or protocol is self:
             return  # it has not come to that
-        while hello:
-            buffer = protocol.get_buffer(len(hello))  # as asyncio.BufferedProtocol has it
-            size = min(len(buffer), len(hello))
-            buffer[:size] = hello[:size]
-            hello = hello[size:]
-            protocol.buffer_updated(size)
+        feed(protocol, hello)
 
     async def _handshake(self, context: ssl.SSLContext) -> None:
         assert self._transport is not None

@@ -4,13 +4,15 @@ import asyncio
 import contextlib
 import secrets
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
 from typing import Final, cast
 
 from xmppd.auth import Auth
 from xmppd.c2s.connection import Connection, Settings
 from xmppd.c2s.negotiation import Negotiation, Rules, TlsContexts
+from xmppd.c2s.proxied import PATIENCE, Caller, Client, Gate
 from xmppd.c2s.session import Parts
 from xmppd.c2s.ticks import Ticks
 from xmppd.delivery import Spawn
@@ -30,7 +32,7 @@ class Address:
     tls: bool
 
 
-class _TurnedAway(asyncio.Protocol):
+class TurnedAway(asyncio.Protocol):
     """A client there is no room for. It is not told why: that would take a file while it listens."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -54,8 +56,10 @@ class ClientListener:
         ticks: Ticks,
         spawn: Spawn,
         room: int,
+        proxies: Sequence[IPv4Network | IPv6Network] | None = None,
     ) -> None:
-        """`room`: how many clients the node takes, those of other listeners included."""
+        """`room`: how many clients the node takes, those of other listeners included. `proxies`: the balancers that may
+        connect, each connection with a PROXY header; None: clients come by themselves."""
         self._ip = ip
         self._port = port
         self._direct_tls = direct_tls
@@ -67,6 +71,8 @@ class ClientListener:
         self._ticks = ticks
         self._spawn = spawn
         self._room = room
+        self._proxies = proxies
+        self._gate: Gate | None = None
         self._server: asyncio.Server | None = None
         self._connections: set[Connection] = set()
         self._gone: asyncio.Event | None = None
@@ -75,6 +81,9 @@ class ClientListener:
         """Bind and listen; XmppdError names the address when that fails. Port 0 picks a free one."""
         loop = asyncio.get_running_loop()
         sock = bind(self._ip, self._port)
+        if self._proxies is not None:
+            patience = min(PATIENCE, self.settings.negotiation_timeout)
+            self._gate = Gate(self._proxies, _log, self._parts().counters.proxies_refused, patience=patience)
         # TLS is the connections' own affair: the loop would forget, without a word, those whose handshake fails.
         self._server = await loop.create_server(self._accept, sock=sock, backlog=_BACKLOG)
         port: int = sock.getsockname()[1]
@@ -86,10 +95,26 @@ class ClientListener:
         if parts.counters.open >= self._room:
             parts.counters.refused += 1
             _log.warning("client connection refused", connections=parts.counters.open)
-            return _TurnedAway()
-        log = _log.bind(secrets.token_hex(2))
+            return TurnedAway()
         parts.counters.accepted += 1
         parts.counters.open += 1
+        if self._gate is None:
+            return self._connection(parts, None)
+        return self._gate.front(Caller(self._take_over, self._lost_early))
+
+    def _take_over(self, transport: asyncio.Transport, client: Client, rest: bytes) -> None:
+        connection = self._connection(self._parts(), client)
+        transport.set_protocol(connection)
+        connection.connection_made(transport)
+        if rest:
+            connection.data_received(rest)
+
+    def _lost_early(self) -> None:
+        self._parts().counters.open -= 1
+        self._look_whether_gone()
+
+    def _connection(self, parts: Parts, client: Client) -> Connection:
+        log = _log.bind(secrets.token_hex(2))
         connection = Connection(
             self.settings,
             self._ticks,
@@ -97,6 +122,7 @@ class ClientListener:
             log,
             tls=self._tls.context(True) if self._direct_tls else None,
             counters=parts.counters,
+            client=client,
         )
         connection.negotiator = Negotiation(connection, self.rules, self._auth, self._tls, parts)
         connection.on_lost = self._forget
@@ -107,7 +133,10 @@ class ClientListener:
     def _forget(self, connection: Connection) -> None:
         self._connections.discard(connection)
         connection.counters.open -= 1
-        if self._gone is not None and not self._connections:
+        self._look_whether_gone()
+
+    def _look_whether_gone(self) -> None:
+        if self._gone is not None and not self.connections:
             self._gone.set()
 
     @property
@@ -117,7 +146,7 @@ class ClientListener:
     @property
     def connections(self) -> int:
         """How many there are, those that negotiate included."""
-        return len(self._connections)
+        return len(self._connections) + (len(self._gate.waiting) if self._gate is not None else 0)
 
     def shape(self) -> None:
         """The shapers have changed: choose anew for every connection."""
@@ -134,9 +163,11 @@ class ClientListener:
         """`system-shutdown` to each stream, wait until they are gone or `grace` seconds are over, then cut."""
         self.stop_listening()
         self._gone = asyncio.Event()
+        if self._gate is not None:
+            self._gate.close()
         for connection in list(self._connections):
             connection.end(StreamError("system-shutdown"))
-        if self._connections:
+        if self.connections:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._gone.wait(), grace)
         for connection in list(self._connections):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from glob import escape
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from cryptography.hazmat.primitives import hashes
 
@@ -206,6 +206,16 @@ class Certificates:
         except OSError as exc:
             raise XmppdError(f"{folder}: cannot make this folder: {exc.strerror}") from exc
         return folder
+
+
+def feed(protocol: Any, data: bytes) -> None:
+    """Give a protocol that the loop has just put in (`loop.start_tls`) what was read before."""
+    while data:
+        buffer = protocol.get_buffer(len(data))  # as asyncio.BufferedProtocol has it
+        size = min(len(buffer), len(data))
+        buffer[:size] = data[:size]
+        data = data[size:]
+        protocol.buffer_updated(size)
 
 
 def check_certificates(hosts: Sequence[str], certfiles: Files, own: Mapping[str, Files]) -> list[str]:

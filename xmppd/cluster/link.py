@@ -150,6 +150,10 @@ class Link:
         """Whether the other end gets what we send without a relay, by its own latest word."""
         return self.state is State.UP and now < self._direct_until
 
+    def silence(self, now: float) -> float:
+        """Seconds since something came from the other end, on whatever way."""
+        return now - self._heard
+
     def deadline(self) -> float:
         """When `tick` has something to do."""
         if self.state is State.UP:

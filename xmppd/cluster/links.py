@@ -16,6 +16,7 @@ from xmppd.cluster.link import Link
 from xmppd.cluster.link_status import LinkCounters, LinkStatus, status_of
 from xmppd.cluster.link_types import Down, Event, Farewell, Incompatible, Local, Settings, State, Up, Way
 from xmppd.cluster.tables import Owner
+from xmppd.cluster.ways import Ways
 from xmppd.log import get_logger
 from xmppd.metrics import add
 
@@ -81,6 +82,7 @@ class LinkSet:
         self._links: dict[bytes, Link] = {}
         self._up: dict[bytes, Link] = {}
         self._peers: dict[bytes, Peer] = {}
+        self._ways = Ways(loop, lambda node: self._peers[node].name if node in self._peers else node.hex())
         self._handlers: list[Callable[[Peer, bytes], None] | None] = [None] * (_MAX_KIND + 1)
         self._on_up: list[Callable[[Peer], None]] = []
         self._on_down: list[Callable[[Peer, str], None]] = []
@@ -348,14 +350,8 @@ class LinkSet:
                 self._each(self._on_up, peer)
             case Down(peer, reason, kind, lasted):
                 self._went_down(link, peer, reason, kind, lasted)
-            case Way(peer, via):
-                if via is None:
-                    _log.info("node reached directly again", node=peer.name)
-                else:
-                    through = self._peers.get(via)
-                    _log.info(
-                        "node reached through another", node=peer.name, via=through.name if through else via.hex()
-                    )
+            case Way(peer):
+                self._ways.changed(link, peer)
             case Incompatible(beat):
                 self._cannot_talk(link.node, beat.protocol, beat.name)
 
@@ -363,6 +359,7 @@ class LinkSet:
         add(self.counters.downs, kind)
         self._up.pop(link.node, None)
         self._peers.pop(link.node, None)
+        self._ways.went_down(link.node)
         id, lasted_s = link.node.hex(), round(lasted, 1)
         if kind in ("goodbye", "local"):
             _log.info("node down", node=peer.name, id=id, reason=reason, lasted_s=lasted_s)

@@ -8,7 +8,7 @@ from .loader import Config
 from .problems import masked
 
 # Everything below these is taken up at start only.
-RESTART: Final = ("node", "data_dir", "hosts", "listen", "database", "cluster", "module_paths")
+RESTART: Final = ("node", "data_dir", "hosts", "listen", "database", "cluster", "outbox", "module_paths")
 
 
 @dataclass(frozen=True, slots=True)

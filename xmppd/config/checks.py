@@ -35,6 +35,13 @@ def _ports(config: Schema) -> Iterator[Problem]:
                 break
 
 
+def _proxies(config: Schema) -> Iterator[Problem]:
+    for index, listener in enumerate(config.listen):
+        if listener.use_proxy_protocol and not listener.trusted_proxies:
+            at = f"listen[{index}].use_proxy_protocol"
+            yield at, "needs trusted_proxies, the addresses of the proxies that may speak it"
+
+
 def _c2s_listeners(config: Schema) -> Iterator[Problem]:
     for index, listener in enumerate(config.listen):
         if not isinstance(listener, C2SListen):
@@ -52,8 +59,6 @@ def _c2s_listeners(config: Schema) -> Iterator[Problem]:
         if listener.max_write_queue < listener.max_stanza_size:
             limit = format_size(listener.max_stanza_size)
             yield f"{at}.max_write_queue", f"expected at least max_stanza_size, {limit}"
-        if listener.use_proxy_protocol and not listener.trusted_proxies:
-            yield f"{at}.use_proxy_protocol", "needs trusted_proxies, the addresses of the proxies that may speak it"
 
 
 def _unknown(kind: str, name: str, known: list[str]) -> str:
@@ -198,6 +203,7 @@ LIMITS: Final = (
 CHECKS: Final[tuple[tuple[frozenset[str], Check], ...]] = (
     (frozenset({"hosts"}), _hosts),
     (frozenset({"listen"}), _ports),
+    (frozenset({"listen"}), _proxies),
     (frozenset({"listen"}), _c2s_listeners),
     (frozenset({"hosts", *_BY_HOST}), _host_sections),
     (frozenset({"listen", "access_rules", "shaper_rules", *_BY_HOST}), listener_rules),

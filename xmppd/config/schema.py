@@ -59,11 +59,7 @@ MECHANISMS: Final = (
 )
 
 # Validated, but nothing acts on them yet. `listen[]` stands for each listener; a name covers what is below it.
-NO_EFFECT_YET: Final = (
-    "database.read",
-    "listen[].trusted_proxies",
-    "listen[].use_proxy_protocol",
-)
+NO_EFFECT_YET: Final = ("database.read",)
 
 
 def _freeze(value: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -185,6 +181,8 @@ class Options(BaseModel):
 class _Listener(Options):
     port: Port
     ip: IpAddress
+    use_proxy_protocol: bool = False
+    trusted_proxies: Networks = ()
 
 
 class C2SListen(_Listener):
@@ -208,8 +206,6 @@ class C2SListen(_Listener):
     send_timeout: Annotated[Duration, lasting(0.1, 3600)] = 30.0
     access: Word = "c2s"
     shaper: Word = "c2s_shaper"
-    use_proxy_protocol: bool = False
-    trusted_proxies: Networks = ()
 
 
 class HttpListen(_Listener):
@@ -307,6 +303,56 @@ class StreamManagement(Options):
     location: HostPort | None = None
 
 
+class OutboxBatch(Options):
+    """Several events in one request, for sinks that take them so."""
+
+    max_events: Annotated[int, between(1, 10_000)] = 100
+    max_ms: Annotated[int, between(0, 10_000)] = 20
+
+
+class OutboxRetry(Options):
+    """Waits that grow from `base` by `factor` up to `max`."""
+
+    base: Annotated[Duration, lasting(0.01, 3600)] = 1.0
+    factor: Annotated[float, Field(ge=1, le=10)] = 2.0
+    max: Annotated[Duration, lasting(0.01, 86400)] = 900.0
+    jitter: Literal["full", "none"] = "full"
+    give_up_after: Annotated[Duration, lasting(1, 365 * 86400)] = 259200.0
+
+
+class OutboxBreaker(Options):
+    """A sink that is down is asked now and then."""
+
+    open_after: Annotated[int, between(1, 1_000_000)] = 5
+    probe_every: Annotated[Duration, lasting(0.01, 3600)] = 10.0
+
+
+class OutboxMemory(Options):
+    """Events of one sink in the memory of one node."""
+
+    max_events: Annotated[int, between(10, 10_000_000)] = 10_000
+    max_bytes: Annotated[Size, sized(1 << 20, 1 << 40)] = 64 << 20
+    when_full: Literal["spill", "slow_sender", "drop_new", "drop_old"] = "spill"
+
+
+class OutboxConcurrency(Options):
+    """Requests under way to one sink; of one conversation it is always one at a time."""
+
+    per_sink: Annotated[int, between(1, 1000)] = 8
+
+
+class Outbox(Options):
+    """Events for web servers, kept until they are taken."""
+
+    durability: Literal["none", "async", "commit"] = "async"
+    batch: OutboxBatch = Field(default_factory=OutboxBatch)
+    retry: OutboxRetry = Field(default_factory=OutboxRetry)
+    concurrency: OutboxConcurrency = Field(default_factory=OutboxConcurrency)
+    breaker: OutboxBreaker = Field(default_factory=OutboxBreaker)
+    memory: OutboxMemory = Field(default_factory=OutboxMemory)
+    dead_letter: Literal["keep", "drop"] = "keep"
+
+
 class Routing(Options):
     """Where the RFC and ejabberd's habits differ."""
 
@@ -394,6 +440,7 @@ class Schema(Options):
     database: Database = Field(default_factory=Database)
     cluster: Cluster = Field(default_factory=Cluster)
     routing: Routing = Field(default_factory=Routing)
+    outbox: Outbox = Field(default_factory=Outbox)
     stream_management: StreamManagement = Field(default_factory=StreamManagement)
     acl: NamedAcls = Field(default_factory=lambda: _freeze({}))
     access_rules: NamedAccessRules = Field(default_factory=lambda: _freeze({}))

@@ -12,12 +12,15 @@ import logging
 import socket
 import ssl
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Final
 
 from aiohttp import web
 
-from xmppd.c2s.listener import bind
+from xmppd.c2s.listener import TurnedAway, bind
+from xmppd.c2s.proxied import Caller, Client, Gate
+from xmppd.c2s.tls import feed
 from xmppd.errors import XmppdError
 from xmppd.http.answers import Answer, Handler, Refused
 from xmppd.log import get_logger
@@ -38,7 +41,9 @@ class _Request(web.BaseRequest):
 
 
 class _Protocol(web.RequestHandler):
-    __slots__ = ()
+    __slots__ = ("client",)
+
+    client: Client  # who it is, where the socket's other end is a balancer
 
     def handle_error(
         self,
@@ -59,7 +64,13 @@ class _Server(web.Server):
     """Makes the protocol of each connection, up to MAX_CONNECTIONS."""
 
     def __call__(self) -> web.RequestHandler:
-        return _Protocol(self, loop=self._loop, **self._kwargs)
+        return self.handler(None)
+
+    def handler(self, client: Client) -> web.RequestHandler:
+        """The protocol of a connection that comes from this client."""
+        handler = _Protocol(self, loop=self._loop, **self._kwargs)
+        handler.client = client
+        return handler
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
@@ -79,13 +90,19 @@ class HttpListener:
         *,
         tls: Callable[[], ssl.SSLContext] | None,
         requests: dict[tuple[str, int], int],
+        proxies: Sequence[IPv4Network | IPv6Network] | None = None,
+        refused: dict[str, int] | None = None,
     ) -> None:
+        """`proxies`: the balancers that may connect, each connection with a PROXY header; None: clients come by
+        themselves. `refused` counts those that did not, by reason."""
         self._ip = ip
         self._port = port
         self._tls = tls
         # The longest path first: /api/v2 before /api, and / last.
         self._handlers = sorted(((path.rstrip("/"), one) for path, one in handlers.items()), key=_longest)
         self._requests = requests
+        self._gate = Gate(proxies, _log, {} if refused is None else refused) if proxies is not None else None
+        self._handshakes: set[asyncio.Task[None]] = set()
         self._web: _Server | None = None
         self._server: asyncio.Server | None = None
 
@@ -103,11 +120,13 @@ class HttpListener:
             auto_decompress=False,  # a body that is a bomb
         )
         try:
+            # Behind a balancer TLS begins after the header.
+            tls = self._tls() if self._tls and self._gate is None else None
             self._server = await loop.create_server(
-                self._web,
+                self._web if self._gate is None else self._accept,
                 sock=sock,
-                ssl=self._tls() if self._tls else None,
-                ssl_handshake_timeout=HANDSHAKE if self._tls else None,
+                ssl=tls,
+                ssl_handshake_timeout=HANDSHAKE if tls else None,
             )
         except OSError as exc:
             sock.close()
@@ -115,6 +134,45 @@ class HttpListener:
         port: int = sock.getsockname()[1]
         _log.info("listening", module="http", ip=self._ip, port=port, tls=self._tls is not None)
         return {"module": "http", "ip": self._ip, "port": port, "tls": self._tls is not None}
+
+    def _accept(self) -> asyncio.Protocol:
+        assert self._gate is not None
+        if len(self._gate.waiting) + len(self._handshakes) >= MAX_CONNECTIONS:
+            _log.warning("http connection refused", connections=MAX_CONNECTIONS)
+            return TurnedAway()
+        return self._gate.front(Caller(self._take_over, lambda: None))
+
+    def _take_over(self, transport: asyncio.Transport, client: Client, rest: bytes) -> None:
+        """The header has been read: TLS where it is due, and then the requests."""
+        if self._web is None or self._server is None:
+            transport.abort()
+            return
+        handler = self._web.handler(client)
+        if self._tls is None:
+            _begin(handler, transport, rest)
+            return
+        task = asyncio.get_running_loop().create_task(
+            self._encrypt(transport, self._tls(), handler, rest), name="http tls"
+        )
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshakes.discard)
+
+    async def _encrypt(
+        self, transport: asyncio.Transport, context: ssl.SSLContext, handler: asyncio.Protocol, hello: bytes
+    ) -> None:
+        early = _Early()
+        loop = asyncio.get_running_loop()
+        loop.call_soon(_pass_on, transport, transport.get_protocol(), hello)  # when the handshake is there to take it
+        try:
+            encrypted = await loop.start_tls(
+                transport, early, context, server_side=True, ssl_handshake_timeout=HANDSHAKE
+            )
+        except (OSError, asyncio.CancelledError):
+            encrypted = None
+        if encrypted is None or encrypted.is_closing():
+            transport.abort()
+        else:
+            _begin(handler, encrypted, early.data)
 
     @property
     def listening(self) -> bool:
@@ -126,6 +184,10 @@ class HttpListener:
             return
         self._server.close()
         self._server = None
+        if self._gate is not None:
+            self._gate.close()
+        for task in list(self._handshakes):
+            task.cancel()
         self._web.pre_shutdown()
         await self._web.shutdown(grace)
 
@@ -168,12 +230,35 @@ def _cut(request: web.BaseRequest) -> None:
         request.transport.abort()
 
 
+class _Early(asyncio.Protocol):
+    """Keeps what comes between the end of the handshake and the moment when we hear of that."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+
+
+def _begin(handler: asyncio.Protocol, transport: asyncio.Transport, data: bytes) -> None:
+    transport.set_protocol(handler)
+    handler.connection_made(transport)
+    if data:
+        handler.data_received(data)
+
+
+def _pass_on(transport: asyncio.Transport, before: asyncio.BaseProtocol, hello: bytes) -> None:
+    if not transport.is_closing() and transport.get_protocol() is not before:
+        feed(transport.get_protocol(), hello)
+
+
 def _longest(item: tuple[str, Handler]) -> int:
     return -len(item[0])
 
 
 def _request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
-    return _Request(message, payload, protocol, writer, task, asyncio.get_running_loop())
+    remote = protocol.client[0] if protocol.client is not None else None
+    return _Request(message, payload, protocol, writer, task, asyncio.get_running_loop(), remote=remote)
 
 
 async def _asked(handler: Handler, request: web.BaseRequest, rest: str) -> Answer:

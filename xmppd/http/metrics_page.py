@@ -21,6 +21,7 @@ from xmppd.c2s.spooling import Spooling
 from xmppd.http.answers import Answer, only_reads
 from xmppd.http.cluster_metrics import ClusterCollector, ClusterSources
 from xmppd.metrics import Counters, Histogram, LoopLag
+from xmppd.outbox import Outbox
 from xmppd.session_manager import SessionManager
 from xmppd.spool import Spool
 from xmppd.storage import Batcher
@@ -41,6 +42,7 @@ class Sources:
     sessions: SessionManager
     batcher: Batcher
     spool: Spool
+    outbox: Outbox
     counters: Counters
     lag: LoopLag
     requests: Mapping[tuple[str, int], int]  # by handler and status
@@ -60,6 +62,7 @@ class NodeCollector(Collector):
         yield from self._stanzas()
         yield from self._promise()
         yield from self._storage()
+        yield from self._outbox()
 
     def _node(self) -> Iterator[Metric]:
         src = self._sources
@@ -88,6 +91,12 @@ class NodeCollector(Collector):
         yield connections
         yield _count("xmppd_connections_accepted", "Client connections accepted", counters.accepted)
         yield _count("xmppd_connections_refused", "Client connections there was no room for", counters.refused)
+        yield _counts(
+            "xmppd_proxies_refused",
+            "Connections without a PROXY header from a trusted balancer",
+            "reason",
+            counters.proxies_refused,
+        )
         yield _counts("xmppd_logins", "Successful authentications", "mechanism", counters.logins)
         yield _counts("xmppd_login_failures", "Failed authentications", "reason", counters.login_failures)
         yield _counts("xmppd_streams_refused", "Streams ended with an error", "condition", counters.stream_errors)
@@ -145,6 +154,39 @@ class NodeCollector(Collector):
         yield _counts("xmppd_spool_rows", "Messages for the spool", "result", results)
         yield _count("xmppd_spool_rows_taken", "Stored messages given to a session", spool.taken)
         yield _count("xmppd_spool_rows_flushed", "Stored messages that have arrived and were deleted", spool.flushed)
+
+    def _outbox(self) -> Iterator[Metric]:
+        outbox = self._sources.outbox
+        tallies, runners = outbox.tallies, sorted(outbox.runners.items())
+        yield _of_sinks(
+            "queued", "Events in the database for this node to send", {n: t.pending for n, t in tallies.items()}
+        )
+        yield _of_sinks("dead", "Events that were given up and are kept", {n: t.dead for n, t in tallies.items()})
+        yield _of_sinks("in_memory", "Events in memory", {name: runner.held for name, runner in runners})
+        yield _of_sinks("in_flight", "Requests under way", {name: runner.in_flight for name, runner in runners})
+        yield _of_sinks("broken", "1: the sink takes nothing", {name: int(r.breaker.is_open) for name, r in runners})
+        ages = {name: outbox.age(name) for name in {*tallies, *outbox.runners}}
+        yield _of_sinks("oldest_seconds", "Age of the oldest event that waits", ages)
+        for word, text in (("sent", "taken"), ("failed", "tried in vain"), ("dropped", "dropped for lack of room")):
+            counts = {name: getattr(runner, word) for name, runner in runners}
+            yield _counts(f"xmppd_outbox_events_{word}", f"Events {text}", "sink", counts)
+        given_up = {name: runner.dead for name, runner in runners}
+        yield _counts("xmppd_outbox_events_given_up", "Events given up", "sink", given_up)
+        repeated = {name: runner.duplicates for name, runner in runners}
+        yield _counts("xmppd_outbox_events_repeated", "Events that were there already", "sink", repeated)
+        seconds = HistogramMetricFamily(
+            "xmppd_outbox_seconds", "From an event to its being taken by the sink", labels=["sink"]
+        )
+        for name, runner in runners:
+            seconds.add_metric([name], buckets=runner.seconds.buckets(), sum_value=runner.seconds.sum)
+        yield seconds
+
+
+def _of_sinks(name: str, text: str, values: Mapping[str, float]) -> GaugeMetricFamily:
+    family = _gauge(f"xmppd_outbox_{name}", text, "sink")
+    for sink, value in sorted(values.items()):
+        family.add_metric([sink], value)
+    return family
 
 
 def _count(name: str, text: str, value: float) -> CounterMetricFamily:

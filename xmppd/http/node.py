@@ -21,6 +21,7 @@ from xmppd.http.health import Live, Ready
 from xmppd.http.listener import HttpListener
 from xmppd.http.metrics_page import MetricsPage, Sources
 from xmppd.metrics import Counters, LoopLag
+from xmppd.outbox import Outbox
 from xmppd.session_manager import SessionManager
 from xmppd.spool import Spool
 from xmppd.storage import Storage
@@ -34,6 +35,7 @@ class Node(Protocol):
     version: str
     storage: Storage
     spool: Spool
+    outbox: Outbox
     sessions: SessionManager
     registry: Registry
     certificates: Certificates
@@ -74,6 +76,7 @@ class HttpServers:
                 sessions=node.sessions,
                 batcher=node.storage.batcher,
                 spool=node.spool,
+                outbox=node.outbox,
                 counters=node.counters,
                 lag=node.lag,
                 requests=self._requests,
@@ -87,7 +90,15 @@ class HttpServers:
         """Open one listener; its entry for ready.json comes back. Raises XmppdError."""
         handlers = {path: self._handler(path, kind) for path, kind in listen.request_handlers.items()}
         tls = self._node.certificates.context if listen.tls else None
-        listener = HttpListener(listen.ip, listen.port, handlers, tls=tls, requests=self._requests)
+        listener = HttpListener(
+            listen.ip,
+            listen.port,
+            handlers,
+            tls=tls,
+            requests=self._requests,
+            proxies=listen.trusted_proxies if listen.use_proxy_protocol else None,
+            refused=self._node.counters.proxies_refused,
+        )
         entry = await listener.open()
         self._listeners.append(listener)
         return entry

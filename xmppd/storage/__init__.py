@@ -3,6 +3,7 @@
 from xmppd.protocol.sasl import Secret
 from xmppd.storage.accounts import Account, Accounts
 from xmppd.storage.batcher import Batcher
+from xmppd.storage.clock import clock
 from xmppd.storage.database import Storage
 from xmppd.storage.faults import Duplicate
 from xmppd.storage.ids import id_time, new_id
@@ -35,6 +36,7 @@ __all__ = [
     "Storage",
     "Utf8",
     "by_host",
+    "clock",
     "db_now",
     "fixed_bytes",
     "host_column",

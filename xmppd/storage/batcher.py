@@ -111,6 +111,11 @@ class Batcher:
         return self._closed
 
     @property
+    def away(self) -> bool:
+        """True while the database has not taken the last transaction."""
+        return self._away_since is not None
+
+    @property
     def bytes_waiting(self) -> int:
         """What these rows are taken to weigh."""
         return self._size

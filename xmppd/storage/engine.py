@@ -15,6 +15,7 @@ from pymysql.constants import CLIENT
 from sqlalchemy import URL, event, exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
+from sqlalchemy.util.concurrency import in_greenlet
 
 from xmppd.errors import StorageUnavailable
 from xmppd.storage.url import MysqlTarget, SqliteTarget
@@ -135,7 +136,21 @@ def sqlite_engine(target: SqliteTarget, *, pool_size: int, pool_timeout: float) 
         URL.create("sqlite+aiosqlite", database=str(target.path)), pool_size, pool_timeout, {"timeout": pool_timeout}
     )
     event.listen(engine.sync_engine, "connect", _sqlite_pragmas)
+    event.listen(engine.sync_engine, "invalidate", _roll_back)
     return engine
+
+
+def _roll_back(dbapi_connection: Any, record: Any, error: BaseException | None) -> None:
+    """Before a connection is thrown away, mostly because somebody was cancelled.
+
+    Closing it alone leaves its transaction open, and everybody else without the write lock, for as long as a cursor of
+    it lives, which the traceback of the exception holds.
+    """
+    if in_greenlet():
+        try:
+            dbapi_connection.rollback()
+        except Exception:  # it is dead, then
+            pass
 
 
 def _sqlite_pragmas(dbapi_connection: Any, record: Any) -> None:

@@ -2,9 +2,10 @@
 
 import secrets
 import threading
-import time
 from collections.abc import Callable
 from typing import Final
+
+from xmppd.storage.clock import clock
 
 ID_BYTES: Final = 16
 _COUNTER_LIMIT: Final = 1 << 24
@@ -14,10 +15,11 @@ class IdMaker:
     """48 bits of milliseconds since 1970, a 24-bit counter within the millisecond, 56 random bits.
 
     Ids of one maker rise strictly, also when the clock is set back: the last millisecond then goes on until the clock
-    has caught up. Ids of several nodes differ by their random part and are in order only as far as the clocks agree.
+    has caught up. Ids of several nodes differ by their random part, and are in order as far as these agree on the time
+    (clock.py).
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] = clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()  # ids may be asked for by a worker thread
         self._millis = 0
@@ -40,5 +42,5 @@ new_id = IdMaker()
 
 
 def id_time(row_id: bytes) -> float:
-    """When the id was made, in seconds since 1970 by the maker's clock."""
+    """When the id was made, in seconds since 1970 by the clock of the cluster."""
     return int.from_bytes(row_id[:6], "big") / 1000

@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from xmppd.errors import NodeIdInUse, NodeNameTaken, NodeRemoved, StorageError
+from xmppd.storage.clock import clock
 from xmppd.storage.database import Storage
 from xmppd.storage.sql import db_now, insert_new
 from xmppd.storage.tables import cluster, node
@@ -265,7 +266,10 @@ async def _rows(connection: AsyncConnection, where: ColumnElement[bool] | None) 
 
 
 async def _row(connection: AsyncConnection, node_id: bytes) -> NodeRow:
-    return _node_row((await connection.execute(select(*_COLUMNS).where(node.c.node_id == node_id))).one())
+    asked_at = clock.steady()
+    row = (await connection.execute(select(*_COLUMNS).where(node.c.node_id == node_id))).one()
+    clock.learn(row.now, asked_at)
+    return _node_row(row)
 
 
 def _node_row(row: Any) -> NodeRow:
@@ -280,9 +284,11 @@ async def _pulse(connection: AsyncConnection, node_id: bytes, instance: bytes) -
     revision = select(cluster.c.revision).where(cluster.c.name == _ROW).scalar_subquery().label("revision")
     query = select(node.c.instance, node.c.state, node.c.wanted_at, revision, db_now().label("now"))
     query = query.where(node.c.node_id == node_id)
+    asked_at = clock.steady()
     row = (await connection.execute(query)).one_or_none()
     if row is None:
         return Pulse(False, "", 0, None)  # somebody has emptied the tables
+    clock.learn(row.now, asked_at)
     wanted = None if row.wanted_at is None else row.now - row.wanted_at
     return Pulse(row.instance == instance, row.state, row.revision or 0, wanted)
 

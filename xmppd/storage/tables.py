@@ -178,6 +178,29 @@ spool = _core(
     Index("spool_free", "free_since"),
 )
 
+outbox = _core(  # events for web servers that have not taken them yet (xmppd/outbox)
+    "outbox",
+    Column("id", fixed_bytes(16), primary_key=True),
+    Column("sink", Utf8(64), nullable=False),
+    host_column(),
+    Column("kind", Utf8(32), nullable=False),
+    Column("partition_key", fixed_bytes(32), nullable=False),  # events with the same one go out in order
+    Column("dedup_key", fixed_bytes(32)),  # null once the window has passed
+    Column("headers", long_bytes(), nullable=False),  # JSON: [[name, value], …]
+    Column("payload", long_bytes(), nullable=False),
+    Column("state", Utf8(8), nullable=False),  # pending, dead; done: kept for its dedup_key
+    Column("attempts", Integer, nullable=False),
+    Column("next_at", Stamp),  # not before; by the clock of the node that tried
+    Column("lease_node", fixed_bytes(16), nullable=False),  # the run of the node that sends it, while that one's
+    Column("lease_incarnation", BigInteger, nullable=False),  # row in `node` says that it lives
+    Column("take_id", fixed_bytes(16)),  # null: that node does not have it in memory yet
+    Column("last_error", Utf8(255)),
+    Column("created_at", Stamp, nullable=False),
+    Index("outbox_lease", "lease_node", "lease_incarnation", "sink", "state", "take_id", "id"),
+    Index("outbox_dedup", "dedup_key", unique=True),
+    Index("outbox_state", "state", "sink", "id"),
+)
+
 cluster = _core(  # one row: which cluster this database belongs to
     "cluster",
     Column("name", Utf8(16), primary_key=True),  # always "cluster"
@@ -229,6 +252,7 @@ __all__ = [
     "metadata",
     "module_table",
     "node",
+    "outbox",
     "setting",
     "short_bytes",
     "spool",

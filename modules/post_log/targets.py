@@ -1,0 +1,141 @@
+"""Where messages are posted to, and as what: the module's own options, and those of each of its `sinks`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal
+from urllib.parse import urlsplit
+
+from lxml.etree import _Element
+
+from xmppd.module_api import Event, FileSink, HttpSink, HttpTarget, conversation, new_id, repetition, several, ulid
+from xmppd.protocol.jid import JID
+from xmppd.protocol.stanza import Stanza
+
+from .forms import Message, ejabberd_xml, json_object, timestamp
+from .options import HttpOptions
+
+Format = Literal["ejabberd", "json", "ndjson_batch"]
+Headers = tuple[tuple[str, str], ...] | Mapping[str, str]
+
+_STATES: Final = {"sent": "accepted", "received": "sent", "offline": "stored-offline"}
+_CONTENT_TYPES: Final = {"json": "application/json", "ndjson_batch": "application/x-ndjson"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """One of `sinks`: a `url`, or a `file` with a line of JSON for each message."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    name: str
+    url: str | None = None
+    file: str | None = None
+    format: Format = "json"
+    headers: Headers = ()
+    content_type: str = "text/xml"
+    confidential: bool = False
+    secret: Annotated[tuple[str, ...], several] = field(default=(), repr=False)
+    retry_4xx: bool = False
+    http_options: Any = ()
+
+
+@dataclass(slots=True)
+class Seen:
+    """A message that is to be posted."""
+
+    stanza: Stanza
+    element: _Element
+    sender: JID
+    recipient: JID
+    direction: str
+    host: str
+    at: float
+
+
+class Poster:
+    """Makes the events of one sink. `names`: of the headers for time, sender and recipient."""
+
+    def __init__(self, name: str, sink: Sink, names: tuple[str, str, str], node: str) -> None:
+        self.name = name
+        self.sink = sink
+        self.batched = sink.format == "ndjson_batch" or sink.file is not None
+        self._names = names
+        self._node = node
+        usual = sink.content_type == "text/xml"
+        content_type = _CONTENT_TYPES.get(sink.format, "text/xml") if usual else sink.content_type
+        headers = sink.headers.items() if isinstance(sink.headers, Mapping) else sink.headers
+        self._headers = (("Content-Type", content_type), *((str(name), str(value)) for name, value in headers))
+
+    def problem(self) -> str:
+        """What is wrong with where it goes, or nothing."""
+        return "" if self.sink.file is not None else wrong_with(self.sink.url)
+
+    def target(self, options: HttpOptions, connections: int) -> HttpSink | FileSink:
+        """Raises OSError and ValueError where certificates cannot be used."""
+        if self.sink.file is not None:
+            return FileSink(Path(self.sink.file))
+        assert self.sink.url is not None
+        target = HttpTarget(
+            self.sink.url,
+            timeout=options.timeout,
+            connect_timeout=options.connect_timeout,
+            secrets=self.sink.secret,
+            verify=options.verify,
+            cafile=options.cafile,
+            certfile=options.certfile,
+            batched=self.batched,
+            retry_4xx=self.sink.retry_4xx,
+        )
+        sink = HttpSink(target, connections=connections)
+        sink.check()
+        return sink
+
+    def event(self, seen: Seen) -> Event:
+        stanza, sender, recipient, direction = seen.stanza, seen.sender, seen.recipient, seen.direction
+        event_id = new_id()
+        to = seen.element.get("to") or recipient.full
+        hidden = self.sink.confidential
+        message = Message(stanza, seen.element, sender, recipient, to, direction, _STATES[direction], seen.at, hidden)
+        if self.sink.format == "ejabberd":
+            payload = ejabberd_xml(message)
+        else:
+            payload = json_object(message, id=ulid(event_id), host=seen.host, node=self._node)
+        headers = self._headers
+        if not self.batched:  # there the headers are those of a whole batch
+            values = (timestamp(seen.at), message.from_, to)
+            headers = (*headers, *zip(self._names, values, strict=True))
+        in_room = stanza.type == "groupchat"
+        return Event(
+            event_id,
+            self.name,
+            seen.host,
+            f"message.{direction}",
+            conversation(sender, sender if in_room and direction != "sent" else recipient, room=in_room),
+            payload,
+            seen.at,
+            headers,
+            _repeated(self.name, stanza, sender, recipient) if direction == "offline" else None,
+        )
+
+
+def _repeated(sink: str, stanza: Stanza, sender: JID, recipient: JID) -> bytes | None:
+    """A client that sends a message again has it stored once, and so it is told once."""
+    if not stanza.id.strip():
+        return None
+    return repetition("offline", sink, sender.bare, recipient.bare, stanza.id, stanza.inner.decode())
+
+
+def wrong_with(url: str | None) -> str:
+    """What is wrong with a URL, or nothing."""
+    if not url:
+        return "it is missing: messages are posted to a web server, https://log.example.net/messages for example"
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or any(char.isspace() for char in url):
+        said = repr(url[:200]) if "@" not in url else "it"  # a password may be in it
+        return f"{said} is no URL that begins with http:// or https:// and names a host"
+    return ""

@@ -1,0 +1,272 @@
+"""One sink's part of the outbox: sends what is in memory, a few requests at a time, and says what became of it."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol
+
+from xmppd.log import get_logger
+from xmppd.metrics import Histogram
+from xmppd.outbox.backoff import Breaker, Retry
+from xmppd.outbox.event import Event
+from xmppd.outbox.line import Item, Line
+from xmppd.outbox.rows import DEAD, DONE, PENDING, Mark
+from xmppd.outbox.sink import Answer
+
+log = get_logger("outbox")
+
+_BATCH_BYTES: Final = 4 << 20  # in one request
+_LAST: Final = 1.0  # seconds for requests under way at the end
+_LOAD: Final = 500  # rows fetched at once
+_ROW_BYTES: Final = 64 << 10  # what a row that is not seen yet is taken to weigh
+_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 60.0, 300.0, 3600.0)
+
+
+class Sends(Protocol):
+    """A sink (sink.py)."""
+
+    async def open(self) -> None: ...
+    async def close(self) -> None: ...
+    async def send(self, events: Sequence[Event]) -> Answer: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The `outbox:` section, as far as sending is concerned. Times in seconds."""
+
+    retry: Retry = field(default_factory=Retry)
+    per_sink: int = 8
+    open_after: int = 5
+    probe_every: float = 10.0
+    max_events: int = 10_000  # in memory, of one sink
+    max_bytes: int = 64 << 20
+    batch_events: int = 100
+    batch_wait: float = 0.02
+    dead_letter: Literal["keep", "drop"] = "keep"
+
+
+class Runner:
+    """`mark(item, mark)` writes down what became of an item; `roomy()` is called when there is room in memory again."""
+
+    def __init__(
+        self,
+        name: str,
+        sink: Sends,
+        settings: Settings,
+        *,
+        batched: bool,
+        mark: Callable[[Item, Mark], None],
+        roomy: Callable[[], None],
+    ) -> None:
+        self.name = name
+        self.sink = sink
+        self.line = Line()
+        self.breaker = Breaker(settings.open_after, settings.probe_every)
+        self.paused = False
+        self.reserved = 0  # events whose rows are being written
+        self.reserved_bytes = 0
+        self.more = True  # there may be rows that are not in memory: what is new goes behind them
+        self.spilled = 0  # events that were written without a place in memory, ever
+        self.spilling = 0  # those of them whose commit is under way
+        self.sent = self.failed = self.dead = self.dropped = self.duplicates = 0
+        self.seconds = Histogram(_SECONDS)  # from an event's making to its arrival
+        self._settings = settings
+        self._batched = batched
+        self._mark = mark
+        self._roomy = roomy
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
+        self._open = False
+        self._loop = asyncio.get_running_loop()
+
+    async def start(self) -> None:
+        await self.sink.open()
+        self._open = True
+        self.pump()
+
+    async def stop(self) -> None:
+        """What is in memory goes, and what is on its way too after a moment: then it may be sent again."""
+        self._open = False
+        self._cancel_timer()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=_LAST)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks))
+        self.line = Line()
+        await self.sink.close()
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._tasks)
+
+    @property
+    def held(self) -> int:
+        """Events in memory."""
+        return self.line.events + self.reserved
+
+    def has_room(self, size: int = 0) -> bool:
+        settings = self._settings
+        held = self.line.bytes + self.reserved_bytes + size
+        return self.held < settings.max_events and (held <= settings.max_bytes or self.held == 0)
+
+    @property
+    def room_for_rows(self) -> int:
+        """How many rows may be fetched from the database at once; 0: none."""
+        settings = self._settings
+        if not self.has_room():
+            return 0
+        bytes_left = settings.max_bytes - self.line.bytes - self.reserved_bytes
+        return max(1, min(_LOAD, settings.max_events - self.held, bytes_left // _ROW_BYTES))
+
+    @property
+    def wants_rows(self) -> bool:
+        """Not for every single one that there is room for."""
+        room = self.room_for_rows
+        return room == _LOAD or (room > 0 and self.held <= self._settings.max_events // 2)
+
+    def reserve(self, event: Event) -> None:
+        self.reserved += 1
+        self.reserved_bytes += event.size
+
+    def unreserve(self, event: Event) -> None:
+        self.reserved -= 1
+        self.reserved_bytes -= event.size
+
+    def add(self, item: Item, *, due: float = 0.0) -> None:
+        """`due` by the loop's clock."""
+        self.line.add(item, self._loop.time(), due=due)
+        if self._batched and self.line.events < self._settings.batch_events:
+            self._wake_at(self._loop.time() + self._settings.batch_wait)
+        else:
+            self.pump()
+
+    # -- sending -----------------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        self.paused = False
+        self.pump()
+
+    def hurry(self) -> None:
+        """Try again now what waits for another attempt."""
+        self.line.hurry(self._loop.time())
+        self.pump()
+
+    def pump(self) -> None:
+        """Begin as many requests as may be under way."""
+        settings = self._settings
+        while self._open and not self.paused and len(self._tasks) < settings.per_sink:
+            now = self._loop.time()
+            wait = self.breaker.wait(now)
+            if wait is None:
+                return
+            if wait > 0:
+                return self._wake_at(now + wait)
+            limit = settings.batch_events if self._batched and not self.breaker.is_open else 1
+            items = self.line.take(now, limit=limit, size=_BATCH_BYTES, early=self.breaker.is_open)
+            if not items:
+                due = self.line.next_due(now)
+                return None if due is None else self._wake_at(due)
+            probe = self.breaker.is_open
+            self.breaker.begin()
+            task = self._loop.create_task(self._send(items, probe), name=f"outbox {self.name}")
+            self._tasks.add(task)
+            task.add_done_callback(self._sent)
+
+    def _sent(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("event not sent", sink=self.name, exc=exc)
+        if self._open:
+            self.pump()
+            if self.has_room():
+                self._roomy()
+
+    async def _send(self, items: list[Item], probe: bool) -> None:
+        try:
+            answer = await self.sink.send([item.event for item in items])
+        except Exception as exc:  # a bug; the events stay, or one of them would stop the sink
+            log.error("event not sent", sink=self.name, exc=exc)
+            answer = Answer("retry", f"{type(exc).__name__}")
+        if answer.verdict == "retry":
+            self._again(items, answer, probe)
+            return
+        if self.breaker.succeeded():
+            log.info("sink takes events again", sink=self.name, waiting=self.held)
+            self.line.hurry(self._loop.time())
+        now = self._loop.time()
+        if answer.verdict == "dead" and len(items) > 1:
+            for item in items:
+                item.alone = True  # one of them is to blame: let it be found
+            self.line.put_back(items, now, due=0.0)
+            return
+        self.line.done(items, now)
+        if answer.verdict == "done":
+            self._count_sent(items)
+        else:
+            self._bury(items, answer.reason)
+
+    def _count_sent(self, items: list[Item]) -> None:
+        now = time.time()
+        self.sent += len(items)
+        for item in items:
+            self.seconds.observe(max(0.0, now - item.event.created_at))
+            if item.written:
+                self._mark(item, Mark(item.event.id, DONE, keep=item.event.dedup is not None))
+
+    def _again(self, items: list[Item], answer: Answer, probe: bool) -> None:
+        """`probe`: it was known that the sink is down, so that these events have to wait no longer because of it."""
+        retry, now = self._settings.retry, self._loop.time()
+        self.failed += 1
+        if self.breaker.failed(now, not_before=answer.not_before):
+            log.warning("sink does not take events", sink=self.name, reason=answer.reason, waiting=self.held)
+        wall = time.time()
+        old = [item for item in items if wall - item.event.created_at >= retry.give_up_after]
+        if old and len(old) == len(items):
+            self.line.done(items, now)
+            self._bury(items, f"given up: {answer.reason}")
+            return
+        if probe:
+            self.line.put_back(items, now, due=now + answer.not_before)
+            return
+        for item in items:
+            item.attempts += 1
+        wait = max(retry.wait(max(item.attempts for item in items)), answer.not_before)
+        for item in items:
+            if item.written:
+                self._mark(item, Mark(item.event.id, PENDING, item.attempts, wall + wait, answer.reason))
+        self.line.put_back(items, now, due=now + wait)
+        log.debug("event tried in vain", sink=self.name, reason=answer.reason, wait_s=round(wait, 1))
+
+    def _bury(self, items: list[Item], reason: str) -> None:
+        """Nobody tries again but an operator."""
+        keep = self._settings.dead_letter == "keep"
+        for item in items:
+            self.dead += 1
+            log.warning(
+                "event is dead", sink=self.name, event_id=item.event.ulid, attempts=item.attempts, reason=reason
+            )
+            self._mark(item, Mark(item.event.id, DEAD if keep else DONE, item.attempts, error=reason))
+
+    # -- the clock ---------------------------------------------------------------------------------------------------
+
+    def _wake_at(self, when: float) -> None:
+        if not self._open or (self._timer is not None and self._timer_due <= when):
+            return
+        self._cancel_timer()
+        self._timer_due = when
+        self._timer = self._loop.call_at(when, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self.pump()
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
