@@ -147,17 +147,6 @@ class MessageUndeliverable:
 
 
 @dataclass(slots=True)
-class MessageStoring:
-    """A message is about to be stored for a user who is absent; on the node where that is done. Handlers are plain
-    functions and append to `rows` what commits with it, or not at all: (kind, item) as for `Batcher.submit_unit`, from
-    `outbox.row` for example. Unhandled: it is stored."""
-
-    user: JID
-    message: Stanza
-    rows: list[tuple[str, Any]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class MessageSpooling:
     """The client of a session has not acknowledged a message for a while, or has no stream, or has gone: the message is
     about to be written to the spool, after which its sender need not keep it; on the node of the session. The one plain
@@ -188,6 +177,17 @@ class MessagesFound:
     session, and more than once for the same messages."""
 
     user: JID  # bare
+
+
+@dataclass(slots=True)
+class MessageStoring:
+    """A message is about to be stored for a user who is absent; on the node where that is done. Handlers are plain
+    functions and append to `rows` what commits with it, or not at all: (kind, item) as for `Batcher.submit_unit`, from
+    `outbox.row` for example. Unhandled: it is stored."""
+
+    user: JID
+    message: Stanza
+    rows: list[tuple[str, Any]] = field(default_factory=list)
 
 
 # -- presence and subscriptions

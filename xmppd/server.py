@@ -383,7 +383,7 @@ class Server:
         self._node_handlers.connect(calls, self.spawn)
         Removals(calls, self.accounts, self.hooks, self.spawn)
         self.spool.standing = SpoolPlace(self.cluster)
-        watch = SpoolWatch(self.spool, self.cluster, self.hooks, self.sessions.takes_messages_here, self.spawn)
+        watch = SpoolWatch(self.spool, self.cluster, self.hooks, self.sessions.takes_messages_here, self.spawn, clock)
         self.spawn_service(watch.run(), name="spool watch")
         try:
             yield

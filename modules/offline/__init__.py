@@ -293,7 +293,7 @@ class Offline(Module[Config]):
             session.state[_RETRIEVES] = True
             self.nodes.cast("retrieves", [session.user.bare, True])
         elif session.priority is not None and session.priority >= 0 and not self._is_retrieving(session.user):
-            self._retry(session)  # the other node may have been in the midst of it
+            self._retry(session, hold=False)  # the other node may have been in the midst of it
 
     async def _flush(self, session: Session) -> bool:
         """Send what is kept for the user; False when the database could not give it."""
@@ -484,10 +484,11 @@ class Offline(Module[Config]):
     def _takers(self, user: JID) -> list[Session]:
         return [s for s in self.sessions.sessions(user) if s.priority is not None and s.priority >= 0]
 
-    def _retry(self, session: Session) -> None:
+    def _retry(self, session: Session, *, hold: bool = True) -> None:
         """Again and again until the database can. What is written to them meanwhile waits, for a while."""
         flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        session.hold_messages(_at_most(flushed))
+        if hold:
+            session.hold_messages(_at_most(flushed))
 
         async def retry() -> None:
             wait = RETRY_FIRST

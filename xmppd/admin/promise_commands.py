@@ -1,6 +1,5 @@
 """What waits for whom: of a session, and of a node's part of the spool."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -12,6 +11,7 @@ from xmppd.errors import CommandError, JidError
 from xmppd.protocol import jid
 from xmppd.session_manager import Waiting
 from xmppd.spool import Totals
+from xmppd.storage import clock
 
 _SESSION: Final = (
     *map(string, ("jid", "node", "state")),
@@ -104,7 +104,7 @@ class PromiseCommands:
     async def spool_status(self) -> list[tuple[str | int, ...]]:
         totals = await self._spool.totals(self._member)
         numbers = self._numbers()
-        oldest = 0 if totals.oldest is None else max(0, round(time.time() - totals.oldest))
+        oldest = 0 if totals.oldest is None else max(0, round(clock() - totals.oldest))
         return [
             (
                 self._node,

@@ -347,7 +347,7 @@ class Session:
         if self._arriving is not None and not stanza.moved:
             return self._hold(self._arriving, stanza)
         held = self._held
-        if held is not None and stanza.kind == "message":
+        if held is not None and stanza.kind == "message" and not stanza.moved:
             return self._hold(held, stanza)
         return self._deliver(stanza)
 
@@ -448,7 +448,12 @@ class Session:
     def settled_in(self) -> None:
         """All that was on its way through the old node has come."""
         arriving, self._arriving = self._arriving or [], None
-        self._release(arriving)
+        held = self._held
+        if held is None:
+            self._release(arriving)
+            return
+        self._release([each for each in arriving if each[0].kind != "message"])
+        held += [each for each in arriving if each[0].kind == "message"]
 
     # -- its end
 
