@@ -86,6 +86,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     load.add_argument("--body", type=int, default=100, help="chat: bytes of text")
     load.add_argument("--to", choices=["bare", "full"], default="bare", help="chat: to the bare or the full address")
     load.add_argument(
+        "--ack", type=float, default=-1, metavar="S", help="chat: stream management, <a/> so many seconds after <r/>"
+    )
+    load.add_argument(
         "--depth", choices=["full", "bind"], default="full", help="login: with roster and presence, or not"
     )
     load.add_argument(
@@ -184,6 +187,7 @@ def generator_arguments(
         "warm": arguments.warm,
         "time": arguments.time,
         "settle": arguments.settle,
+        "ack": arguments.ack,
         "scram-cache": cache,
     }
     return [scenario, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]

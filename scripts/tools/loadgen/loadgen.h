@@ -37,6 +37,7 @@ struct options {
     double rate;             /* chat: messages per second in all, sent by the clock; 0: each arrival lets the next go */
     double warm;             /* seconds before measuring */
     double time;             /* seconds of measuring */
+    double ack;              /* chat: stream management, <a/> so many seconds after <r/>; below 0: none */
     double settle;           /* idle: seconds between the last login and the measuring */
 };
 extern struct options opt;
@@ -117,6 +118,12 @@ struct conn {
     char *stanza; /* chat: the message, encoded once */
     size_t stanza_length, id_at, mark_at;
     uint32_t number; /* of the last message sent */
+
+    bool managing, managed; /* stream management is asked for; is on */
+    uint32_t handled;       /* stanzas that came since */
+    uint64_t ack_at;        /* when to answer an <r/>; 0: none waits */
+    char name[12];          /* of the element that begins */
+    int name_length;        /* -1: none does */
 };
 
 struct counters {
@@ -156,6 +163,11 @@ void scram_save_cache(void);
 void scram_first_message(struct conn *c);
 bool scram_answer(struct conn *c, const char *challenge, size_t length);
 void base64(char *to, const void *from, int length);
+
+/* ---- acks.c: stream management ---- */
+void acks_enable(struct conn *c);
+void acks_input(struct conn *c, const char *data, size_t length);
+uint64_t acks_due(uint64_t now); /* answers what is due; when to ask again */
 
 /* ---- scenarios.c ---- */
 void scenario_chat(void);

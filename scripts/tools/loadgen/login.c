@@ -115,6 +115,7 @@ static void on_input(struct conn *c) {
                 conn_ready(c);
             } else {
                 c->state = SETTLING;
+                if (opt.ack >= 0) acks_enable(c);
                 fetch_roster_and_show_up(c);
             }
         }

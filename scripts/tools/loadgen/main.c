@@ -22,6 +22,7 @@ struct options opt = {
     .concurrency = 50,
     .warm = 1.5,
     .time = 5,
+    .ack = -1,
     .settle = 3,
 };
 struct sockaddr_in targets[MAX_TARGETS];
@@ -47,6 +48,7 @@ static const struct {
     {"rate", REAL, offsetof(struct options, rate)},
     {"warm", REAL, offsetof(struct options, warm)},
     {"time", REAL, offsetof(struct options, time)},
+    {"ack", REAL, offsetof(struct options, ack)},
     {"settle", REAL, offsetof(struct options, settle)},
 };
 

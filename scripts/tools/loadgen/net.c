@@ -265,6 +265,7 @@ static bool read_once(struct conn *c) {
     }
     count.reads++;
     count.bytes_in += (uint64_t)length;
+    if (c->managing) acks_input(c, data, (size_t)length);
     if (c->state == READY) scan_for_marks(c, data, (size_t)length);
     else login_input(c, data, (size_t)length);
     if (c->state == DEAD || c->state == HANDSHAKE) return false;
@@ -300,6 +301,10 @@ void loop_once(uint64_t deadline) {
     loop_time = now_ns();
     if (on_tick) {
         uint64_t next = on_tick(loop_time);
+        if (next < deadline) deadline = next;
+    }
+    if (opt.ack > 0) {
+        uint64_t next = acks_due(loop_time);
         if (next < deadline) deadline = next;
     }
     flush_all();
