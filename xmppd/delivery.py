@@ -11,6 +11,7 @@ that turns out to be dead loses nothing: the records are routed again.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import Any, Final, Protocol, TypeVar
@@ -247,6 +248,69 @@ class Records:
         outcomes = self._ripe + self._fresh
         self._ripe, self._fresh = [], []
         return [Record(outcome.stanza, outcome) for outcome in outcomes]
+
+
+class Turns:
+    """Records that are routed again, those of one user one after the other: the next when the one before is decided.
+    What else is for that user has to come behind.
+
+    `route` may not raise.
+    """
+
+    __slots__ = ("_route", "_users")
+
+    def __init__(self, route: Callable[[Record], Outcome]) -> None:
+        self._route = route
+        self._users: dict[str, _Turn] = {}
+
+    def __contains__(self, user: str) -> bool:
+        return user in self._users
+
+    def __bool__(self) -> bool:
+        return bool(self._users)
+
+    def add(self, user: str, record: Record) -> None:
+        """Now, or behind those that are there."""
+        turn = self._users.get(user)
+        if turn is not None:
+            turn.records.append(record)
+            return
+        self._users[user] = turn = _Turn(record)
+        self._go_on(user, turn)
+
+    def _go_on(self, user: str, turn: "_Turn") -> None:
+        while turn.records:
+            record = turn.records.popleft()
+            if record.outcome.result is not None:
+                continue
+            turn.stanza = record.stanza
+            outcome = self._route(record)
+            if isinstance(outcome, Pending) and not outcome.decided:
+                outcome.when_decided(lambda: self._go_on(user, turn))
+                return
+        del self._users[user]
+        if turn.done is not None:
+            turn.done.set_result(None)
+
+    def ahead(self, user: str, stanza: Stanza) -> "asyncio.Future[None] | None":
+        """What a message for that user has to wait for; None when it is the one whose turn it is."""
+        turn = self._users.get(user)
+        if turn is None or turn.stanza is stanza:
+            return None
+        if turn.done is None:
+            turn.done = asyncio.get_running_loop().create_future()
+        return turn.done
+
+
+class _Turn:
+    """Of one user: what is being routed, and what follows."""
+
+    __slots__ = ("done", "records", "stanza")
+
+    def __init__(self, record: Record) -> None:
+        self.records = deque((record,))
+        self.stanza = record.stanza
+        self.done: asyncio.Future[None] | None = None
 
 
 class Gate:

@@ -197,6 +197,13 @@ class Forwarder:
         """Whether there is a link to a node."""
         return node in self._channels
 
+    def owes(self, node: bytes, user: str) -> bool:
+        """Whether something was sent to a node for a user (a bare JID) of which nothing is known yet."""
+        channel = self._channels.get(node)
+        return channel is not None and any(
+            sent.stanza.to is not None and sent.stanza.to.bare == user for sent in channel.sent.values()
+        )
+
     def _up(self, peer: Peer) -> None:
         self._channels[peer.node] = Channel(peer.node)
 

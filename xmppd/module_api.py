@@ -30,7 +30,7 @@ from xmppd.errors import CommandError, JidError
 from xmppd.events import Handled, Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.nodes import Nodes
-from xmppd.outbox import Event, FileSink, HttpSink, HttpTarget, Outbox, conversation, repetition, ulid
+from xmppd.outbox import Answer, Event, FileSink, HttpSink, HttpTarget, Outbox, conversation, repetition, ulid
 from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stanza import Stanza
 from xmppd.session_manager import Resource
@@ -63,6 +63,7 @@ __all__ = [
     "SAFE",
     "Access",
     "AccessRules",
+    "Answer",
     "Arg",
     "BlockingService",
     "Blocklist",

@@ -9,10 +9,23 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Final, Protocol
 
 from xmppd.cluster.tables import Lost, Owner, SessionRow, SessionTable
-from xmppd.delivery import ERROR, SAFE, Bounce, Gate, Outcome, Pending, Record, Settled, Spawn, first_of
+from xmppd.delivery import (
+    ERROR,
+    SAFE,
+    Bounce,
+    Gate,
+    Outcome,
+    Pending,
+    Record,
+    Settled,
+    Spawn,
+    Turns,
+    as_stanza_error,
+    first_of,
+)
 from xmppd.errors import StanzaError
 from xmppd.events import (
     DirectedPresenceArrived,
@@ -32,6 +45,8 @@ from xmppd.protocol.jid import JID, bare
 from xmppd.protocol.stanza import Stanza
 
 Rows = Mapping[str, SessionRow]
+_OWED: Final = 10.0  # seconds for a node to take back its row of a full JID that is bound elsewhere, or to be seen dead
+_OWED_LOOK: Final = 0.02
 SUBSCRIPTIONS = frozenset({"subscribe", "subscribed", "unsubscribe", "unsubscribed"})
 
 
@@ -82,6 +97,10 @@ class Remote(Protocol):
         ...
 
     def spread(self, node: bytes, stanza: Stanza, users: Sequence[str]) -> None: ...
+
+    def owes(self, node: bytes, user: str) -> bool:
+        """Whether something was sent there for a bare JID of which nothing is known yet."""
+        ...
 
     def kick(self, nodes: Sequence[bytes], jid: JID, reason: str, condition: str) -> None: ...
 
@@ -169,6 +188,7 @@ class SessionManager:
         self._clock_ns = clock_ns
         self._spawn = spawn
         self._gate = Gate(hooks, spawn, bounce)
+        self._turns = Turns(self._reroute_one)
         self.strict = strict  # routing.profile: rfc6121
         self.rerouted = 0  # stanzas whose session turned out to be dead
         self._remote: Remote | None = None
@@ -326,14 +346,22 @@ class SessionManager:
             stanza = record.stanza
             if stanza.copy:
                 record.outcome.settle(SAFE)
-                continue
-            try:
-                if stanza.kind == "iq":
-                    record.outcome.follow(self._bounce(stanza, StanzaError("service-unavailable")))
-                else:
-                    record.outcome.follow(self.route(stanza))
-            except StanzaError as error:
-                record.outcome.follow(self._bounce(stanza, error))
+            elif stanza.kind == "message" and stanza.to is not None:
+                self._turns.add(stanza.to.bare, record)
+            else:
+                self._reroute_one(record)
+
+    def _reroute_one(self, record: Record) -> Outcome:
+        stanza = record.stanza
+        try:
+            if stanza.kind == "iq":
+                outcome = self._bounce(stanza, StanzaError("service-unavailable"))
+            else:
+                outcome = self.route(stanza)
+        except Exception as exc:  # the others have to go on
+            outcome = self._bounce(stanza, as_stanza_error(exc))
+        record.outcome.follow(outcome)
+        return outcome
 
     def multicast(self, stanza: Stanza, users: Iterable[JID], *, only: bytes | None = None) -> None:
         """Give one presence to every available resource of many users of our hosts; `to` becomes each user's bare JID.
@@ -517,7 +545,29 @@ class SessionManager:
         await asyncio.wait((until,))
         return self.route(stanza)
 
+    def _owed(self, row: SessionRow) -> bool:
+        """Whether the node where this session's full JID was bound before has something for the user of which nothing
+        is known yet. As a rule it takes its row back within milliseconds; when it does not it is dead, perhaps, and
+        what it has will be routed again as soon as that is known."""
+        if row.hides is None or self._remote is None:
+            return False
+        node, since = row.hides
+        return time.monotonic() < since + _OWED and self._remote.owes(node, row.jid.bare)
+
+    async def _message_behind(self, stanza: Stanza) -> Outcome:
+        assert stanza.to is not None
+        user, owed = stanza.to.bare, True
+        while owed:
+            await asyncio.sleep(_OWED_LOOK)
+            owed = any(self._owed(row) for row in self._table.rows(user).values())
+        return self.route(stanza)
+
     def _message(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
+        if self._turns and to.bare in self._turns and (ahead := self._turns.ahead(to.bare, stanza)) is not None:
+            return self._gate.wait(stanza, self._message_held(stanza, ahead))
+        for one in rows.values():
+            if one.hides is not None and self._owed(one) and not stanza.hops and not stanza.kept:
+                return self._gate.wait(stanza, self._message_behind(stanza))
         if self._held and to.bare in self._held and not stanza.hops and not stanza.kept:
             return self._gate.wait(stanza, self._message_held(stanza, self._held[to.bare]))
         if to.resource:

@@ -27,7 +27,7 @@ from xmppd.delivery import SAFE, Outcome
 from xmppd.protocol.jid import JID, parse
 from xmppd.protocol.stanza import Stanza
 from xmppd.server import Server
-from xmppd.session_manager import SessionInfo
+from xmppd.session_manager import SessionInfo, Waiting
 
 BEAT: Final = 0.001  # s
 PIECE: Final = 200  # sessions between two turns of the loop
@@ -48,6 +48,9 @@ class Unattended:
 
     def deliver(self, stanza: Stanza) -> Outcome:
         return SAFE
+
+    def waiting(self) -> Waiting:
+        return Waiting(self.jid, "plain", 0.0, 0, 0, 0, 0, 0.0)
 
     def replaced(self) -> None: ...
 

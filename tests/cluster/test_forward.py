@@ -12,6 +12,7 @@ from xmppd.delivery import ERROR, SAFE, Pending
 from xmppd.errors import StanzaError
 from xmppd.events import StanzaDelivering
 from xmppd.protocol.jid import parse
+from xmppd.protocol.stanza import build
 
 JULIET, ROMEO = f"juliet@{HOST}", f"romeo@{HOST}"
 RESULT = "<iq type='result' id='r1' to='{}'/>"
@@ -295,6 +296,36 @@ async def test_a_node_that_dies_loses_nothing(three):
 
     assert later.bodies == [f"{number}" for number in range(20)]
     assert three[0].forwarder.rerouted == 20
+
+
+@pytest.mark.parametrize("available", [True, False])
+async def test_what_a_node_has_that_nobody_knows_to_be_dead_comes_first(three, available):
+    """Juliet is back elsewhere before romeo's node has heard that hers is dead; with or without presence."""
+    juliet = await three[1].online("juliet")
+    romeo = await three[0].online("romeo")
+    await three.calm()
+    for other in ("one", "three"):
+        three.net.hold("two", other)
+    outcomes = [await romeo.send(message(JULIET, f"{number}", id=f"m{number}")) for number in range(5)]
+    await three.net.until(lambda: len(juliet.bodies) == 5)
+
+    later = await three[2].online("juliet") if available else three[2].login("juliet")
+    await three.net.until(lambda: three[0].table.rows(JULIET)["balcony"].owner == three.owner(2))
+    outcomes.append(
+        three[0].router.route(build("message", {"from": romeo.session.jid.full, "to": JULIET}, b"<body>5</body>"))
+    )
+    await asyncio.sleep(0.1)
+    assert later.bodies == []
+    assert not outcomes[-1].decided
+    three.net.kill("two")
+    if not available:
+        await three.net.until(lambda: outcomes[-1].decided)
+        await later.available()
+    await three[2].until(lambda: len(later.bodies) == 6)
+
+    assert later.bodies == [f"{number}" for number in range(6)]
+    three[2].sweep()
+    await three.net.until(lambda: all(outcome.result is SAFE for outcome in outcomes))
 
 
 async def test_a_request_to_a_node_that_dies_is_answered(three):

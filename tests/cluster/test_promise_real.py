@@ -80,6 +80,7 @@ async def test_what_a_killed_node_had_in_its_hands_arrives_in_the_new_session_in
     await acknowledged(romeo, 100)
     status = spool_status(house.nodes[0])
     assert status["taken_over"] == MESSAGES
+    assert "messages of a dead node are free" in house.nodes[0].log
     await until(lambda: spool_status(house.nodes[0])["held"] == 0, "deletion")
     assert spool_status(house.nodes[0])["offline"] == 0
 

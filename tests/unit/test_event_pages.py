@@ -14,6 +14,7 @@ LINE = re.compile(r"(INFO|WARN|ERROR) +(\S+) +(.+?)((?: [a-z_]+=(?:\"[^\"]*\"|\S
 LEVELS = {"INFO": "info", "WARN": "warning", "ERROR": "error"}
 
 DEATH = "cluster/test_kill_real.py", "test_after_a_kill_every_contact_hears_once_and_nothing_on_its_way_is_lost"
+HELD = "cluster/test_promise_real.py", "test_what_a_killed_node_had_in_its_hands_arrives_in_the_new_session_in_order"
 SPLIT = "cluster/test_split_real.py", "test_a_node_that_is_cut_off_in_silence_and_comes_back"
 RELAY = "cluster/test_split_real.py", "test_a_cut_between_two_of_three_nobody_notices"
 COOKIE = "cluster/test_engine.py", "test_another_cookie_is_refused_on_both_sides"
@@ -26,6 +27,7 @@ START = "cluster/test_join.py", "test_members_start_and_find_each_other_without_
 SHOWN = {
     "contacts told of lost sessions": DEATH,
     "database takes writes again": WRITES,
+    "messages of a dead node are free": HELD,
     "members not readable": LEASE,
     "members readable again": LEASE,
     "node down": DEATH,

@@ -310,6 +310,49 @@ async def test_one_record_that_cannot_be_routed_does_not_stop_the_others():
     assert (first.result, second.result) == (ERROR, SAFE)
 
 
+async def test_what_is_routed_again_keeps_its_order_and_comes_before_what_is_new():
+    node = Node()
+    node.keep_for_absent()
+    node.accounts.names |= {"juliet", "nurse"}
+    node.accounts.gate = asyncio.Event()
+    again = [from_romeo("message", "juliet@localhost/dead", f"<body>{number}</body>".encode()) for number in (1, 2)]
+    outcomes = [Pending(), Pending()]
+
+    node.manager.reroute(map(Record, again, outcomes))  # the first has to ask for the account
+    await asyncio.sleep(0)
+    node.accounts.remembered = True  # from here on nobody has to
+    new = node.send("message", "juliet@localhost", b"<body>3</body>")
+    other = node.send("message", "nurse@localhost", b"<body>4</body>")
+
+    assert [stanza.to.local for stanza in node.stored] == ["nurse"]
+    assert isinstance(new, Pending)
+    assert not new.decided
+    node.accounts.gate.set()
+    assert await node.settle(new) is SAFE
+    assert [stanza.inner for stanza in node.stored[1:]] == [b"<body>%d</body>" % number for number in (1, 2, 3)]
+    assert [outcome.result for outcome in outcomes] == [SAFE, SAFE]
+    assert other.result is SAFE
+    assert node.send("message", "juliet@localhost", b"<body>5</body>").decided  # nothing waits any more
+
+
+async def test_records_behind_one_that_fails_are_routed_all_the_same():
+    node = Node()
+    node.keep_for_absent()
+    node.accounts.failure = StorageUnavailable("away")
+    outcomes = [Pending(), Pending()]
+    records = [from_romeo("message", "juliet@localhost/dead", id=f"s{number}") for number in (1, 2)]
+
+    node.manager.reroute(map(Record, records, outcomes))
+    while node.tasks:
+        await node.tasks.pop()
+
+    assert [outcome.result for outcome in outcomes] == [ERROR, ERROR]
+    assert [(stanza.type, stanza.id) for stanza in node.romeo.received] == [("error", "s1"), ("error", "s2")]
+    node.accounts.failure, node.accounts.remembered = None, True
+    node.accounts.names.add("juliet")
+    assert node.send("message", "juliet@localhost", BODY).decided
+
+
 # -- broadcasts
 
 

@@ -249,6 +249,25 @@ def test_an_earlier_bind_elsewhere_is_hidden_until_its_owner_takes_it_out():
 
     assert table.rows(JULIET) == {"r": newer}
     assert lost == []
+    assert newer.hides is not None
+    assert newer.hides[0] == FAR.member
+    delete(table, FAR, f"{JULIET}/r")
+    assert table.rows(JULIET)["r"].hides is None
+
+
+def test_of_two_rows_elsewhere_the_newer_one_knows_whom_it_hides():
+    table = SessionTable()
+    put(table, NEAR, f"{JULIET}/r", 5)
+    assert table.rows(JULIET)["r"].hides is None
+
+    put(table, FAR, f"{JULIET}/r", 6, 1)
+
+    row = table.rows(JULIET)["r"]
+    assert row.owner == FAR
+    assert row.hides is not None
+    assert row.hides[0] == NEAR.member
+    delete(table, NEAR, f"{JULIET}/r")
+    assert table.rows(JULIET)["r"].hides is None
 
 
 @pytest.mark.parametrize(("owner", "we_win"), [(NEAR, True), (Owner(b"z" * 16, 0, 1), False)])

@@ -4,6 +4,7 @@ Every row has one writer, its owner, which is named in it. Look-ups go through o
 bare JID or of one domain, so that a table can later be split over nodes without touching those who ask.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +21,7 @@ from xmppd.protocol.stanza import Stanza
 class SessionRow:
     """One bound resource. `session` is the live object where the row's owner is this process, else None."""
 
-    __slots__ = ("anonymous", "bound_at", "guarded", "jid", "owner", "priority", "session", "waiting")
+    __slots__ = ("anonymous", "bound_at", "guarded", "hides", "jid", "owner", "priority", "session", "waiting")
 
     def __init__(self, jid: JID, owner: Owner, bound_at: int, session: Any = None, *, anonymous: bool = False) -> None:
         self.jid = jid  # full
@@ -31,6 +32,8 @@ class SessionRow:
         self.waiting = False  # it has no stream and may be resumed; changed by SessionTable.set_waiting alone
         self.anonymous = anonymous  # the account is this session's alone: this row is all there is of it
         self.guarded = False  # a module guards it: not everybody may see it; as set_priority
+        # The other node whose older row of the same full JID is there still, and when (time.monotonic()) it was found.
+        self.hides: tuple[bytes, float] | None = None
 
 
 _NO_ROWS: Final[dict[str, SessionRow]] = {}
@@ -234,6 +237,8 @@ class SessionTable(SharedTable):
             if bare not in self._mixed:
                 return _NO_ROWS
             self._rows[bare] = own = self._mixed.pop(bare)  # the others have gone: our own rows stand alone again
+            for row in own.values():
+                row.hides = None
             return own
         found = self._old.pop(bare, None) or self._unpack(bare)
         if len(self._young) >= _DECODED:
@@ -246,13 +251,10 @@ class SessionTable(SharedTable):
         for held in self._held.values():
             for item, value in held.items(bare):
                 row = unpack_session(held.owner, bare, item, value)
-                other = found.get(row.jid.resource)
-                if other is None or _later(row, other):
-                    found[row.jid.resource] = row
-        for resource, row in self._mixed.get(bare, _NO_ROWS).items():
-            other = found.get(resource)
-            if other is None or _later(row, other):
-                found[resource] = row
+                _enter(found, row)
+        for row in self._mixed.get(bare, _NO_ROWS).values():
+            row.hides = None
+            _enter(found, row)
         return found
 
     def _forget(self, bare: str) -> None:
@@ -307,6 +309,18 @@ class Lost:
                 now = self._table.rows(bare).get(row.jid.resource)
                 if now is None or (now.priority is None and row.priority is not None):
                     yield row
+
+
+def _enter(found: dict[str, SessionRow], row: SessionRow) -> None:
+    """The newer one of two rows of one full JID counts."""
+    resource = row.jid.resource
+    other = found.get(resource)
+    if other is None:
+        found[resource] = row
+        return
+    newer, older = (row, other) if _later(row, other) else (other, row)
+    found[resource] = newer
+    newer.hides = (older.owner.member, time.monotonic())
 
 
 def _later(row: SessionRow, other: SessionRow) -> bool:
