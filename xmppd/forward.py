@@ -107,7 +107,7 @@ class Forwarded(Stanza):
         """The stanza as if it had crossed one more link."""
         made = cls(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
         made.hops = stanza.hops + 1
-        made.moved = False
+        made.moved = stanza.moved
         return made
 
 
@@ -245,7 +245,7 @@ class Forwarder:
         if channel is None:
             return None
         kind, type = stanza.kind, stanza.type
-        flags = min(stanza.hops + 1, HOPS) << _HOP_SHIFT | moved * _MOVED
+        flags = min(stanza.hops + 1, HOPS) << _HOP_SHIFT | (moved or stanza.moved) * _MOVED
         if kind == "message":
             wanted = type not in ("headline", "error")
         elif kind == "iq":

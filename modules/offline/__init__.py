@@ -158,8 +158,9 @@ class Offline(Module[Config]):
     def _store(self, user: JID, message: Stanza) -> "asyncio.Future[None]":
         """One row in the group commit; the future ends as the sender's stanza does. Raises StorageUnavailable."""
         now = self.clock()
-        # A copy of something that was stored already must not be taken for its repetition: that row is going away.
-        key = None if bears_our_stamp(message) else repetition_key(message, user)
+        # A copy of something that was stored already must not be taken for its repetition: that row is going away. So
+        # is that of a message that waited for a session on another node, as soon as the message is safe here.
+        key = None if message.moved or bears_our_stamp(message) else repetition_key(message, user)
         storing = MessageStoring(user, message)
         self.tell_at_once(storing)
         stored = self.spool.keep(

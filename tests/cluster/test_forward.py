@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from modules.offline.rules import repetition_key
 from tests.cluster import worlds
 from tests.modules.world import HOST, condition, message
 from xmppd.cluster.interfaces import Kind
@@ -13,6 +14,8 @@ from xmppd.errors import StanzaError
 from xmppd.events import StanzaDelivering
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import build
+from xmppd.spool import Holder
+from xmppd.storage import new_id
 
 JULIET, ROMEO = f"juliet@{HOST}", f"romeo@{HOST}"
 RESULT = "<iq type='result' id='r1' to='{}'/>"
@@ -326,6 +329,25 @@ async def test_what_a_node_has_that_nobody_knows_to_be_dead_comes_first(three, a
     assert later.bodies == [f"{number}" for number in range(6)]
     three[2].sweep()
     await three.net.until(lambda: all(outcome.result is SAFE for outcome in outcomes))
+
+
+async def test_what_waited_elsewhere_is_no_repetition_of_the_row_it_leaves_there(three):
+    """That row is deleted as soon as the message is safe on the node that it was passed on to."""
+    stanza = build("message", {"type": "chat", "id": "m1", "from": f"{ROMEO}/orchard", "to": JULIET}, b"<body>1</body>")
+    row = new_id()
+    holder = Holder(three.node(0), 1, "a session that has left")
+    key = repetition_key(stanza, parse(JULIET))
+    await three[0].spool.keep(
+        HOST, "juliet", ROMEO, stanza.xml, dedup=key, quota=None, holder=holder, row_id=row, for_account=True
+    )
+
+    outcome = three[0].forwarder.pass_on(three.node(1), stanza, "balcony")  # where the session has ended meanwhile
+    assert await three[0].settled(outcome) is SAFE
+    await three[0].spool.delete([row])
+    juliet = await three[2].online("juliet")
+
+    await three[2].until(lambda: juliet.bodies)
+    assert juliet.bodies == ["1"]
 
 
 async def test_a_request_to_a_node_that_dies_is_answered(three):
