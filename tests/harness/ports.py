@@ -3,6 +3,7 @@
 Everything else asks for port 0 and is told what it got.
 """
 
+import atexit
 import fcntl
 import os
 import random
@@ -32,3 +33,9 @@ def free_port() -> int:
         _held.append(lock)
         return port
     raise RuntimeError("found no free loopback port")
+
+
+@atexit.register
+def _let_go() -> None:
+    for lock in _held:
+        lock.close()

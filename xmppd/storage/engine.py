@@ -45,6 +45,13 @@ class MysqlConnection(aiomysql.Connection):  # type: ignore[misc]
         escaped: str = super().escape(obj)
         return escaped
 
+    def close(self) -> None:
+        """At once: a server that has gone does not answer the end of TLS, for which asyncio would wait."""
+        writer = self._writer
+        super().close()
+        if writer is not None:
+            writer.transport.abort()
+
     async def query(self, sql: str | bytes, unbuffered: bool = False) -> int:
         try:
             async with asyncio.timeout(self.statement_timeout):
