@@ -7,7 +7,8 @@ Each end numbers its lives (`session`, from 1 in each incarnation). The link is 
 beside the other's; when one end goes down its next number makes the other go down too. A pair of numbers is an epoch,
 and nothing of another epoch is taken.
 
-The frames of one turn of the loop make a batch, one packet (batches.py). Batches are numbered, acknowledged up to a
+The frames of one turn of the loop, or of a few turns while each brings more (links.py), make a batch, one packet
+(batches.py). Batches are numbered, acknowledged up to a
 number and by a bitmap, and sent again as they are.
 
 Which way: directly as long as the other end confirms, within DIRECT_BEATS heartbeats, that packets come directly; else
