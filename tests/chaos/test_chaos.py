@@ -50,6 +50,7 @@ def test_nothing_is_lost_in_two_minutes_on_mariadb(tmp_path):
     assert report["clients"]["resumed on another node"] > 0
 
 
+@pytest.mark.long
 def test_a_server_that_acknowledges_early_is_seen_to_lose_messages(tmp_path):
     arguments = "--self-check --nodes 1 --pairs 10 --rate 200 --time 3 --kills 1 --only none --seed 8"
     code, report = run(tmp_path, *arguments.split())

@@ -145,6 +145,7 @@ async def test_a_frozen_child_loses_nothing_or_says_so(make_node):
     await one.linked_to(two)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 async def test_a_server_that_is_silent_for_long_is_dropped_by_the_others_and_replaced_at_home(make_node):
     one, two = make_node(), make_node()

@@ -191,6 +191,7 @@ async def test_a_node_of_a_distant_version_is_refused(real_cluster):
     assert members(cluster[0]) == ["xmppd@node01"]
 
 
+@pytest.mark.long
 async def test_members_see_each_other_and_do_not_join_twice(real_cluster):
     cluster = real_cluster(2)
 
@@ -373,6 +374,7 @@ async def test_a_stopped_process_that_was_suspended_finds_its_place_again(real_c
     cluster.converged()
 
 
+@pytest.mark.long
 async def test_the_cookie_is_changed_without_a_link_going_down(real_cluster):
     cluster = real_cluster(3)
     old = cluster[0].cookie

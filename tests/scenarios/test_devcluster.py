@@ -168,7 +168,7 @@ def test_a_cluster_may_have_its_database_in_mariadb(folder, mariadb_server):
     "tls", ["starttls", pytest.param("none", marks=pytest.mark.long), pytest.param("direct", marks=pytest.mark.long)]
 )
 def test_no_message_is_lost_under_a_short_load(tls):
-    measured = script("bench", "chat", "--pairs", "5", "--warm", "0.2", "--time", "0.5", "--tls", tls)
+    measured = script("bench", "chat", "--pairs", "5", "--warm", "0.5", "--time", "2", "--tls", tls)
 
     assert measured.returncode == 0, measured.stderr
     result = json.loads(measured.stdout)

@@ -40,7 +40,7 @@ async def bodies(client: Raw, count: int) -> list[str]:
     return [(await client.next_message()).body for _ in range(count)]
 
 
-@pytest.mark.parametrize("end", ["stop", "kill"])
+@pytest.mark.parametrize("end", [pytest.param("stop", marks=pytest.mark.long), "kill"])
 async def test_what_was_stored_is_there_after_a_restart(fresh, end):
     scene = fresh()
     juliet, romeo = await scene.login("juliet"), await scene.login("romeo")
