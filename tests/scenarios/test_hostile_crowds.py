@@ -241,6 +241,7 @@ def in_log(node, phrase):
 # -- slow ones
 
 
+@pytest.mark.long
 @pytest.mark.alone
 async def test_who_dribbles_and_who_takes_nothing_is_cut_off(besiege):
     siege = await besiege(negotiation_timeout="2s", send_timeout="2s", max_write_queue="256KiB")
