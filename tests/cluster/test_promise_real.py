@@ -6,9 +6,9 @@ import signal
 
 import pytest
 
-from tests.harness.managed import Managed
+from tests.harness.house import House
 from tests.harness.promise import spool_status
-from tests.harness.scene import PASSWORD, Scene, until
+from tests.harness.scene import until
 
 MESSAGES = 500
 
@@ -16,32 +16,9 @@ MESSAGES = 500
 @pytest.fixture
 async def house(real_cluster):
     """Two nodes, and clients with stream management on them."""
-    house = House(real_cluster(2))
+    house = House(real_cluster(2), counted=True)
     yield house
-    for client in house.clients:
-        await client.leave()
-    for scene in house.scenes:
-        await scene.leave()
-
-
-class House:
-    def __init__(self, cluster):
-        self.cluster = cluster
-        self.nodes = list(cluster)
-        self.scenes = [Scene(node) for node in self.nodes]
-        self.clients = []
-        self.users = set()
-
-    async def client(self, user, node, resource=None, *, prompt=True):
-        if user not in self.users:
-            self.users.add(user)
-            self.nodes[0].register(user, PASSWORD)
-        client = Managed(self.nodes[node].certificate(), prompt=prompt)
-        self.clients.append(client)
-        await client.login(self.nodes[node].tls_port, user, PASSWORD, resource)
-        await client.enable()
-        await client.become_available()
-        return client
+    await house.leave()
 
 
 def say(client, numbers, to="juliet@localhost"):

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from tests.harness.managed import Managed
+from tests.harness.house import House
 from tests.harness.promise import spool_status
-from tests.harness.scene import PASSWORD, Scene, until
+from tests.harness.scene import until
 
 
 @pytest.fixture
@@ -14,34 +14,7 @@ async def house(real_cluster):
     """`house.client(user)`: a client with stream management; `house.nodes`."""
     house = House(real_cluster(2))
     yield house
-    for client in house.clients:
-        await client.leave()
-    for scene in house.scenes:
-        await scene.leave()
-
-
-class House:
-    def __init__(self, cluster):
-        self.cluster = cluster
-        self.nodes = list(cluster)
-        self.scenes = [Scene(node) for node in self.nodes]
-        self.clients = []
-        self.users = set()
-
-    async def client(self, user, node, resource=None, *, prompt=True):
-        if user not in self.users:
-            self.users.add(user)
-            self.nodes[0].register(user, PASSWORD)
-        client = Managed(self.nodes[node].certificate(), prompt=prompt)
-        self.clients.append(client)
-        await client.login(self.nodes[node].tls_port, user, PASSWORD, resource)
-        await client.become_available()
-        await client.enable()
-        return client
-
-    async def resume(self, client, node, **more):
-        client.context.load_verify_locations(self.nodes[node].certificate())
-        return await client.come_back(self.nodes[node].tls_port, client.jid.partition("@")[0], PASSWORD, **more)
+    await house.leave()
 
 
 def say(client, to, *bodies):

@@ -7,8 +7,8 @@ from typing import Final, Protocol
 from xmppd.admin.merge import ordered
 from xmppd.admin.registry import Arg, command
 from xmppd.admin.results import List, Tuple, integer, string
-from xmppd.errors import CommandError, JidError
-from xmppd.protocol import jid
+from xmppd.admin.user_commands import user_jid
+from xmppd.protocol.jid import JID
 from xmppd.session_manager import Waiting
 from xmppd.spool import Totals
 from xmppd.storage import clock
@@ -27,7 +27,7 @@ _SPOOL: Final = (
 class Sessions(Protocol):
     """xmppd.session_manager.SessionManager."""
 
-    def waiting(self, user: jid.JID) -> Sequence[Waiting]:
+    def waiting(self, user: JID) -> Sequence[Waiting]:
         """Of the sessions of a user on this node."""
 
 
@@ -68,14 +68,14 @@ class PromiseCommands:
         tags=("session",),
         reads=True,
         scope="owner",
-        of=lambda values: _user(values["jid"]).bare,
+        of=lambda values: user_jid(values["jid"]).bare,
         merge=ordered(lambda row: row[0]),
         doc="Tell what waits for the clients of a user, or of a full JID: whether the session has a stream "
         "(`connected`, `waiting` to be resumed, `plain` without stream management), what is not acknowledged, how much "
         "of it is in the spool, what came from it and is not settled",
     )
     def session_info(self, jid: str) -> list[tuple[str | int, ...]]:
-        of = _user(jid)
+        of = user_jid(jid)
         found = [each for each in self._sessions.waiting(of) if of.resource in ("", each.jid.resource)]
         return [
             (
@@ -122,13 +122,3 @@ class PromiseCommands:
                 oldest,
             )
         ]
-
-
-def _user(text: str) -> jid.JID:
-    try:
-        found = jid.parse(text)
-    except JidError as exc:
-        raise CommandError(f"malformed JID: {exc}") from exc
-    if not found.local:
-        raise CommandError(f"expected the JID of a user, such as juliet@{found.domain}")
-    return found

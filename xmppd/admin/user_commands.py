@@ -83,8 +83,8 @@ def _jid_order(full: str) -> tuple[str, str, str]:
     return host, user, resource
 
 
-def _address(text: str) -> jid.JID:
-    """A user's JID."""
+def user_jid(text: str) -> jid.JID:
+    """The JID of a user, bare or full, as an operator wrote it. Raises CommandError."""
     try:
         found = jid.parse(text)
     except JidError as exc:
@@ -312,12 +312,12 @@ class SessionCommands:
         tags=("session",),
         reads=True,
         scope="owner",
-        of=lambda values: _address(values["jid"]).bare,
+        of=lambda values: user_jid(values["jid"]).bare,
         merge=ordered(lambda row: _jid_order(row[0])),
         doc="Tell where the sessions of a user, or the one of a full JID, are: node, connection, address, since when",
     )
     def where(self, jid: str) -> list[tuple[str | int, ...]]:
-        of, now = _address(jid), time.time()
+        of, now = user_jid(jid), time.time()
         infos = (info for info in self._sessions.infos(of.domain, of.local) if of.resource in ("", info.resource))
         return [
             (
