@@ -33,7 +33,7 @@ from sqlalchemy.types import TypeEngine
 
 from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.log import get_logger
-from xmppd.storage import Stamp, Storage, Utf8, by_host, fixed_bytes, insert_new, new_id
+from xmppd.storage import Stamp, Storage, Utf8, by_host, first_id, fixed_bytes, insert_new, new_id
 from xmppd.storage.sql import User, db_now, limited_update
 from xmppd.storage.tables import HOST_BYTES, PART_BYTES, account, node
 from xmppd.storage.tables import spool as table
@@ -45,6 +45,7 @@ FREE: Final = "spool free"
 DELETE: Final = "spool delete"
 _CHUNK: Final = 500  # ids in one IN (…)
 _FREE_AT_ONCE: Final = 1000
+_ID_LATE: Final = 3600.0  # seconds by which a row's id may be younger than its `created_at`
 _UNTAKE_FIRST: Final = 0.2  # seconds
 _UNTAKE_LONGEST: Final = 10.0
 
@@ -511,6 +512,27 @@ class Spool:
 
         while await self._storage.run(work) == _FREE_AT_ONCE:
             pass
+
+    async def delete_older(self, before: float, limit: int) -> int:
+        """Deletes offline messages that were stored before that time, the oldest `limit` of them; how many."""
+        # The key of the table is in the order of time; it is some seconds of patience off `created_at`.
+        old = (table.c.id < first_id(before + _ID_LATE), table.c.created_at < before)
+        return await self._delete_free(select(table.c.id).where(*old).order_by(table.c.id), limit)
+
+    async def delete_expired(self, before: float, limit: int) -> int:
+        """Deletes offline messages that need not be delivered any more after a time before that one; how many."""
+        return await self._delete_free(select(table.c.id).where(table.c.expires_at < before), limit)
+
+    async def _delete_free(self, query: Select[Any], limit: int) -> int:
+        free = table.c.holder_member.is_(None)
+
+        async def work(connection: AsyncConnection) -> int:
+            ids = list((await connection.execute(query.where(free).limit(limit))).scalars())
+            for some in _chunks(sorted(ids)):  # looked at once more: a session may have taken them meanwhile
+                await connection.execute(delete(table).where(table.c.id.in_(some), free))
+            return len(ids)
+
+        return await self._storage.run(work)
 
     async def freed_since(self, when: float, *, limit: int = 10_000) -> list[User]:
         """The users with rows that were stored without holder, or released, at or after `when`, and are free now.

@@ -251,6 +251,26 @@ class Rows:
         while await self._storage.run(work, repeatable=True) == _PIECE:
             pass
 
+    async def delete_dead(self, before: float, limit: int) -> int:
+        """Events of whatever run that were given up, made before that time; how many went, at most `limit`."""
+        return await self._delete_old(DEAD, before, limit)
+
+    async def delete_done(self, before: float, limit: int) -> int:
+        """The same of those that were only kept for their dedup key: of runs that are over, and of sinks that are no
+        more, nobody else does it."""
+        return await self._delete_old(DONE, before, limit)
+
+    async def _delete_old(self, state: str, before: float, limit: int) -> int:
+        old = (table.c.state == state, table.c.created_at < before)
+
+        async def work(connection: AsyncConnection) -> int:
+            ids = sorted((await connection.execute(select(table.c.id).where(*old).limit(limit))).scalars())
+            for some in _chunks(ids):  # looked at once more: it may have been revived meanwhile
+                await connection.execute(delete(table).where(table.c.id.in_(some), *old))
+            return len(ids)
+
+        return await self._storage.run(work)
+
     # -- rows of runs that are over ----------------------------------------------------------------------------------
 
     async def take_over(self, name: str, sinks: Collection[str] | None = None) -> int:
