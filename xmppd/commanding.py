@@ -11,6 +11,7 @@ from xmppd.admin.commands import register_core
 from xmppd.admin.nodes import Nodes
 from xmppd.admin.observers import Observers
 from xmppd.admin.outbox_commands import OutboxCommands
+from xmppd.admin.piefxis_commands import PiefxisCommands
 from xmppd.admin.promise_commands import Numbers, PromiseCommands
 from xmppd.admin.puppets import Puppet, Puppets
 from xmppd.admin.registry import Registry, commands_of
@@ -27,6 +28,7 @@ from xmppd.hooks import Hooks
 from xmppd.log import get_logger
 from xmppd.module_loader import ModuleLoader
 from xmppd.outbox import Outbox
+from xmppd.piefxis import Exporter, Importer
 from xmppd.protocol.jid import JID
 from xmppd.router import Router
 from xmppd.session_manager import SessionManager
@@ -123,6 +125,12 @@ class Commanding:
             SelfTestCommands(selftest),
             OldMessageCommands(node.spool, node.storage),
             BackupCommands(node.storage, node.config.data_dir, node.sessions, _others(node), node.restart),
+            PiefxisCommands(
+                Exporter(node.accounts, node.hooks),
+                Importer(node.accountant, node.hooks, lambda: node.hosts),
+                node.config.data_dir,
+                lambda: node.hosts,
+            ),
             PromiseCommands(node.node, cluster.me.node, node.sessions, node.spool, _numbers(node)),
         ):
             node.registry.register("core", commands_of(source))

@@ -17,7 +17,7 @@ LAYERS = (
     {"events", "hooks", "config", "log", "log_limits", "metrics", "notify"},
     {"storage", "cluster", "identity"},
     {"spool", "chores", "delivery", "outbox", "login_limits", "auth", "access", "shaper"},
-    {"iq", "housekeeping", "router", "local_router", "session_manager", "s2s_manager", "forward", "nodes", "removals"},
+    {"iq", "housekeeping", "piefxis", "router", "local_router", "session_manager", "s2s_manager", "forward", "nodes", "removals"},
     {"admin", "module_api", "module_loader"},
     {"c2s", "s2s", "http"},
     {
