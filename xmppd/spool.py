@@ -33,7 +33,7 @@ from sqlalchemy.types import TypeEngine
 
 from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.log import get_logger
-from xmppd.storage import Stamp, Storage, Utf8, by_host, first_id, fixed_bytes, insert_new, new_id
+from xmppd.storage import Stamp, Storage, Utf8, by_host, first_id, fixed_bytes, id_at, insert_new, new_id
 from xmppd.storage.sql import User, db_now, limited_update
 from xmppd.storage.tables import HOST_BYTES, PART_BYTES, account, node
 from xmppd.storage.tables import spool as table
@@ -463,6 +463,22 @@ class Spool:
         """The user's offline messages as they are, oldest first, in pages; `after` the last id of the page before."""
         query = self._free_rows(host, username).order_by(table.c.id).limit(limit)
         return await self._rows(query if after is None else query.where(table.c.id > after))
+
+    async def every(self, host: str, username: str, *, after: bytes | None = None, limit: int = 100) -> list[SpoolRow]:
+        """As `look`, with what sessions hold: all that has not arrived yet."""
+        columns = (table.c.id, table.c.created_at, table.c.sender, table.c.stanza)
+        query = select(*columns).where(*_of(host, username), _lives(self._clock())).order_by(table.c.id).limit(limit)
+        return await self._rows(query if after is None else query.where(table.c.id > after))
+
+    def adopt(
+        self, host: str, username: str, sender_bare: str, stanza: bytes, created_at: float, expires_at: float | None
+    ) -> "asyncio.Future[Kept]":
+        """Stores a message that was stored elsewhere at that time, in the order of these times, whatever the quota; the
+        future raises NoAccount. Raises StorageUnavailable at once when the write queue is full."""
+        row_id = id_at(created_at)
+        return self.submit(
+            KeepItem(row_id, host, username, sender_bare, stanza, created_at, expires_at, None, None, None, True)
+        )
 
     async def find(self, host: str, username: str, ids: Iterable[bytes]) -> list[SpoolRow]:
         """Those of the ids that are offline messages of the user."""

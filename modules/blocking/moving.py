@@ -1,4 +1,4 @@
-"""Block lists in files of other servers (XEP-0227): as XEP-0191 writes them, and what of a privacy list means the same."""
+"""Block lists in files of other servers (XEP-0227): as XEP-0191 has them, and what means the same in a privacy list."""
 
 from lxml.etree import _Element
 
@@ -13,7 +13,7 @@ _LIST = f"{{{ns.PRIVACY}}}list"
 
 
 def blocked_in(element: _Element, problems: list[str]) -> list[JID] | None:
-    """The addresses in a <blocklist/>, or those that the default privacy list denies everything; None: it is neither."""
+    """The addresses in a <blocklist/>, or those to which the default privacy list denies all; None: it is neither."""
     if element.tag == BLOCKLIST:
         return _addresses([item.get("jid") or "" for item in element.iterchildren(_ITEM)], problems)
     if element.tag != PRIVACY:

@@ -372,8 +372,10 @@ class Roster(Module[Config]):
         if event.element.tag == QUERY:
             items = items_in(event.element, user, self._limits, event.problems)
             async with self.turn(user):
-                event.count = await self._store.adopt(user, items, merged)
-                self._doubt(user)
+                try:
+                    event.count = await self._store.adopt(user, items, merged)
+                finally:
+                    self._doubt(user)
             return HANDLED
         request = request_in(event.element, user)
         if request is None:

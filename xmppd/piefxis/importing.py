@@ -93,8 +93,9 @@ class Importer:
                 report.problems.add(who, "the host is not one of ours")
                 return
             report.created += await self._account(user, found.element, report)
-            for element in found.element.iterchildren(etree.Element):
+            for element in list(found.element.iterchildren(etree.Element)):
                 if element.tag != TAG:
+                    found.element.remove(element)  # so that it has no namespaces but those it uses
                     await self._element(user, element, report)
         except XmppdError as exc:
             report.problems.add(who, str(exc))

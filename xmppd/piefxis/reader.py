@@ -132,9 +132,7 @@ class _Reader:
             self._quiet = 0
             async for each in self._ended(element, level):
                 yield each
-            parent = element.getparent()
-            if parent is not None:
-                parent.remove(element)
+            _detach(element)
 
     def _begin(self, root: _Element, least: int) -> None:
         self._root = root
@@ -155,6 +153,7 @@ class _Reader:
         elif element.tag == _USER and level == 2:
             for fault in self._complete(element):
                 yield fault
+            _detach(element)
             yield User(self._host, element)
         elif not (element.tag == _HOST and level == 1):
             yield Fault(str(self._file), f"nothing is known of {element.tag[:100]}")
@@ -189,6 +188,13 @@ class _Reader:
         if file in self._above or len(self._above) >= _DEPTH:
             raise BadFile(f"include of {href[:200]!r}: files include each other")
         return file
+
+
+def _detach(element: _Element) -> None:
+    """Nothing piles up; and what the element uses of the namespaces around it is declared in itself, and no more."""
+    parent = element.getparent()
+    if parent is not None:
+        parent.remove(element)
 
 
 def _whole(file: Path) -> _Element:
