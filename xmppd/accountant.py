@@ -36,7 +36,7 @@ class Accountant:
 
     async def adopt(self, host: str, user: str, secrets: Mapping[str, Secret]) -> bool:
         """Make an account that had its password elsewhere; False when there is one. `user` is that of a JID."""
-        if not await self._accounts.create(host, user, secrets):
+        if not await self._accounts.adopt(host, user, secrets):
             return False
         await self._tell(UserRegistered(make(user, host)))
         return True

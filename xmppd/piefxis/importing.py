@@ -21,7 +21,7 @@ from xmppd.protocol.jid import JID, make
 from xmppd.protocol.sasl import Secret
 
 Progress = Callable[[str], Awaitable[None]]
-_AT_ONCE: Final = 32  # accounts under way
+_AT_ONCE: Final = 64  # accounts under way
 _SIGN: Final = 5.0  # seconds between two lines of progress
 
 
@@ -92,7 +92,8 @@ class Importer:
             if user.domain not in self._hosts():
                 report.problems.add(who, "the host is not one of ours")
                 return
-            report.created += await self._account(user, found.element, report)
+            if await self._account(user, found.element, report):
+                report.created += 1
             for element in list(found.element.iterchildren(etree.Element)):
                 if element.tag != TAG:
                     found.element.remove(element)  # so that it has no namespaces but those it uses

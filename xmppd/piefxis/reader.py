@@ -6,6 +6,7 @@ and nothing in it may be endless.
 
 import asyncio
 import os
+import re
 import stat
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ INCLUDE: Final = f"{{{ns.XINCLUDE}}}include"
 _LEVELS: Final = {_DATA: 0, _HOST: 1, _USER: 2}
 _ROOTS: Final = "<server-data/>, <host/> or <user/>"
 _LARGEST_PART: Final = 16 << 20  # bytes of a file that a user includes
+_PROLOG: Final = rb"(?:\xef\xbb\xbf)?(?:\s+|<\?(?:(?!\?>).)*\?>|<!--(?:(?!-->).)*-->)*+"
+_DOCTYPE: Final = re.compile(_PROLOG + rb"<!(?!--)", re.DOTALL)
+_ROOT: Final = re.compile(_PROLOG + rb"<[^!?\s]", re.DOTALL)
 _CHUNK: Final = 256 * 1024  # bytes read at once
 _FIRST: Final = 16 * 1024  # of a file: before that much is read, its root must have begun
 MOST: Final = 256 << 20  # bytes of one user, or of anything else between two users
@@ -74,6 +78,7 @@ class _Reader:
         self._names = NameTable()
         self._parser = etree.XMLPullParser(
             events=("start", "end"),
+            encoding="utf-8",
             resolve_entities=False,
             no_network=True,
             load_dtd=False,
@@ -89,6 +94,7 @@ class _Reader:
         descriptor = _open(self._file)
         try:
             size = _FIRST
+            _check_prolog(await asyncio.to_thread(os.pread, descriptor, _FIRST, 0), self._file)
             bad: BadFile | None = None
             while bad is None and (chunk := await asyncio.to_thread(os.read, descriptor, size)):
                 size = _CHUNK
@@ -136,7 +142,6 @@ class _Reader:
 
     def _begin(self, root: _Element, least: int) -> None:
         self._root = root
-        _refuse_doctype(root, self._file)
         level = _LEVELS.get(root.tag)
         if level is None or level < least:
             raise BadFile(f"{self._file}: its root is {root.tag[:100]!r}, expected {_ROOTS} in {ns.PIE}")
@@ -206,17 +211,22 @@ def _whole(file: Path) -> _Element:
         os.close(descriptor)
     if len(data) > _LARGEST_PART:
         raise BadFile(f"{file}: a part of an account has more than {_LARGEST_PART >> 20} MiB")
+    _check_prolog(data[:_FIRST], file)
     try:
         root = read(data)
     except etree.XMLSyntaxError as exc:
         raise BadFile(f"{file}: not well-formed: {exc.msg}") from exc
-    _refuse_doctype(root, file)
     return root
 
 
-def _refuse_doctype(root: _Element, file: Path) -> None:
-    if root.getroottree().docinfo.internalDTD is not None:
+def _check_prolog(start: bytes, file: Path) -> None:
+    """Before libxml2 sees any of it: of a document type it would read what that refers to, whatever it was told."""
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start[:4]:
+        raise BadFile(f"{file}: expected UTF-8")
+    if _DOCTYPE.match(start):
         raise BadFile(f"{file}: it declares a document type, which is not allowed")
+    if start and not _ROOT.match(start):
+        raise BadFile(f"{file}: not well-formed: no element at its start")
 
 
 def _open(file: Path) -> int:
