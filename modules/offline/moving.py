@@ -149,5 +149,9 @@ def _xml(element: _Element) -> bytes:
 
 
 def _print(element: _Element) -> bytes:
-    """The same for what means the same."""
-    return hashlib.sha256(etree.tostring(element, method="c14n", exclusive=True, with_tail=False)).digest()
+    """The same for what means the same, whatever prefixes it is written with."""
+    found = hashlib.sha256()
+    for event, each in etree.iterwalk(element, events=("start", "end")):
+        facts = [each.tag, *sorted(each.attrib.items()), each.text] if event == "start" else [each.tag]
+        found.update(repr([event, facts, each.tail if event == "end" and each is not element else None]).encode())
+    return found.digest()
