@@ -29,8 +29,7 @@ async def test_a_node_goes_back_to_its_backup_and_its_accounts_move(scene):
     romeo = await scene.login("romeo")
     scene.account("juliet")
     romeo.send_message("juliet@localhost", "before the backup")
-    await romeo.sync()
-    assert node.quick("get_offline_count", "juliet", "localhost") == "1"
+    await until(lambda: scene.stored_now("juliet") == 1, "the message to be stored")
 
     assert node.quick("backup", "first.db").startswith(f"{folder / 'first.db'}: ")
 
