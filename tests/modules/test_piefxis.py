@@ -134,6 +134,27 @@ async def test_taking_it_up_twice_changes_nothing(house):
     assert await house.exported() == before
 
 
+# -- from Prosody
+
+
+async def test_what_prosody_has_written_is_taken_up_whole(house):
+    folder = RECORDED.parent / "piefxis-prosody-0.12"
+    for file in folder.glob("*.xml"):
+        (house.folder / file.name).write_bytes(file.read_bytes())
+    includes = "".join(f"<xi:include href='{file.name}'/>" for file in sorted(folder.glob("*.xml")))
+
+    report = await house.take_text(
+        f"<server-data xmlns='{PIE}' xmlns:xi='http://www.w3.org/2001/XInclude'>{includes}</server-data>"
+    )
+
+    assert report.lines() == ["accounts: 2, 2 new, 1 contacts, 1 private elements"]
+    assert await house.auth.check_password(HOST, "juliet", "rose")
+    assert await house.auth.check_password(HOST, "romeo", "pass word")
+    juliet = await house.world.online("juliet")
+    (nurse,) = await juliet.query("get", "<query xmlns='jabber:iq:roster'/>")
+    assert (nurse.get("name"), nurse[0].text) == ("Nurse", "House")
+
+
 # -- there and back
 
 

@@ -11,7 +11,9 @@ import pytest
 from sqlalchemy import select, update
 
 from tests.databases import Databases
-from xmppd.errors import SchemaTooNew, StorageError
+from xmppd.admin.registry import Caller, Registry, commands_of
+from xmppd.admin.storage_commands import BackupCommands
+from xmppd.errors import CommandError, SchemaTooNew, StorageError
 from xmppd.spool import Holder, Spool
 from xmppd.storage import Accounts, Storage
 from xmppd.storage.backup import NoBackup
@@ -179,6 +181,59 @@ async def test_a_database_on_a_server_has_no_file(mariadb_database, databases, m
         await storage.back_up(tmp_path / "copy.db")
     with pytest.raises(StorageError):
         await storage.restore(tmp_path / "copy.db")
+
+
+class Nodes:
+    """Who is there, as the commands see it."""
+
+    def __init__(self, storage: Storage, folder: Path) -> None:
+        self.online, self.others, self.restarts = 0, [], 0
+        self.registry = Registry()
+        commands = BackupCommands(storage, folder, self, self.running, self.restart)
+        self.registry.register("core", commands_of(commands))
+
+    def count(self, host: str | None = None) -> int:
+        return self.online
+
+    async def running(self) -> list[str]:
+        return self.others
+
+    def restart(self) -> None:
+        self.restarts += 1
+
+    async def code(self, *words: str) -> int:
+        try:
+            return (await self.registry.call(words[0], words[1:], caller=Caller("test", "test"))).code
+        except CommandError as exc:
+            return exc.code
+
+
+async def test_a_restore_is_refused_while_others_use_the_database_whatever_is_said(sqlite, tmp_path):
+    nodes = Nodes(sqlite, tmp_path)
+    assert await nodes.code("backup", "copy.db") == 0
+    await Accounts(sqlite).create(HOST, "juliet", {})
+
+    nodes.online = 1
+    assert await nodes.code("restore", "copy.db") == 32
+    nodes.online, nodes.others = 0, ["xmppd@b"]
+    assert await nodes.code("restore", "copy.db", "force") == 32
+    nodes.others = []
+    assert await nodes.code("restore", "copy.db", "now") == 2
+    assert await nodes.code("restore", "xmppd.db", "force") == 31
+    assert (await names(sqlite), nodes.restarts) == (["juliet"], 0)
+
+    assert await nodes.code("restore", str(tmp_path / "copy.db")) == 0
+    assert (await names(sqlite), nodes.restarts) == ([], 1)
+    (former,) = tmp_path.glob("before-restore-*.db")
+    assert in_file(former, "SELECT username FROM account") == [("juliet",)]
+
+
+async def test_on_a_database_server_the_commands_say_what_to_use(mariadb_database, make_storage, tmp_path):
+    nodes = Nodes(make_storage(mariadb_database), tmp_path)
+
+    assert await nodes.code("backup", "copy.db") == 30
+    with pytest.raises(CommandError, match="mysqldump --single-transaction"):
+        await nodes.registry.call("restore", ["copy.db"], caller=Caller("test", "test"))
 
 
 async def test_restoring_while_another_program_writes_waits_for_it(sqlite, tmp_path):

@@ -59,7 +59,7 @@ class Fault:
 
 async def read_users(file: Path) -> AsyncIterator[User | Fault]:
     """Raises BadFile where the file itself is none of these; what was read before it is a fault is given first."""
-    async for each in _Reader(file.parent.resolve(), file, ()).users(0, ""):
+    async for each in _Reader(file.parent.resolve(), file, ()).users(""):
         yield each
 
 
@@ -88,8 +88,9 @@ class _Reader:
             remove_pis=True,
         )
 
-    async def users(self, least: int, host: str) -> AsyncIterator[User | Fault]:
-        """`least`: the level of the root, where the file is included; `host`: whose users it then has."""
+    async def users(self, host: str) -> AsyncIterator[User | Fault]:
+        """`host`: whose users it has, where it does not say so itself. What may be read may be included: Prosody has a
+        whole file for each user."""
         self._host = host
         descriptor = _open(self._file)
         try:
@@ -99,7 +100,7 @@ class _Reader:
             while bad is None and (chunk := await asyncio.to_thread(os.read, descriptor, size)):
                 size = _CHUNK
                 bad = self._feed(chunk)
-                async for each in self._found(least):
+                async for each in self._found():
                     yield each
             bad = bad or self._feed(None)
             if bad is not None:
@@ -121,13 +122,13 @@ class _Reader:
         self._quiet += len(chunk or b"")
         return BadFile(f"{self._file}: an account has more than {MOST >> 20} MiB") if self._quiet > MOST else None
 
-    async def _found(self, least: int) -> AsyncIterator[User | Fault]:
+    async def _found(self) -> AsyncIterator[User | Fault]:
         for event, found in self._parser.read_events():
             element = cast(_Element, found)
             if event == "start":
                 self._depth += 1
                 if self._depth == 1:
-                    self._begin(element, least)
+                    self._begin(element)
                 if self._level + self._depth == 2 and element.tag == _HOST:
                     self._host = element.get("jid") or self._host
                 continue
@@ -140,10 +141,10 @@ class _Reader:
                 yield each
             _detach(element)
 
-    def _begin(self, root: _Element, least: int) -> None:
+    def _begin(self, root: _Element) -> None:
         self._root = root
         level = _LEVELS.get(root.tag)
-        if level is None or level < least:
+        if level is None:
             raise BadFile(f"{self._file}: its root is {root.tag[:100]!r}, expected {_ROOTS} in {ns.PIE}")
         self._level = level
 
@@ -151,7 +152,7 @@ class _Reader:
         if element.tag == INCLUDE:
             try:
                 file = self._included(element)
-                async for each in _Reader(self._folder, file, self._above).users(level, self._host):
+                async for each in _Reader(self._folder, file, self._above).users(self._host):
                     yield each
             except BadFile as exc:
                 yield Fault(str(self._file), str(exc))
