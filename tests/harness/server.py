@@ -55,6 +55,7 @@ class Server:
         for name in [name for name in self.environment if name.startswith("XMPPD_")]:
             del self.environment[name]
         self.expects_trouble = False  # a test that provokes errors in the log says so
+        self.from_nothing = False  # a program that loads its own code
         self.clock = 0.0  # seconds by which its wall clock is ahead of the others'
         self.process: subprocess.Popen[bytes] | Child | None = None
         self._batch: subprocess.Popen[bytes] | None = None
@@ -75,7 +76,7 @@ class Server:
         """Start the process and return at once."""
         assert self.process is None, "it runs already"
         with self.log_path.open("ab") as log:
-            if prefix or self.clock or not nursery().takes(self.environment):
+            if prefix or self.clock or self.from_nothing or not nursery().takes(self.environment):
                 self.process = subprocess.Popen(
                     [*prefix, sys.executable, *self._program, "--config", str(self.path)],
                     stdin=subprocess.DEVNULL,
