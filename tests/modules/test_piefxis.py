@@ -16,6 +16,8 @@ from xmppd.config import parse as parse_config
 from xmppd.piefxis import Exporter, Importer, Report
 from xmppd.storage import Storage
 
+# What `ejabberdctl export_piefxis` of Debian's ejabberd 23.01 wrote (auth_password_format: scram), and prosody-migrator of
+# Debian's Prosody 0.12: never edited.
 RECORDED = Path(__file__).parents[1] / "vectors" / "piefxis-ejabberd-23.01"
 MODULES = ("roster", "offline", "private", "vcard", "blocking")
 PIE = "urn:xmpp:pie:0"

@@ -5,7 +5,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import event, func, insert, select, update
 
 from xmppd import housekeeping
 from xmppd.admin.registry import Caller, Registry, commands_of
@@ -14,7 +14,7 @@ from xmppd.errors import CommandError, StorageUnavailable
 from xmppd.housekeeping import Housekeeping, Retentions
 from xmppd.outbox.rows import DEAD, DONE, PENDING, Rows, Run
 from xmppd.spool import Holder, Spool
-from xmppd.storage import Accounts, Lease, Storage, id_at, new_id
+from xmppd.storage import Accounts, Lease, Storage, id_at
 from xmppd.storage.tables import db_lock
 from xmppd.storage.tables import outbox as outbox_table
 from xmppd.storage.tables import spool as spool_table
@@ -89,6 +89,30 @@ async def test_expired_messages_go_and_others_stay_however_old(spool, storage):
     assert await left(storage) == {"held", "lasting", "old"}
 
 
+async def test_no_message_is_read_to_find_the_expired_ones(spool, storage):
+    for number in range(50):
+        await keep(spool, f"m{number}", 1)
+    async with storage.connect() as connection:
+        said = []
+
+        def listen(conn, cursor, statement, parameters, context, many):
+            said.append((statement, parameters))
+
+        engine = storage._engine.sync_engine
+        event.listen(engine, "before_cursor_execute", listen)
+        try:
+            await spool.delete_expired(time.time(), 500)
+        finally:
+            event.remove(engine, "before_cursor_execute", listen)
+        ((look, parameters),) = [each for each in said if each[0].startswith("SELECT")]
+        explain = "EXPLAIN QUERY PLAN" if connection.dialect.name == "sqlite" else "EXPLAIN"
+        plan = (await connection.exec_driver_sql(f"{explain} {look}", tuple(parameters))).all()
+
+    words = " ".join(str(each) for each in plan[0])
+    assert "spool_user" in words
+    assert "COVERING INDEX" in words or "Using index" in words
+
+
 @pytest.mark.parametrize("days", ["-1", "99999999"])
 async def test_days_that_make_no_sense_delete_nothing(spool, storage, days):
     await keep(spool, "old", 31)
@@ -124,17 +148,20 @@ async def test_dead_events_go_when_they_are_old_and_waiting_ones_never(storage):
         "attempts": 0, "lease_node": b"X" * 16, "lease_incarnation": 1,
     }  # fmt: skip
     states = [(state, days) for state in (PENDING, DEAD, DONE) for days in (1, 100)]
+    revived = {"id": id_at(time.time() - 100 * DAY), "state": DEAD, "created_at": time.time() - DAY}
     async with storage.connect() as connection:
         for state, days in states:
-            old = {"id": new_id(), "state": state, "created_at": time.time() - days * DAY}
+            when = time.time() - days * DAY
+            old = {"id": id_at(when), "state": state, "created_at": when}
             await connection.execute(insert(outbox_table).values(**values, **old))
+        await connection.execute(insert(outbox_table).values(**values, **revived))
 
     assert await rows.delete_dead(time.time() - 90 * DAY, 500) == 1
     assert await rows.delete_done(time.time() - 2 * DAY, 500) == 1
 
     async with storage.connect() as connection:
         found = (await connection.execute(select(outbox_table.c.state))).scalars().all()
-    assert sorted(found) == sorted([PENDING, PENDING, DEAD, DONE])
+    assert sorted(found) == sorted([PENDING, PENDING, DEAD, DEAD, DONE])
 
 
 # -- passes

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 from xmppd.admin.registry import Arg, Call, command
 from xmppd.admin.results import Rescode, Restuple
 from xmppd.errors import CommandError, SchemaTooNew
-from xmppd.housekeeping import database_now, delete_all
+from xmppd.housekeeping import Delete, database_now, delete_all
 from xmppd.spool import Spool
 from xmppd.storage import Storage
 from xmppd.storage.backup import NoBackup
@@ -49,10 +49,10 @@ class OldMessageCommands:
         scope="shared",
         doc="Delete offline messages that have waited for more than DAYS days",
     )
-    async def delete_old_messages(self, days: int) -> None:
+    async def delete_old_messages(self, days: int, call: Call) -> None:
         if not 0 <= days <= _MOST_DAYS:
             raise CommandError(f"DAYS is a number from 0 to {_MOST_DAYS}")
-        await delete_all(self._spool.delete_older, await database_now(self._storage) - days * DAY)
+        await self._delete(self._spool.delete_older, days * DAY, call)
 
     @command(
         "delete_expired_messages",
@@ -61,8 +61,12 @@ class OldMessageCommands:
         scope="shared",
         doc="Delete offline messages that were sent with a time to live (jabber:x:expire) which is over",
     )
-    async def delete_expired_messages(self) -> None:
-        await delete_all(self._spool.delete_expired, await database_now(self._storage))
+    async def delete_expired_messages(self, call: Call) -> None:
+        await self._delete(self._spool.delete_expired, 0, call)
+
+    async def _delete(self, delete: Delete, age: float, call: Call) -> None:
+        async with _signs(call, "deleting messages"):
+            await delete_all(delete, await database_now(self._storage) - age)
 
 
 class BackupCommands:

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
 from xmppd.outbox.event import Event
-from xmppd.storage import Lease, Storage, Utf8, db_now, fixed_bytes, id_time, insert_new, new_id
+from xmppd.storage import Lease, Storage, Utf8, db_now, first_id, fixed_bytes, id_time, insert_new, new_id
 from xmppd.storage.sql import limited_update
 from xmppd.storage.tables import node
 from xmppd.storage.tables import outbox as table
@@ -261,7 +261,8 @@ class Rows:
         return await self._delete_old(DONE, before, limit)
 
     async def _delete_old(self, state: str, before: float, limit: int) -> int:
-        old = (table.c.state == state, table.c.created_at < before)
+        # By the index alone; a revived event is younger than its id.
+        old = (table.c.state == state, table.c.id < first_id(before), table.c.created_at < before)
 
         async def work(connection: AsyncConnection) -> int:
             ids = sorted((await connection.execute(select(table.c.id).where(*old).limit(limit))).scalars())
