@@ -16,8 +16,8 @@ from xmppd.config import parse as parse_config
 from xmppd.piefxis import Exporter, Importer, Report
 from xmppd.storage import Storage
 
-# What `ejabberdctl export_piefxis` of Debian's ejabberd 23.01 wrote (auth_password_format: scram), and prosody-migrator of
-# Debian's Prosody 0.12: never edited.
+# What `ejabberdctl export_piefxis` of Debian's ejabberd 23.01 wrote (auth_password_format: scram), and prosody-migrator
+# of Debian's Prosody 0.12: never edited.
 RECORDED = Path(__file__).parents[1] / "vectors" / "piefxis-ejabberd-23.01"
 MODULES = ("roster", "offline", "private", "vcard", "blocking")
 PIE = "urn:xmpp:pie:0"
@@ -67,7 +67,15 @@ async def _enter(stack: AsyncExitStack, storage: Storage, folder: Path) -> House
 
 
 @pytest.fixture
-async def house(any_url: str, tmp_path: Path) -> AsyncIterator[House]:
+async def house(sqlite_url: str, tmp_path: Path) -> AsyncIterator[House]:
+    """Over SQLite."""
+    async with opened(sqlite_url, tmp_path) as storage, AsyncExitStack() as stack:
+        yield await _enter(stack, storage, tmp_path)
+
+
+@pytest.fixture
+async def any_house(any_url: str, tmp_path: Path) -> AsyncIterator[House]:
+    """Over each database."""
     async with opened(any_url, tmp_path) as storage, AsyncExitStack() as stack:
         yield await _enter(stack, storage, tmp_path)
 
@@ -99,7 +107,8 @@ def user_file(inner: str, name: str = "juliet") -> str:
 # -- from ejabberd
 
 
-async def test_what_ejabberd_has_written_is_taken_up_whole(house):
+async def test_what_ejabberd_has_written_is_taken_up_whole(any_house):
+    house = any_house
     report = await house.take(next(RECORDED.glob("*[0-9].xml")))
 
     assert report.lines() == [
@@ -124,7 +133,8 @@ async def test_what_ejabberd_has_written_is_taken_up_whole(house):
     assert private[0][0].get("name") == "Balcony"
 
 
-async def test_taking_it_up_twice_changes_nothing(house):
+async def test_taking_it_up_twice_changes_nothing(any_house):
+    house = any_house
     await house.take(next(RECORDED.glob("*[0-9].xml")))
     before = await house.exported()
 
@@ -160,7 +170,8 @@ async def test_what_prosody_has_written_is_taken_up_whole(house):
 # -- there and back
 
 
-async def test_an_export_taken_up_by_an_empty_server_is_exported_alike(house, other_house):
+async def test_an_export_taken_up_by_an_empty_server_is_exported_alike(any_house, other_house):
+    house = any_house
     world = house.world
     await house.accountant.register(HOST, "romeo", "montague & co")
     await house.accountant.register(HOST, "juliet", "rose")
