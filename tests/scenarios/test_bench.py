@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness.server import ROOT
 
-LITTLE = "--users 20 --rounds 1 --rate 100 --warm 0.5 --time 2".split()
+LITTLE = ["--users", "20", "--rounds", "1", "--rate", "100", "--warm", "0.5", "--time", "2"]
 
 pytestmark = [pytest.mark.long, pytest.mark.alone]
 
@@ -60,7 +60,7 @@ def test_streams_are_resumed_on_both_nodes():
     found = bench("resume", "--users", "10", "--rounds", "2")
 
     assert 0 < found["same_node_ms"]["p50"] <= found["same_node_ms"]["p99"]
-    assert 0 < found["other_node_ms"]["p50"]
+    assert found["other_node_ms"]["p50"] > 0
     assert found["link_rtt_ms"] > 0
 
 
