@@ -15,6 +15,8 @@ from bench_own import COST, Failed, Own, middle, own_nodes
 HERE = Path(__file__).resolve().parent
 ACKS = {"plain": -1.0, "prompt": 0.0, "stored": 0.3}  # seconds the clients take; -1: no stream management
 
+IN_MEMORY = {"durability": "none", "memory": {"max_events": 10_000_000, "max_bytes": "4GiB"}}
+
 # Runs chat once: the server and what belongs to it, the options, what to do at each phase.
 Chat = Callable[[Own, argparse.Namespace, Callable[[str], None]], dict[str, Any]]
 
@@ -44,18 +46,23 @@ def acknowledged(chat: Chat, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def post_log(chat: Chat, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the module post_log costs: the same chat on a node with it and on one without."""
+    """What the module post_log costs: the same chat on a node with it, on one without, and, as long as there is a web
+    server, on one that only makes the events, and keeps them in memory: what they cost before anybody sends them."""
     options = argparse.Namespace(**vars(arguments))
     options.rate = arguments.rate or 2000
-    runs: dict[str, list[dict[str, Any]]] = {"plain": [], "post_log": []}
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(_sink(down=arguments.sink_down, cpus=arguments.cpus))
-        modules = {"modules": {"post_log": {"url": sink.url, "format": arguments.post_format}}}
+        configs: dict[str, dict[str, Any]] = {"plain": {}}
+        if not arguments.sink_down:
+            nobody = stack.enter_context(_sink(down=True, cpus=None))
+            configs["made"] = _modules(nobody, arguments.post_format) | {"outbox": IN_MEMORY}
+        configs["post_log"] = _modules(sink, arguments.post_format)
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
         owns = {
             name: stack.enter_context(
                 own_nodes(config=config, file=arguments.config, mysql=arguments.mysql, cpus=arguments.server_cpus)
             )
-            for name, config in (("plain", {}), ("post_log", modules))
+            for name, config in configs.items()
         }
         for own in owns.values():
             own.register(range(arguments.first_user, arguments.first_user + arguments.users))
@@ -79,9 +86,14 @@ def post_log(chat: Chat, arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "rate": options.rate,
         "post_log_us_per_message": _more(found["post_log"], found["plain"]),
+        **({"made_us_per_message": _more(found["made"], found["plain"])} if "made" in found else {}),
         "outbox_at_the_end": [line.split("\t") for line in waiting],
         **found,
     }
+
+
+def _modules(sink: "Sink", form: str) -> dict[str, Any]:
+    return {"modules": {"post_log": {"url": sink.url, "format": form}}}
 
 
 def _more(one: dict[str, Any], other: dict[str, Any]) -> float:

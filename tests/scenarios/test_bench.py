@@ -44,7 +44,9 @@ def test_the_cost_of_post_log_is_told_by_turns():
     found = bench("post_log", *LITTLE)
 
     assert found["plain"]["lost"] == found["post_log"]["lost"] == 0
+    assert found["made"]["lost"] == 0
     assert found["post_log"]["requests"] > 100
+    assert {"made_us_per_message", "post_log_us_per_message"} <= set(found)
     assert found["outbox_at_the_end"][0][2] == "open"
 
 
