@@ -63,6 +63,12 @@ class MariaDB:
         self.query(f"CREATE USER '{USER}'@'{host}' IDENTIFIED BY '{PASSWORD}'")
         self.query(f"GRANT ALL ON `t\\_%`.* TO '{USER}'@'{host}'")  # and nothing that only root may
 
+    @property
+    def pid(self) -> int:
+        """Of the server, while it runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def new_database(self) -> str:
         """A fresh database; the URL that leads to it."""
         name = f"t_{secrets.token_hex(6)}"
@@ -111,7 +117,7 @@ class MariaDB:
             self._process = subprocess.Popen(
                 [
                     *self.prefix,
-                    _binary("mariadbd"),
+                    _need("mariadbd"),
                     "--no-defaults",
                     *_as_root(),
                     f"--datadir={self.folder / 'data'}",
@@ -179,7 +185,7 @@ class MariaDB:
             shutil.chown(self.folder, _user())
         subprocess.run(
             [
-                _binary("mariadb-install-db"),
+                _need("mariadb-install-db"),
                 "--no-defaults",
                 *_as_root(),
                 f"--datadir={self.folder / 'data'}",
@@ -238,6 +244,12 @@ def _name(url: str) -> str:
 
 def _binary(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+
+
+def _need(name: str) -> str:
+    found = _binary(name)
+    assert found is not None, missing()
+    return found
 
 
 def _as_root() -> list[str]:

@@ -31,7 +31,19 @@ from xmppd.events import Handled, Session
 from xmppd.housekeeping import Delete
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.nodes import Nodes
-from xmppd.outbox import Answer, Event, FileSink, HttpSink, HttpTarget, Outbox, conversation, repetition, ulid
+from xmppd.outbox import (
+    DONE,
+    Answer,
+    Event,
+    FileSink,
+    HttpSink,
+    HttpTarget,
+    Outbox,
+    TableSink,
+    conversation,
+    repetition,
+    ulid,
+)
 from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stanza import Stanza
 from xmppd.session_manager import Resource
@@ -59,6 +71,7 @@ if TYPE_CHECKING:
     from xmppd.spool import Spool
 
 __all__ = [
+    "DONE",
     "FULL_BYTES",
     "NO_REPLY",
     "SAFE",
@@ -104,6 +117,7 @@ __all__ = [
     "Stamp",
     "Standing",
     "Storage",
+    "TableSink",
     "Tuple",
     "User",
     "Utf8",

@@ -37,7 +37,7 @@ from xmppd.cluster.tables import Route, RouteTable, SessionTable
 from xmppd.commanding import Commanding
 from xmppd.config import Config
 from xmppd.delivery import Gate
-from xmppd.errors import NodeIdTaken, StorageUnavailable, XmppdError
+from xmppd.errors import NodeIdTaken, StorageError, StorageUnavailable, XmppdError
 from xmppd.events import ServerStarted
 from xmppd.forward import Forwarder
 from xmppd.hooks import Hooks
@@ -273,6 +273,8 @@ class Server:
             self.owner = self._place.owner
             if away is None:
                 await self._free_stale()
+                with contextlib.suppress(StorageError):
+                    await self.accounts.fake_salt_key()  # which the first login would have to ask for
             else:
                 _log.warning("serving without the database", database=self.storage.where, error=away)
                 self.spawn_service(self._await_database(), name="database at the start")

@@ -324,14 +324,23 @@ class Spool:
 
     # -- taking and giving back --------------------------------------------------------------------------------------
 
-    async def take(self, host: str, username: str, holder: Holder, *, limit: int = 1000) -> list[SpoolRow]:
+    async def take(
+        self,
+        host: str,
+        username: str,
+        holder: Holder,
+        *,
+        limit: int = 1000,
+        holders: frozenset[bytes | None] | None = None,
+    ) -> list[SpoolRow]:
         """Makes `holder` the holder of the user's free rows, the oldest `limit` of them, and returns them in order.
+        `holders`: what `holders` has just said, if it was asked.
 
         One conditional UPDATE: no row is ever given to two takers. Expired rows are deleted.
         """
         if (host, username) in self._untakes:
             raise StorageUnavailable("what an earlier attempt took is not free again yet")  # it would be passed over
-        if None not in await self.holders(host, username):
+        if None not in (holders if holders is not None else await self.holders(host, username)):
             return []  # what most logins find, in a merged look-up
         self._check_lease()
         take_id = new_id()

@@ -336,8 +336,7 @@ class Offline(Module[Config]):
                     _, late = await asyncio.wait(waiting, timeout=_HELD)
                     if late:
                         raise StorageUnavailable("older messages are not stored or free yet")
-                await self._until_taken_over(flush, session.user)
-                await flush.run()
+                await flush.run(await self._until_taken_over(flush, session.user))
         except StorageError as exc:
             self.log.warning("offline messages wait", user=session.user, error=exc)
             return False
@@ -346,15 +345,18 @@ class Offline(Module[Config]):
             flush.ended.set_result(None)
         return True
 
-    async def _until_taken_over(self, flush: Flush, user: JID) -> None:
-        """What a node holds that has died comes before what is stored now, and will be free when its lease has ended:
+    async def _until_taken_over(self, flush: Flush, user: JID) -> frozenset[bytes | None] | None:
+        """The holders of what there is; None where that is out of date.
+
+        What a node holds that has died comes before what is stored now, and will be free when its lease has ended:
         seconds in which new messages wait too. One that is only cut off keeps it, and is not waited for any longer."""
         give_up = time.monotonic() + _SILENT
         while flush.takes and time.monotonic() < give_up:
             holders = await self.spool.holders(user.domain, user.local)
             if not any(holder is not None and self.spool.standing.is_silent(holder) for holder in holders):
-                return
+                return holders
             await asyncio.sleep(_SILENT_LOOK)
+        return None
 
     def _wake(self, user: JID) -> None:
         """No message waits in the spool while its recipient is available: it may have become so meanwhile."""

@@ -20,7 +20,9 @@ class Spool(Protocol):
 
     standing: Standing
 
-    async def take(self, host: str, username: str, holder: Holder, *, limit: int) -> list[SpoolRow]: ...
+    async def take(
+        self, host: str, username: str, holder: Holder, *, limit: int, holders: frozenset[bytes | None] | None
+    ) -> list[SpoolRow]: ...
 
     def release(self, ids: Iterable[bytes], holder: Holder) -> "asyncio.Future[None]": ...
 
@@ -62,12 +64,14 @@ class Flush:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.again = True  # something was stored meanwhile
 
-    async def run(self) -> None:
-        """Return when all is written that was there; StorageUnavailable."""
+    async def run(self, holders: frozenset[bytes | None] | None) -> None:
+        """Return when all is written that was there; StorageUnavailable. `holders` of what there is, if they are known:
+        most logins find nothing, and need not look twice."""
         user = self._session.user
         while self.takes:
             blocked = await self._blocklist(user)
-            rows = await self._spool.take(user.domain, user.local, self._holder, limit=CHUNK)
+            rows = await self._spool.take(user.domain, user.local, self._holder, limit=CHUNK, holders=holders)
+            holders = None
             if not rows:
                 return
             await self._send_all(rows, blocked)

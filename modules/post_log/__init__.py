@@ -16,6 +16,7 @@ from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
 from .forms import has_text
+from .forwards import is_forward
 from .options import understood
 from .targets import Format, Headers, Poster, Seen, Sink
 
@@ -44,12 +45,15 @@ class Config:
 
 
 class PostLog(Module[Config]):
+    xeps = {297: "1.0"}
+
     def __init__(self, context: Context, config: Config) -> None:
         super().__init__(context, config)
         self._types = frozenset(config.types)
         self._directions = frozenset(config.directions)
         self._posters: list[Poster] = []  # those that work
         self._seen: list[Seen] = []  # to be posted in a moment
+        self._forwards = any(sink.jid is not None for sink in config.sinks)
         self._waits = False  # senders wait for the commit, or for room
 
     @classmethod
@@ -60,10 +64,8 @@ class PostLog(Module[Config]):
                 yield f"sinks[{index}].name: expected up to 24 of a-z, 0-9, _ and -"
             elif sink.name in names[:index]:
                 yield f"sinks[{index}].name: {sink.name} is there twice"
-            if (sink.url is None) is (sink.file is None):
-                yield f"sinks[{index}]: expected a url, or a file"
-            elif sink.file is not None and sink.format == "ejabberd":
-                yield f"sinks[{index}].format: a file has lines of JSON"
+            for fault in sink.faults():
+                yield f"sinks[{index}]{fault}"
 
     async def start(self) -> None:
         for path, poster in self._wanted():
@@ -108,7 +110,7 @@ class PostLog(Module[Config]):
         options = understood(poster.sink.http_options, self.config.req_options)
         if not problem:
             try:
-                target = poster.target(options, self.outbox.settings.per_sink)
+                target = poster.target(options, self.outbox.settings.per_sink, self.route)
             except (OSError, ValueError) as exc:
                 option, problem = f"{path}http_options", str(exc)
         if problem:
@@ -185,6 +187,8 @@ class PostLog(Module[Config]):
 
     def _wants(self, stanza: Stanza, element: _Element) -> bool:
         if stanza.kind != "message" or stanza.type not in self._types or not self._posters:
+            return False
+        if self._forwards and is_forward(stanza, self.server.hosts):
             return False
         if self.config.skip_blank_id and stanza.id and not stanza.id.strip():
             return False

@@ -1,6 +1,7 @@
 """Where messages are posted to, and as what: the module's own options, and those of each of its `sinks`."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -8,29 +9,52 @@ from urllib.parse import urlsplit
 
 from lxml.etree import _Element
 
-from xmppd.module_api import Event, FileSink, HttpSink, HttpTarget, conversation, new_id, repetition, several, ulid
+from xmppd.module_api import (
+    Event,
+    FileSink,
+    HttpSink,
+    HttpTarget,
+    Outcome,
+    TableSink,
+    conversation,
+    new_id,
+    repetition,
+    several,
+    ulid,
+)
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
 from .forms import Message, ejabberd_xml, json_object, timestamp
+from .forwards import Forwards, forward, wrong_with_jid
 from .options import HttpOptions
+from .table import message_row, message_table
 
 Format = Literal["ejabberd", "json", "ndjson_batch"]
 Headers = tuple[tuple[str, str], ...] | Mapping[str, str]
 
 _STATES: Final = {"sent": "accepted", "received": "sent", "offline": "stored-offline"}
+_ELSE: Final = {  # where a format is chosen that only web servers get
+    "file": "a file has lines of JSON",
+    "database": "a table has columns",
+    "jid": "messages are forwarded as they are",
+}
 _CONTENT_TYPES: Final = {"json": "application/json", "ndjson_batch": "application/x-ndjson"}
 
 
 @dataclass(frozen=True, slots=True)
 class Sink:
-    """One of `sinks`: a `url`, or a `file` with a line of JSON for each message."""
+    """One of `sinks`: a `url`; a `file` with a line of JSON for each message; the `table` of a `database` with a row
+    for each; or a `jid` that each is forwarded to."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     name: str
     url: str | None = None
     file: str | None = None
+    database: str | None = field(default=None, repr=False)  # there is a password in it
+    table: str = "post_log"
+    jid: str | None = None
     format: Format = "json"
     headers: Headers = ()
     content_type: str = "text/xml"
@@ -38,6 +62,23 @@ class Sink:
     secret: Annotated[tuple[str, ...], several] = field(default=(), repr=False)
     retry_4xx: bool = False
     http_options: Any = ()
+
+    def faults(self) -> Iterator[str]:
+        """What makes no sense, as `option: reason`; of a `url` see `wrong_with`."""
+        there = [name for name in ("url", "file", "database", "jid") if getattr(self, name) is not None]
+        if len(there) != 1:
+            yield ": expected one of url, file, database and jid"
+            return
+        if self.url is None and self.format != "json":
+            yield f".format: {_ELSE[there[0]]}"
+        if self.database is not None and (problem := TableSink.wrong_with(self.database)):
+            yield f".database: {problem}"
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", self.table):
+            yield ".table: expected up to 64 of A-Z, a-z, 0-9 and _"
+        if self.jid is not None and (problem := wrong_with_jid(self.jid)):
+            yield f".jid: {problem}"
+        if self.jid is not None and self.confidential:
+            yield ".confidential: messages are forwarded whole"
 
 
 @dataclass(slots=True)
@@ -59,7 +100,7 @@ class Poster:
     def __init__(self, name: str, sink: Sink, names: tuple[str, str, str], node: str) -> None:
         self.name = name
         self.sink = sink
-        self.batched = sink.format == "ndjson_batch" or sink.file is not None
+        self.batched = sink.format == "ndjson_batch" or sink.url is None
         self._names = names
         self._node = node
         usual = sink.content_type == "text/xml"
@@ -69,12 +110,20 @@ class Poster:
 
     def problem(self) -> str:
         """What is wrong with where it goes, or nothing."""
-        return "" if self.sink.file is not None else wrong_with(self.sink.url)
+        sink = self.sink
+        elsewhere = (sink.file, sink.database, sink.jid) != (None, None, None)
+        return "" if elsewhere else wrong_with(sink.url)
 
-    def target(self, options: HttpOptions, connections: int) -> HttpSink | FileSink:
+    def target(
+        self, options: HttpOptions, connections: int, route: Callable[[Stanza], Outcome]
+    ) -> HttpSink | FileSink | TableSink | Forwards:
         """Raises OSError and ValueError where certificates cannot be used."""
         if self.sink.file is not None:
             return FileSink(Path(self.sink.file))
+        if self.sink.database is not None:
+            return TableSink(self.sink.database, message_table(self.sink.table), message_row)
+        if self.sink.jid is not None:
+            return Forwards(route)
         assert self.sink.url is not None
         target = HttpTarget(
             self.sink.url,
@@ -97,7 +146,9 @@ class Poster:
         to = seen.element.get("to") or recipient.full
         hidden = self.sink.confidential
         message = Message(stanza, seen.element, sender, recipient, to, direction, _STATES[direction], seen.at, hidden)
-        if self.sink.format == "ejabberd":
+        if self.sink.jid is not None:
+            payload = forward(message, to=self.sink.jid, id=ulid(event_id), host=seen.host)
+        elif self.sink.format == "ejabberd":
             payload = ejabberd_xml(message)
         else:
             payload = json_object(message, id=ulid(event_id), host=seen.host, node=self._node)

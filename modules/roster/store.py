@@ -13,7 +13,21 @@ from dataclasses import dataclass, field, replace
 from sys import intern
 from typing import Any, Final
 
-from sqlalchemy import Boolean, Column, Row, Select, Table, and_, delete, func, or_, select
+from sqlalchemy import (
+    Boolean,
+    Column,
+    CompoundSelect,
+    Row,
+    Select,
+    Table,
+    and_,
+    delete,
+    func,
+    null,
+    or_,
+    select,
+    union_all,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from xmppd.errors import JidError, StanzaError, StorageError
@@ -337,25 +351,21 @@ def _row(user: JID, item: Item, request: bytes | None) -> Mapping[str, Any]:
 
 
 async def _fetch(connection: AsyncConnection, keys: list[tuple[str, str]]) -> dict[tuple[str, str], Loaded]:
-    """The version is read first: a change in between then leaves an older version with newer items, and the client
-    asks again; the other way round it would believe it had them."""
+    """The version comes with the first items: a change in between then leaves an older version with newer items, and
+    the client asks again; the other way round it would believe it had them."""
     found = {key: Loaded() for key in keys}
     for host, names in by_host(keys).items():
-        versions = roster_version.c
-        query = select(versions.username, versions.version).where(
-            versions.server_host == host, versions.username.in_(names)
-        )
-        for row in await connection.execute(query):
-            found[host, row.username].version = row.version
         async for one in _rows_of(connection, host, names):
-            item = _item(one)
-            if item is not None:
+            if one.jid_hash is None:
+                found[host, one.username].version = one.jid
+            elif (item := _item(one)) is not None:
                 found[host, one.username].items[item.jid.full] = item
     return found
 
 
 async def _rows_of(connection: AsyncConnection, host: str, names: list[str]) -> AsyncIterator[Row[Any]]:
-    """The items of some users in the order of the key, a page at a time: decoding one keeps the loop from all else."""
+    """The versions of some users, as `jid` without `jid_hash`, and their items in the order of the key, a page at a
+    time: decoding one keeps the loop from all else."""
     columns = roster_item.c
     query = (
         _items(columns.jid_hash)
@@ -363,13 +373,23 @@ async def _rows_of(connection: AsyncConnection, host: str, names: list[str]) -> 
         .order_by(columns.username, columns.jid_hash)
         .limit(_PAGE)
     )
-    page = (await connection.execute(query)).all()
+    page = (await connection.execute(_with_versions(query, host, names))).all()
     while page:
         for row in page:
             yield row
-        if len(page) < _PAGE:
+        items = [row for row in page if row.jid_hash is not None]
+        if len(items) < _PAGE:
             return
         await asyncio.sleep(0)
-        user, last = page[-1].username, page[-1].jid_hash
+        user, last = items[-1].username, items[-1].jid_hash
         behind = or_(columns.username > user, and_(columns.username == user, columns.jid_hash > last))
         page = (await connection.execute(query.where(behind))).all()
+
+
+def _with_versions(items: Select[Any], host: str, names: list[str]) -> CompoundSelect[Any]:
+    """Both in one statement. A user may have either without the other."""
+    version = roster_version.c
+    texts = {"username": version.username, "jid": version.version}
+    columns = [texts.get(name, null()).label(name) for name in items.selected_columns.keys()]  # noqa: SIM118
+    versions = select(*columns).where(version.server_host == host, version.username.in_(names))
+    return union_all(select(items.subquery()), versions).order_by("username", "jid_hash")

@@ -9,6 +9,10 @@ Scenarios:
     idle      sessions do nothing: memory per session
     cluster   chat with the two ends of each pair on different nodes, and, for comparison, on one node; or, with --rows,
               how a node joins another one that has so many sessions
+    acknowledged  chat without stream management, with it, and with clients so slow that each message is stored
+    post_log  chat on a node with the module post_log, and on one without: by turns
+    resume    sessions lose their streams and are resumed, on the node where they are and on another one: how fast
+    waiting   sessions lose their streams and wait: memory per session, without and with messages in their queues
     register  accounts are made in band, on a server that allows it (--target needed)
 
 The accounts are u00000, u00001 ... with the passwords p00000, p00001 ... On a server named with --target they must be
@@ -26,29 +30,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_chat
 import bench_join
-from bench_join import Failed
+import bench_sessions
+from bench_own import COST, Failed, Own, Server, middle, own_nodes
 from sampling import Sample
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "loadgen"
-UNIT = {"chat": "message", "cluster": "message", "login": "login", "idle": "session", "register": "account"}
-
-
-@dataclass
-class Server:
-    """What is measured: where it listens, and the processes whose CPU and memory count (none: not sampled)."""
-
-    plain: str  # IP:PORT[,IP:PORT]; STARTTLS or no TLS
-    direct_tls: str
-    host: str
-    pids: list[int] = field(default_factory=list)
-    database_pids: list[int] = field(default_factory=list)
+UNIT = {"chat": "message", "login": "login", "idle": "session", "register": "account"}
+BY_TURNS = {"acknowledged": bench_chat.acknowledged, "post_log": bench_chat.post_log}
+SESSIONS = {"resume": bench_sessions.resume, "waiting": bench_sessions.waiting}
+OWN = (*BY_TURNS, *SESSIONS)  # scenarios that need nodes of their own
+ROUNDS = ("cluster", *BY_TURNS, "resume")
 
 
 def main() -> None:
@@ -59,7 +57,13 @@ def main() -> None:
                 found = bench_join.measure(arguments.rows, Path(folder), arguments.server_cpus)
             print(json.dumps({"scenario": arguments.scenario, **found}))
             return
+        if arguments.scenario in SESSIONS:
+            print(json.dumps(SESSIONS[arguments.scenario](arguments)))
+            return
         generator = build()
+        if arguments.scenario in BY_TURNS:
+            print(json.dumps(BY_TURNS[arguments.scenario](chat_with(generator), arguments)))
+            return
         with server_for(arguments) as (server, cache):
             measured = run_cluster if arguments.scenario == "cluster" else run
             print(json.dumps(measured(generator, server, cache, arguments)))
@@ -72,11 +76,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scenario", choices=list(UNIT))
+    parser.add_argument("scenario", choices=[*UNIT, "cluster", *OWN])
 
     load = parser.add_argument_group("load")
     load.add_argument("--pairs", type=int, help="users are twice as many (default 100)")
-    load.add_argument("--users", type=int, help="in place of --pairs (default 200; login 600, idle 1000)")
+    load.add_argument("--users", type=int, help="in place of --pairs (default 200; login 600, idle, waiting 1000)")
     load.add_argument("--first-user", type=int, default=0, metavar="N")
     load.add_argument("--tls", choices=["none", "starttls", "direct"], nargs="?", const="starttls", default="none")
     load.add_argument("--auth", choices=["scram-sha-1", "scram-sha-256", "plain"], default="scram-sha-1")
@@ -94,11 +98,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     load.add_argument(
         "--layout", choices=["both", "cross", "same"], default="both", help="cluster: the ends of a pair on which nodes"
     )
-    load.add_argument("--rounds", type=int, default=1, help="cluster: cross and same by turns, so often; medians")
+    load.add_argument(
+        "--rounds", type=int, help="cluster (default 1), acknowledged, post_log (3): by turns, so often; medians"
+    )
+    load.add_argument(
+        "--post-format", choices=["ejabberd", "json", "ndjson_batch"], default="ejabberd", help="post_log: its `format`"
+    )
+    load.add_argument("--sink-down", action="store_true", help="post_log: nobody takes what is posted")
     load.add_argument("--rows", type=int, help="cluster: measure no chat, but the join of a node with so many sessions")
     load.add_argument("--warm", type=float, default=1.5, metavar="S", help="before measuring")
     load.add_argument("--time", type=float, default=5, metavar="S", help="of measuring")
-    load.add_argument("--settle", type=float, default=3, metavar="S", help="idle: before measuring memory")
+    load.add_argument("--settle", type=float, default=3, metavar="S", help="idle, waiting: before measuring memory")
     load.add_argument("--cpus", metavar="LIST", help="CPUs the generator may run on")
 
     target = parser.add_argument_group("a server that runs already")
@@ -111,15 +121,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     own = parser.add_argument_group("a server of our own")
     own.add_argument("--config", metavar="FILE", help="YAML merged over the node's configuration")
+    own.add_argument(
+        "--mysql",
+        metavar="URL",
+        nargs="?",
+        const="own",
+        help="in place of an SQLite file; no URL: a MariaDB for the run",
+    )
     own.add_argument("--nodes", type=int, default=2, help="cluster: how many")
     own.add_argument("--server-cpus", metavar="LIST", help="CPUs the nodes may run on")
     arguments = parser.parse_args(argv)
 
-    default_users = {"login": 600, "idle": 1000}.get(arguments.scenario, 200)
+    default_users = {"login": 600, "idle": 1000, "waiting": 1000}.get(arguments.scenario, 200)
+    default_rounds = 1 if arguments.scenario == "cluster" else 3
     arguments.users = arguments.users or (2 * arguments.pairs if arguments.pairs else default_users)
-    if arguments.scenario in ("chat", "cluster") and arguments.users % 2:
+    arguments.rounds = default_rounds if arguments.rounds is None else arguments.rounds
+    if arguments.scenario in ("chat", "cluster", *BY_TURNS) and arguments.users % 2:
         parser.error(f"{arguments.scenario} needs an even number of users")
     check_cluster(parser, arguments)
+    if arguments.scenario in OWN and arguments.target:
+        parser.error(f"{arguments.scenario} measures nodes of its own")
+    if arguments.rounds < 1:
+        parser.error(f"{arguments.scenario} needs one round at least")
+    if arguments.sink_down and arguments.scenario != "post_log":
+        parser.error(f"--sink-down is for post_log, not for {arguments.scenario}")
+    if arguments.mysql and arguments.target:
+        parser.error("--mysql is for a server of our own")
     if arguments.scenario == "register" and not arguments.target:
         parser.error("register needs --target")
     if arguments.auth == "plain" and arguments.tls == "none":
@@ -136,8 +163,8 @@ def check_cluster(parser: argparse.ArgumentParser, arguments: argparse.Namespace
         parser.error("--rows needs one session at least")
     if arguments.rows is not None and arguments.target:
         parser.error("--rows measures nodes of its own: it reaches into their processes")
-    if arguments.rounds < 1 or arguments.nodes < 2 or (arguments.target and "," not in arguments.target):
-        parser.error("cluster needs two nodes, and one round at least")
+    if arguments.nodes < 2 or (arguments.target and "," not in arguments.target):
+        parser.error("cluster needs two nodes")
 
 
 # ---------------------------------------------------------------------------------------------- the generator
@@ -194,9 +221,9 @@ def generator_arguments(
 
 
 def generate(
-    command: list[str], server: Server, cpus: str | None
+    command: list[str], server: Server, cpus: str | None, seen: Callable[[str], None] = lambda phase: None
 ) -> tuple[dict[str, Any], dict[str, tuple[Sample, Sample]]]:
-    """Runs the generator; samples server and database at each phase it tells of."""
+    """Runs the generator; samples server and database at each phase it tells of, and calls `seen`."""
     if cpus:
         command = ["taskset", "-c", cpus, *command]
     samples: dict[str, tuple[Sample, Sample]] = {}
@@ -208,6 +235,7 @@ def generate(
             word, _, rest = line.partition(" ")
             if word == "PHASE":
                 samples[rest.strip()] = (Sample.take(server.pids), Sample.take(server.database_pids))
+                seen(rest.strip())
                 process.stdin.write("\n")
                 process.stdin.flush()
             elif word == "JSON":
@@ -229,43 +257,29 @@ def server_for(arguments: argparse.Namespace) -> Iterator[tuple[Server, str]]:
         with tempfile.TemporaryDirectory(prefix="xmppd-bench-") as folder:
             yield server, arguments.scram_cache or f"{folder}/scram"
         return
-    with tempfile.TemporaryDirectory(prefix="xmppd-bench-") as folder:
-        devcluster = [sys.executable, str(HERE / "devcluster.py")]
-        count = arguments.nodes if arguments.scenario == "cluster" else 1
-        up = [*devcluster, "up", str(count), "--dir", f"{folder}/cluster", "--json", "--plain"]
-        up += ["--config", arguments.config] if arguments.config else []
-        up += ["--cpus", arguments.server_cpus] if arguments.server_cpus else []
-        try:
-            started = subprocess.run(up, stdout=subprocess.PIPE, text=True)
-            if started.returncode:
-                raise Failed("the node did not start")
-            nodes = [json.loads(line) for line in started.stdout.splitlines()]
-            register(nodes[0], arguments)
-            plain, direct = (",".join(node[door] for node in nodes) for door in ("c2s", "c2s_tls"))
-            yield Server(plain, direct, nodes[0]["hosts"][0], [node["pid"] for node in nodes]), f"{folder}/scram"
-        finally:
-            subprocess.run([*devcluster, "down", "--dir", f"{folder}/cluster"], check=False)
-
-
-def register(node: dict[str, Any], arguments: argparse.Namespace) -> None:
-    users = range(arguments.first_user, arguments.first_user + arguments.users)
-    commands = "".join(f"register u{user:05} {node['hosts'][0]} p{user:05}\n" for user in users)
-    done = subprocess.run([*node["xmppctl"], "batch"], input=commands, capture_output=True, text=True)
-    if done.returncode:
-        raise Failed(f"the accounts were not made: {(done.stderr or done.stdout).strip()[-1000:]}")
+    count = arguments.nodes if arguments.scenario == "cluster" else 1
+    with own_nodes(count, file=arguments.config, mysql=arguments.mysql, cpus=arguments.server_cpus) as own:
+        own.register(range(arguments.first_user, arguments.first_user + arguments.users))
+        yield own.server, f"{own.folder}/scram"
 
 
 # ---------------------------------------------------------------------------------------------- the result
 
 
 def run(
-    generator: Path, server: Server, cache: str, arguments: argparse.Namespace, *, layout: str = "cross"
+    generator: Path,
+    server: Server,
+    cache: str,
+    arguments: argparse.Namespace,
+    *,
+    layout: str = "cross",
+    seen: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Any]:
-    scenario = "chat" if arguments.scenario == "cluster" else arguments.scenario
+    scenario = arguments.scenario if arguments.scenario in UNIT else "chat"
 
     def generated() -> tuple[dict[str, Any], dict[str, tuple[Sample, Sample]]]:
         options = generator_arguments(scenario, server, cache, arguments, layout)
-        return generate([str(generator), *options], server, arguments.cpus)
+        return generate([str(generator), *options], server, arguments.cpus, seen)
 
     if scenario == "login" and arguments.auth != "plain":
         # Once without measuring: salting the passwords is the client's work, and dearer than the server's whole login.
@@ -279,6 +293,13 @@ def run(
     return result
 
 
+def chat_with(generator: Path) -> bench_chat.Chat:
+    def chat(own: Own, arguments: argparse.Namespace, seen: Callable[[str], None]) -> dict[str, Any]:
+        return run(generator, own.server, f"{own.folder}/scram", arguments, seen=seen)
+
+    return chat
+
+
 def run_cluster(generator: Path, server: Server, cache: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both layouts by turns; of each the run of which half of the others were dearer."""
     layouts = ("cross", "same") if arguments.layout == "both" else (arguments.layout,)
@@ -286,13 +307,10 @@ def run_cluster(generator: Path, server: Server, cache: str, arguments: argparse
     for _ in range(arguments.rounds):
         for layout in layouts:
             runs[layout].append(run(generator, server, cache, arguments, layout=layout))
-    cost = "server_cpu_us_per_message" if server.pids else "messages_per_s"
+    cost = COST if server.pids else "messages_per_s"
     found: dict[str, Any] = {"scenario": "cluster", "nodes": server.plain.count(",") + 1, "rounds": arguments.rounds}
     for layout, results in runs.items():
-        results.sort(key=lambda one: float(one[cost]))
-        found[layout] = results[(len(results) - 1) // 2] | {f"{cost}_of_rounds": [one[cost] for one in results]}
-        for trouble in ("lost", "bounced", "failed", "closed_early"):
-            found[layout][trouble] = sum(one[trouble] for one in results)
+        found[layout] = middle(results, cost)
     if len(layouts) == 2 and found["same"][cost]:
         found["cross_over_same"] = round(found["cross"][cost] / found["same"][cost], 3)
     return found
@@ -324,6 +342,7 @@ def costs(
             "pss_kb_per_session": round((start.pss_mb - base.pss_mb) * 1024 / units, 2),
         }
     else:
+        found["rss_mb"] = {"start": round(start.rss_mb, 1), "end": round(end.rss_mb, 1)}
         found[f"server_cpu_us_per_{UNIT[scenario]}"] = round(cpu * 1e6 / units, 2)
         children = cpu - (end.own_cpu - start.own_cpu)
         found[f"of_it_descendants_us_per_{UNIT[scenario]}"] = round(children * 1e6 / units, 2)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from bench_own import Failed
 from devnode import POLL, ROOT, Node, configuration, free_ports, raise_file_limit, share_cookie
 from sampling import Sample, memory
 
@@ -23,10 +24,6 @@ HERE = Path(__file__).resolve().parent
 HOST = "support.example.com"  # addresses are as long as they are in life
 START = 60.0  # s for a node to serve
 SETTLE = 1.5  # s between the join and the look at memory: a few heartbeats, digests
-
-
-class Failed(Exception):
-    """There is no result; the text says why."""
 
 
 @dataclass(slots=True)

@@ -295,10 +295,17 @@ async def test_a_file_that_cannot_be_written_is_tried_again(world, sink, tmp_pat
 @pytest.mark.parametrize(
     ("sinks", "words"),
     [
-        ([{"name": "a"}], "sinks[0]: expected a url, or a file"),
+        ([{"name": "a"}], "sinks[0]: expected one of url, file, database and jid"),
+        ([{"name": "a", "file": "/a", "jid": "a@b"}], "sinks[0]: expected one of url, file, database and jid"),
         ([{"name": "a", "url": "http://a/"}, {"name": "a", "url": "http://a/"}], "sinks[1].name: a is there twice"),
         ([{"name": "A b", "url": "http://a/"}], "sinks[0].name: expected"),
         ([{"name": "a", "file": "/a", "format": "ejabberd"}], "sinks[0].format: a file has lines of JSON"),
+        ([{"name": "a", "database": "postgres://a/b"}], "sinks[0].database: expected sqlite:///FILE or mysql://"),
+        ([{"name": "a", "database": "sqlite:///{data_dir}/b"}], "sinks[0].database: expected the whole path"),
+        ([{"name": "a", "database": "sqlite:////b", "table": "a b"}], "sinks[0].table: expected up to 64"),
+        ([{"name": "a", "jid": "a@b@c"}], "sinks[0].jid: "),
+        ([{"name": "a", "jid": "a@b", "confidential": True}], "sinks[0].confidential: messages are forwarded whole"),
+        ([{"name": "a", "jid": "a@b", "format": "ejabberd"}], "sinks[0].format: messages are forwarded as they are"),
         ([{"name": "a", "ulr": "http://a/"}], "sinks[0].ulr"),
     ],
 )

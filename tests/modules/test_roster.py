@@ -485,6 +485,26 @@ async def test_a_roster_of_several_pages_is_whole(friends, monkeypatch):
         assert sorted(item.get("jid") for item in items) == [f"friend{number}@{HOST}" for number in range(5)]
 
 
+async def test_a_roster_may_have_no_version_and_a_version_no_roster(friends, monkeypatch):
+    monkeypatch.setattr("modules.roster.store._PAGE", 2)
+    for name in ("juliet", "romeo", "nurse"):
+        for number in range(5):
+            await friends.command("add_rosteritem", name, HOST, f"friend{number}", HOST, "", "", "both")
+
+    async def work(connection):
+        await connection.exec_driver_sql("DELETE FROM roster_version WHERE username = 'juliet'")
+        await connection.exec_driver_sql("DELETE FROM roster_item WHERE username = 'nurse'")
+
+    await friends.storage.run(work)
+    service = friends.loader.service(RosterService)
+    loads = [service._store.load(parse(f"{name}@{HOST}")) for name in ("juliet", "romeo", "nurse")]
+    juliet, romeo, nurse = await asyncio.gather(*loads)  # one query
+
+    assert (juliet.version, len(juliet.items)) == ("", 5)
+    assert (bool(romeo.version), len(romeo.items)) == (True, 5)
+    assert (bool(nurse.version), len(nurse.items)) == (True, 0)
+
+
 async def test_a_change_while_a_long_roster_is_written_is_in_it(friends, monkeypatch):
     monkeypatch.setattr("modules.roster._WITHOUT_PAUSE", 1)
     phone, laptop = await friends.enter("juliet", "phone"), await friends.enter("juliet", "laptop", interested=False)

@@ -25,8 +25,19 @@ def tool(name: str) -> ModuleType:
     return module
 
 
-sampling, devnode, devcluster, _, bench, announce = map(
-    tool, ("sampling", "devnode", "devcluster", "bench_join", "bench", "announce")
+sampling, devnode, devcluster, *_, bench, announce = map(
+    tool,
+    (
+        "sampling",
+        "devnode",
+        "devcluster",
+        "bench_own",
+        "bench_join",
+        "bench_chat",
+        "bench_sessions",
+        "bench",
+        "announce",
+    ),
 )
 
 
@@ -261,6 +272,10 @@ def test_a_sample_counts_a_process_with_its_descendants():
         ["cluster", "--rows", "0"],
         ["cluster", "--rows", "5", "--target", "127.0.0.1:5222,127.0.0.1:5223"],
         ["chat", "--rows", "5"],
+        ["resume", "--target", "127.0.0.1:5222"],
+        ["post_log", "--rounds", "0"],
+        ["chat", "--sink-down"],
+        ["chat", "--target", "127.0.0.1:5222", "--mysql"],
         ["juggle"],
     ],
 )

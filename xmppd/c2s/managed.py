@@ -250,6 +250,7 @@ class Managed:
         carrier = session.carrier
         session.carrier = Nobody(carrier.name, carrier.peer)
         self._rest()
+        self.inbound.rest()
         self.outbound.shut()
         self._await_resumption()
         session.set_waiting(True)

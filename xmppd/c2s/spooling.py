@@ -11,7 +11,6 @@ look now and then, and no write.
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from secrets import token_hex
@@ -202,7 +201,7 @@ class Backlog:
         self._spooling = session.parts.spooling
         self._holder: Holder | None = None
         self._examined = 0  # stanzas, of all there have been
-        self._marks: deque[tuple[float, int]] = deque()  # when there had been how many
+        self._marks: list[tuple[float, int]] = []  # when there had been how many
         self._again: list[tuple[Sent, KeepItem]] = []  # could not be written
         self._again_at = 0.0
         self._over = False
@@ -241,7 +240,7 @@ class Backlog:
         patience = 0.0 if managed is None or managed.waiting else self.patience
         due = 0
         while marks and marks[0][0] + patience <= now:
-            due = marks.popleft()[1]
+            due = marks.pop(0)[1]
         if due > self._examined:
             self._write(due)
         self.watched = self._examined < end or bool(self._again) or asked > now

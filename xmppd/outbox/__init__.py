@@ -10,9 +10,11 @@ from xmppd.outbox.file import FileSink
 from xmppd.outbox.outbox import Outbox, SinkStatus
 from xmppd.outbox.runner import Settings
 from xmppd.outbox.signature import sign, verify
-from xmppd.outbox.sink import Answer, HttpSink, HttpTarget
+from xmppd.outbox.sink import DONE, Answer, HttpSink, HttpTarget
+from xmppd.outbox.table import TableSink
 
 __all__ = [
+    "DONE",
     "Answer",
     "Event",
     "FileSink",
@@ -22,6 +24,7 @@ __all__ = [
     "Retry",
     "Settings",
     "SinkStatus",
+    "TableSink",
     "conversation",
     "repetition",
     "sign",

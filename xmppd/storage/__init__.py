@@ -5,7 +5,7 @@ from xmppd.storage.accounts import Account, Accounts
 from xmppd.storage.batcher import Batcher
 from xmppd.storage.clock import clock
 from xmppd.storage.database import Storage
-from xmppd.storage.faults import Duplicate
+from xmppd.storage.faults import BadValue, Duplicate
 from xmppd.storage.ids import first_id, id_at, id_time, new_id
 from xmppd.storage.lease import Lease
 from xmppd.storage.loader import Loader
@@ -27,6 +27,7 @@ from xmppd.storage.tables import (
 __all__ = [
     "Account",
     "Accounts",
+    "BadValue",
     "Batcher",
     "Duplicate",
     "Lease",

@@ -47,14 +47,18 @@ class Storage:
         pool_max: int = 8,
         pool_timeout: float = 5.0,
         commit_interval: float = 0.010,
+        schema: bool = True,
     ) -> None:
-        """`pool_min` connections are opened at the start, at most `pool_max` exist; `pool_timeout` in seconds bounds
+        """`schema`: it is ours, and brought to this version when it is opened; else it is somebody else's database.
+
+        `pool_min` connections are opened at the start, at most `pool_max` exist; `pool_timeout` in seconds bounds
         the wait for one of them, and for another process's lock. Raises ConfigError for a URL that makes no sense.
         """
         self._target = parse_url(url, data_dir)
         self._pool_min = min(pool_min, pool_max)
         self._pool_max = pool_max
         self._pool_timeout = pool_timeout
+        self._schema = schema
         self._engine: AsyncEngine | None = None
         self._sql_mode: str | None = None
         # SQLite has one writer at a time; ours queue here rather than in SQLite's lock, which is polled with sleeps.
@@ -90,13 +94,14 @@ class Storage:
         return self._engine is None or self.batcher.closed
 
     async def open(self) -> None:
-        """Connect, bring the schema to this version. Raises StorageUnavailable, SchemaTooNew, StorageError."""
+        """Connect, bring our own schema to this version. Raises StorageUnavailable, SchemaTooNew, StorageError."""
         if self._engine is not None:
             raise StorageError(f"{self.where} is open already")
         try:
             with translated(self.where):
                 await self._start_engine()
-                await self._migrate(None)
+                if self._schema:
+                    await self._migrate(None)
                 await self._warm_up()
         except BaseException:
             await self._dispose()

@@ -10,11 +10,24 @@ from sqlalchemy import exc as sa
 
 from xmppd.errors import SchemaTooNew, StorageError, StorageUnavailable, XmppdError
 
-__all__ = ["Duplicate", "Fault", "SchemaTooNew", "StorageError", "StorageUnavailable", "classify", "translated"]
+__all__ = [
+    "BadValue",
+    "Duplicate",
+    "Fault",
+    "SchemaTooNew",
+    "StorageError",
+    "StorageUnavailable",
+    "classify",
+    "translated",
+]
 
 
 class Duplicate(StorageError):
-    """A row with this key is there already."""
+    """A row with this key is there already, or another rule of the table forbids it."""
+
+
+class BadValue(StorageError):
+    """A value that the table does not take, now or later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +36,7 @@ class Fault:
 
     `unavailable`: trying again later may work. `transient`: the transaction was undone because of another one; trying
     again at once may work. `lost`: the connection is gone, and whether a COMMIT under way was done is not known.
+    `value`: what was to be written is at fault, whenever it is tried.
     """
 
     reason: str
@@ -30,9 +44,12 @@ class Fault:
     transient: bool = False
     lost: bool = False
     duplicate: bool = False
+    value: bool = False
 
     def error(self, where: str) -> StorageError:
         kind = StorageUnavailable if self.unavailable else Duplicate if self.duplicate else StorageError
+        if kind is StorageError and self.value:
+            kind = BadValue
         return kind(f"{where}: {self.reason}")
 
 
@@ -71,6 +88,20 @@ _UNAVAILABLE: Final = {
     1969,  # statement time-out (MariaDB)
     3024,  # statement time-out (MySQL)
 }
+_BAD_VALUE: Final = {
+    1048,  # NULL where there has to be something
+    1153,  # larger than max_allowed_packet
+    1264,  # out of range
+    1265,
+    1292,
+    1366,  # a character that the column's set has not
+    1406,  # too long
+    1690,
+    3140,  # no JSON
+    3819,  # CHECK (MySQL)
+    4025,  # CHECK (MariaDB)
+}
+_SQLITE_BAD_VALUE: Final = {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
 _SQLITE_TRANSIENT: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
 _SQLITE_UNAVAILABLE: Final = {
     sqlite3.SQLITE_AUTH,
@@ -91,7 +122,8 @@ def classify(error: BaseException) -> Fault | None:
     if isinstance(error, sa.DBAPIError):
         return _driver_fault(error)
     if isinstance(error, sa.SQLAlchemyError):  # a value that does not fit its column, a statement that is wrong
-        return Fault(str(getattr(error, "orig", None) or error))
+        cause = getattr(error, "orig", None)
+        return Fault(str(cause or error), value=isinstance(cause, ValueError))
     return None
 
 
@@ -102,13 +134,15 @@ def _driver_fault(error: sa.DBAPIError) -> Fault:
         code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
         transient = code in _SQLITE_TRANSIENT
         unavailable = transient or code in _SQLITE_UNAVAILABLE or error.connection_invalidated
-        return Fault(str(cause), unavailable, transient, error.connection_invalidated, duplicate)
+        value = code in _SQLITE_BAD_VALUE
+        return Fault(str(cause), unavailable, transient, error.connection_invalidated, duplicate, value)
     args: tuple[object, ...] = getattr(cause, "args", ())
     code = args[0] if args and isinstance(args[0], int) else -1
     reason = f"{args[1]} ({code})" if code > 0 and len(args) > 1 else str(cause)
-    lost = code in _LOST or error.connection_invalidated
+    value = code in _BAD_VALUE
+    lost = not value and (code in _LOST or error.connection_invalidated)
     transient = code in _TRANSIENT
-    return Fault(reason, lost or transient or code in _UNAVAILABLE, transient, lost, duplicate)
+    return Fault(reason, lost or transient or code in _UNAVAILABLE, transient, lost, duplicate, value)
 
 
 @contextmanager
