@@ -34,7 +34,7 @@ from xmppd.protocol.jid import JID, parse
 from xmppd.protocol.stanza import Stanza
 
 _RESUME: Final = "sm.resume"
-_ASKING: Final = 6.0  # seconds for the old node to answer, as long as it may be silent; one that is gone says so at once
+_ASKING: Final = 6.0  # seconds for the old node to answer: as long as it may be silent
 _PATIENCE: Final = 10.0  # seconds for the session to show up on the new node; then it has ended
 _NODE: Final = 16  # bytes of a node's UUID
 log = get_logger("c2s")
