@@ -203,6 +203,7 @@ class Talk:
         """How long each message took, in seconds from when it was due; fails where one is missing or out of order."""
         count, first, began = RATE * seconds, self.sent, self._loop.time()
         self.sent += count
+        self._recipient.send_raw(" ")  # it lives, and answers no pings
         reading = asyncio.create_task(self._read(first, count, began))
         for number in range(count):
             if (wait := began + number / RATE - self._loop.time()) > 0:
