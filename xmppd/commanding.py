@@ -15,6 +15,7 @@ from xmppd.admin.promise_commands import Numbers, PromiseCommands
 from xmppd.admin.puppets import Puppet, Puppets
 from xmppd.admin.registry import Registry, commands_of
 from xmppd.admin.selftest import SelfTest, SelfTestCommands
+from xmppd.admin.sql_commands import SqlCommands
 from xmppd.admin.talk import Speaker
 from xmppd.admin.watch import Watch, WatchCommands
 from xmppd.c2s.session import Parts, Session
@@ -117,6 +118,7 @@ class Commanding:
             ClusterCommands(cluster, info),
             CookieCommands(node.cookies),
             OutboxCommands(node.outbox, node.node),
+            SqlCommands(node.storage, node.node),
             WatchCommands(watch),
             SelfTestCommands(selftest),
             PromiseCommands(node.node, cluster.me.node, node.sessions, node.spool, _numbers(node)),

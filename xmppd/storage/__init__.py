@@ -5,6 +5,7 @@ from xmppd.storage.accounts import Account, Accounts
 from xmppd.storage.batcher import Batcher
 from xmppd.storage.clock import clock
 from xmppd.storage.database import Storage
+from xmppd.storage.endpoint import Endpoint
 from xmppd.storage.faults import Duplicate
 from xmppd.storage.ids import id_time, new_id
 from xmppd.storage.lease import Lease
@@ -29,6 +30,7 @@ __all__ = [
     "Accounts",
     "Batcher",
     "Duplicate",
+    "Endpoint",
     "Lease",
     "Loader",
     "Secret",
