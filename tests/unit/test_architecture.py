@@ -31,6 +31,7 @@ LAYERS = (
         "reload",
         "check",
         "spool_watch",
+        "migration",
     },
     {"__main__"},
 )

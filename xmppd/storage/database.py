@@ -20,7 +20,7 @@ from xmppd.storage.endpoints import Endpoints
 from xmppd.storage.engine import STATEMENT_TIMEOUT, create_sqlite_file
 from xmppd.storage.faults import Fault, classify, translated
 from xmppd.storage.loader import Loader
-from xmppd.storage.migrate import create_missing, migrate
+from xmppd.storage.migrate import Plan, create_missing, migrate, plan, revisions, tell_newer
 from xmppd.storage.recent import RecentWrites
 from xmppd.storage.url import SqliteTarget, parse_url
 
@@ -77,7 +77,7 @@ class Storage:
             max_lag=max_lag,
         )
         self._started = False
-        self._watch: asyncio.Task[None] | None = None
+        self._revision = revisions()[-1]  # the schema's, as far as we know
         # SQLite has one writer at a time; ours queue here rather than in SQLite's lock, which is polled with sleeps.
         self._writer = asyncio.Lock()
         recent = RecentWrites(self.endpoints.window)
@@ -128,7 +128,7 @@ class Storage:
             await self._dispose()
             raise
         if not self.node_local:
-            self._watch = asyncio.create_task(self.endpoints.watch(), name="database servers")
+            self.endpoints.start()
         log.info("storage open", database=self.where)
 
     async def close(self) -> None:
@@ -220,14 +220,29 @@ class Storage:
     async def ping(self) -> None:
         """For readiness: the database answers and has our schema. Raises StorageUnavailable."""
 
-        async def ask(connection: AsyncConnection) -> None:
-            await connection.execute(text("SELECT version_num FROM alembic_version"))
+        async def ask(connection: AsyncConnection) -> str:
+            return str((await connection.execute(text("SELECT version_num FROM alembic_version"))).scalar())
 
         try:
             async with asyncio.timeout(self._pool_timeout):
-                await self.read(ask)
+                revision = await self.read(ask)
         except TimeoutError as exc:
             raise StorageUnavailable(f"{self.where}: no answer within {self._pool_timeout:g} s") from exc
+        if revision != self._revision:
+            self._revision = revision
+            if revision not in revisions():
+                tell_newer(self.where, revision)
+
+    async def plan_migration(self) -> Plan:
+        """What `open` would change; nothing is. Raises SchemaTooNew, StorageUnavailable, StorageError."""
+        if isinstance(self._target, SqliteTarget):
+            there = self._target.path.exists()
+            with translated(self.where):
+                return await plan(self.endpoints.writer.engine if there else None, self.where, "sqlite")
+        with translated(self.where):
+            await self.endpoints.choose()
+            async with self._setup_engine() as engine:
+                return await plan(engine, self.where, "mysql")
 
     # -- one attempt -------------------------------------------------------------------------------------------------
 
@@ -298,7 +313,7 @@ class Storage:
 
     @asynccontextmanager
     async def _setup_engine(self) -> AsyncIterator[AsyncEngine]:
-        writer = self._need_writer()
+        writer = self.endpoints.writer
         if self.node_local:
             yield writer.engine
             return
@@ -322,12 +337,7 @@ class Storage:
 
     async def _dispose(self) -> None:
         self._started = False
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.cancel()
-            await asyncio.wait([watch])
-        for endpoint in self.endpoints:
-            await endpoint.dispose()
+        await self.endpoints.stop()
 
     def _need_writer(self) -> Endpoint:
         if not self._started:

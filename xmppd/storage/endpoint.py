@@ -232,7 +232,8 @@ async def probe(endpoint: Endpoint, patience: float, fresh: str) -> str | None:
     """
     asking = False
     try:
-        async with asyncio.timeout(patience), endpoint.connect() as connection:
+        # Not counted among those who wait: it has no right to a place of theirs.
+        async with asyncio.timeout(patience), endpoint.engine.connect() as connection:
             asking = True
             raw: MysqlConnection = (await connection.get_raw_connection()).driver_connection  # type: ignore[assignment]
             try:
@@ -255,8 +256,8 @@ async def _look(endpoint: Endpoint, raw: MysqlConnection) -> None:
     """What may have changed since the connection was made."""
     if raw.facts.get("wsrep_on") == "ON":
         names = "'wsrep_cluster_size', 'wsrep_local_state_comment'"
-        found = dict(await raw.ask(f"SHOW STATUS WHERE Variable_name IN ({names})"))
+        found = await raw.show(f"STATUS WHERE Variable_name IN ({names})")
         endpoint.wsrep_size = int(found.get("wsrep_cluster_size") or 0)
         endpoint.wsrep_state = found.get("wsrep_local_state_comment", "")
-    read_only = dict(await raw.ask("SHOW GLOBAL VARIABLES LIKE 'read_only'")).get("read_only", "OFF")
+    read_only = (await raw.show("GLOBAL VARIABLES LIKE 'read_only'")).get("read_only", "OFF")
     endpoint.read_only = read_only not in ("OFF", "0")

@@ -6,12 +6,12 @@ then on that one until it fails. `readers` are replicas, of which a read that ma
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from xmppd.errors import StorageError, StorageUnavailable
+from xmppd.errors import StorageError
 from xmppd.log import get_logger
 from xmppd.storage.endpoint import Endpoint, probe
 from xmppd.storage.faults import Fault, classify
@@ -37,8 +37,9 @@ class Endpoints:
         self._current = 0
         self._missed: dict[Endpoint, int] = {}
         self._latest = _NO_CLOCK  # what the writer last answered
+        self._tasks: list[asyncio.Task[None]] = []
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Endpoint]:
         return iter((*self.writers, *self.readers))
 
     @property
@@ -61,7 +62,7 @@ class Endpoints:
         """Raises StorageError: there is no server of this name."""
         for endpoint in self:
             if name in (endpoint.name, endpoint.name.removesuffix(":3306")):
-                return endpoint  # type: ignore[no-any-return]
+                return endpoint
         names = ", ".join(endpoint.name for endpoint in self)
         raise StorageError(f"no database server {name}: there is {names}")
 
@@ -99,11 +100,21 @@ class Endpoints:
             await asyncio.gather(*(self._probe(each, "SELECT 1") for each in self.writers))
             self._current = next((n for n, each in enumerate(self.writers) if each.usable), 0)
 
-    async def watch(self) -> None:
-        """Look after all of them, for as long as they are in use."""
-        async with asyncio.TaskGroup() as group:
-            for endpoint in self:
-                group.create_task(self._watch(endpoint), name=f"database {endpoint.name}")
+    def start(self) -> None:
+        """Look after all of them, until `stop`."""
+        self._tasks = [asyncio.create_task(self._watch(each), name=f"database {each.name}") for each in self]
+
+    async def stop(self) -> None:
+        """Close every connection."""
+        tasks, self._tasks = self._tasks, []
+        while tasks:
+            for task in tasks:
+                task.cancel()
+            # A cancellation that meets the end of a TCP handshake is swallowed (asyncio.wait_for before Python 3.12).
+            _, pending = await asyncio.wait(tasks, timeout=0.2)
+            tasks = list(pending)
+        for endpoint in self:
+            await endpoint.dispose()
 
     async def _watch(self, endpoint: Endpoint) -> None:
         while True:

@@ -25,7 +25,7 @@ CONNECT_TIMEOUT: Final = 5.0
 STATEMENT_TIMEOUT: Final = 15.0
 _PING_AFTER: Final = 1.0  # seconds a connection may rest before it is tried with a ping
 STRICT: Final = ("STRICT_TRANS_TABLES", "STRICT_ALL_TABLES")
-_FACTS: Final = "SHOW VARIABLES WHERE Variable_name IN ('version', 'sql_mode', 'wsrep_on', 'read_only')"
+_FACTS: Final = "VARIABLES WHERE Variable_name IN ('version', 'sql_mode', 'wsrep_on', 'read_only')"
 # Galera: reads, UPDATEs and INSERTs wait until this server has what the others had committed when they began.
 # https://mariadb.com/kb/en/galera-cluster-system-variables/#wsrep_sync_wait
 _SYNC_WAIT: Final = "SET SESSION wsrep_sync_wait = 7"
@@ -102,18 +102,22 @@ class MysqlConnection(aiomysql.Connection):  # type: ignore[misc]
     async def _settle(self) -> None:
         """What a session needs is set here, once, and nothing later: a proxy may give each statement another one."""
         if self._ssl_context is not None:
-            self.cipher = dict(await self.ask("SHOW SESSION STATUS LIKE 'Ssl_cipher'")).get("Ssl_cipher", "")
+            self.cipher = (await self.show("SESSION STATUS LIKE 'Ssl_cipher'")).get("Ssl_cipher", "")
             if not self.cipher:
                 raise aiomysql.OperationalError(
                     2026, "TLS was asked for, but the server says that the connection is not encrypted"
                 )
-        self.facts = dict(await self.ask(_FACTS))
+        self.facts = await self.show(_FACTS)
         mode = self.facts.get("sql_mode", "")
         if not any(word in mode for word in STRICT):
             words = ",".join(word for word in (mode, STRICT[0]) if word)
             await self.query(f"SET SESSION sql_mode = '{words}'")
         if self.facts.get("wsrep_on") == "ON":
             await self.query(_SYNC_WAIT)
+
+    async def show(self, what: str) -> dict[str, str]:
+        """Names and values of `SHOW …`."""
+        return {row[0]: row[1] for row in await self.ask(f"SHOW {what}")}
 
     async def ask(self, sql: str) -> list[tuple[str, ...]]:
         """The rows of one statement, past SQLAlchemy."""

@@ -42,7 +42,8 @@ class Fault:
 _LOST: Final = {2006, 2013, 2014, 2055, 1053, 1077, 1078, 1079, 1080, 1152, 1158, 1159, 1160, 1161, 1184, 1927, 4031}
 # lock wait timeout; deadlock, which is also Galera's certification conflict; Galera: this node is not ready
 _TRANSIENT: Final = {1205, 1213, 1047}
-_COMMIT_FAILED: Final = 1180  # its text has InnoDB's number, of which 149 is a deadlock: Galera's conflict at the COMMIT
+# Its text has InnoDB's number, of which 149 is a deadlock: Galera's conflict at the COMMIT.
+_COMMIT_FAILED: Final = 1180
 _ELSEWHERE: Final = {2002, 2003, 2005, 2026, 1040, 1044, 1045, 1047, 1053, 1129, 1130, 1290, 1698, 1836}
 _UNAVAILABLE: Final = {
     0,  # the driver's "not connected"

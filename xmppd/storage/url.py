@@ -78,8 +78,8 @@ Target = SqliteTarget | MysqlTarget
 
 
 def parse_url(url: str, data_dir: Path) -> tuple[Target, ...]:
-    """`sqlite:///FILE` or `mysql://USER:PASSWORD@HOST:PORT,HOST:PORT/NAME?ssl=required`, of which every host is a server
-    of its own; `{data_dir}` stands for the data folder.
+    """`sqlite:///FILE` or `mysql://USER:PASSWORD@HOST:PORT,HOST:PORT/NAME?ssl=required`, of which every host is a
+    server of its own; `{data_dir}` stands for the data folder.
 
     Raises ConfigError; its text never holds the URL, which has a password in it.
     """
