@@ -34,6 +34,10 @@ class TcpProxy:
         if self._tasks:
             await asyncio.wait(list(self._tasks))
 
+    @property
+    def flows(self) -> bool:
+        return self._flows.is_set()
+
     def cut(self) -> None:
         """Every connection ends at once, with a reset."""
         pairs, self._writers = self._writers, []

@@ -236,8 +236,8 @@ async def keep_many(spool: Spool, reported: set[bytes], over: asyncio.Event) -> 
 
 
 async def rows(storage: Storage) -> list[bytes]:
-    async with storage.connect() as connection:
-        return list((await connection.execute(spool_table.select())).scalars())
+    found = await storage.read(lambda connection: connection.execute(spool_table.select()))
+    return list(found.scalars())
 
 
 async def test_writes_go_to_the_next_server_when_theirs_is_lost(
@@ -261,11 +261,11 @@ async def test_writes_go_to_the_next_server_when_theirs_is_lost(
     assert storage.endpoints.writer is second, "it goes back only when it has to"
     proxies[1].stall()
     await until(lambda: storage.endpoints.writer is first)
+    proxies[1].go_on()  # or the server would know nothing of its end, and keep a transaction's locks
     more = len(reported) + 50
     await until(lambda: len(reported) > more)
     over.set()
     await asyncio.gather(*writers)
-    proxies[1].go_on()
 
     there = await rows(storage)
     assert reported <= set(there)
@@ -319,6 +319,31 @@ async def test_behind_a_proxy_that_cuts_stalls_and_half_closes_nothing_reported_
     there = await rows(storage)
     assert reported <= set(there)
     assert len(there) == len(set(there))
+
+
+@pytest.mark.long
+async def test_locks_of_a_transaction_behind_a_line_that_hangs_are_let_go_in_time(
+    mariadb_server, mariadb_database, make_storage, proxies
+):
+    url = through(mariadb_database, mariadb_server, proxies[0])
+    storage = make_storage(url)
+    await storage.open()
+    assert await Accounts(storage).create("example.net", "juliet", {})
+
+    async def begin_and_hang(connection):
+        await connection.execute(text("UPDATE account SET created_at = 1 WHERE server_host = 'example.net'"))
+        proxies[0].stall()
+        await connection.execute(text("SELECT 1"))
+
+    hanging = asyncio.create_task(storage.run(begin_and_hang))
+    other = make_storage(mariadb_database)
+    await other.open()
+    await until(lambda: not proxies[0].flows)
+
+    assert await asyncio.wait_for(Accounts(other).set_secrets("example.net", "juliet", {}), 14)
+    with pytest.raises(StorageUnavailable):
+        await hanging
+    proxies[0].go_on()
 
 
 # -- what is said about it ---------------------------------------------------------------------------------------------

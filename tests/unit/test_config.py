@@ -111,10 +111,7 @@ def test_the_docs_name_no_option_that_does_not_exist() -> None:
 
 def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
     rows = re.findall(r"^\| `([^`]+)` \|.*\| ([a-z ]+) \|$", DOCS, re.MULTILINE)
-    assert {effect for _, effect in rows} == {"now", "restart", "not yet"}
-    assert [path for path, effect in rows if effect == "not yet"] == [
-        "database.read",
-    ]
+    assert {effect for _, effect in rows} == {"now", "restart"}
 
     everything = parse(
         {
@@ -122,7 +119,6 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
                 {"module": "c2s", "use_proxy_protocol": True, "trusted_proxies": "10.0.0.0/8"},
                 {"module": "http", "port": 8080},
             ],
-            "database": {"read": "mysql://h/x"},
         },
         source="x.yml",
     ).without_effect()
@@ -134,7 +130,6 @@ def test_only_what_somebody_changed_is_warned_about() -> None:
     assert parse({}, source="x.yml").without_effect() == []
     assert load(ROOT / "etc/xmppd.yml").without_effect() == []
     assert parse({"listen": []}, source="x.yml").without_effect() == []
-    assert parse({"database": {"read": "mysql://h/x"}}, source="x").without_effect() == ["database.read"]
 
 
 @pytest.mark.parametrize("path", schema_paths())

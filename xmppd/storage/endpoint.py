@@ -105,6 +105,11 @@ class Endpoint:
         return 0 if self._engine is None else int(self._pool.checkedout())
 
     @property
+    def most(self) -> int:
+        """Connections there may be."""
+        return self._limits.max
+
+    @property
     def _pool(self) -> Any:
         return self.engine.sync_engine.pool
 
@@ -231,6 +236,7 @@ async def probe(endpoint: Endpoint, patience: float, fresh: str) -> str | None:
     Raises SQLAlchemy's and the driver's exceptions, TimeoutError.
     """
     asking = False
+    busy = endpoint.used >= endpoint.most
     try:
         # Not counted among those who wait: it has no right to a place of theirs.
         async with asyncio.timeout(patience), endpoint.engine.connect() as connection:
@@ -247,7 +253,7 @@ async def probe(endpoint: Endpoint, patience: float, fresh: str) -> str | None:
                 raise
             return rows[0][0] if rows else ""
     except TimeoutError:
-        if asking or endpoint.used == 0:
+        if asking or not busy:
             raise
         return None
 

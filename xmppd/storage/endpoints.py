@@ -118,8 +118,11 @@ class Endpoints:
 
     async def _watch(self, endpoint: Endpoint) -> None:
         while True:
-            await self._probe(endpoint, _FRESH)
-            endpoint.reap()
+            try:
+                await self._probe(endpoint, _FRESH)
+                endpoint.reap()
+            except Exception as exc:  # a bug; without this nobody would look after the server any more
+                log.error("look at a database server failed", endpoint=endpoint.name, exc=exc)
             await asyncio.sleep(PROBE_EVERY)
 
     async def _probe(self, endpoint: Endpoint, question: str) -> None:

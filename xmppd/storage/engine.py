@@ -25,10 +25,14 @@ CONNECT_TIMEOUT: Final = 5.0
 STATEMENT_TIMEOUT: Final = 15.0
 _PING_AFTER: Final = 1.0  # seconds a connection may rest before it is tried with a ping
 STRICT: Final = ("STRICT_TRANS_TABLES", "STRICT_ALL_TABLES")
-_FACTS: Final = "VARIABLES WHERE Variable_name IN ('version', 'sql_mode', 'wsrep_on', 'read_only')"
+# A transaction whose node is gone without a word (a dead line, a proxy that hangs) holds its locks until the server
+# notices; who repeats it waits for those. With this it notices while a write may still wait (30 s). MariaDB's alone.
+_ORPHANS: Final = "idle_transaction_timeout"
+_ORPHANED_AFTER: Final = 10  # seconds
+_FACTS: Final = f"VARIABLES WHERE Variable_name IN ('version', 'sql_mode', 'wsrep_on', 'read_only', '{_ORPHANS}')"
 # Galera: reads, UPDATEs and INSERTs wait until this server has what the others had committed when they began.
 # https://mariadb.com/kb/en/galera-cluster-system-variables/#wsrep_sync_wait
-_SYNC_WAIT: Final = "SET SESSION wsrep_sync_wait = 7"
+_SYNC_WAIT: Final = "wsrep_sync_wait = 7"
 
 
 class MysqlConnection(aiomysql.Connection):  # type: ignore[misc]
@@ -108,12 +112,16 @@ class MysqlConnection(aiomysql.Connection):  # type: ignore[misc]
                     2026, "TLS was asked for, but the server says that the connection is not encrypted"
                 )
         self.facts = await self.show(_FACTS)
+        wanted = []
         mode = self.facts.get("sql_mode", "")
         if not any(word in mode for word in STRICT):
-            words = ",".join(word for word in (mode, STRICT[0]) if word)
-            await self.query(f"SET SESSION sql_mode = '{words}'")
+            wanted.append(f"sql_mode = '{','.join(word for word in (mode, STRICT[0]) if word)}'")
         if self.facts.get("wsrep_on") == "ON":
-            await self.query(_SYNC_WAIT)
+            wanted.append(_SYNC_WAIT)
+        if self.facts.get(_ORPHANS) == "0":
+            wanted.append(f"{_ORPHANS} = {_ORPHANED_AFTER}")
+        if wanted:
+            await self.query(f"SET SESSION {', '.join(wanted)}")
 
     async def show(self, what: str) -> dict[str, str]:
         """Names and values of `SHOW …`."""
