@@ -600,3 +600,32 @@ def test_a_reload_says_what_changes_and_what_needs_a_restart() -> None:
 
 def test_the_same_configuration_has_no_changes() -> None:
     assert diff(load(ROOT / "etc/xmppd.yml"), parse({}, source="x.yml")) == []
+
+
+def test_replicas_are_urls_or_have_a_weight() -> None:
+    read = ["mysql://u:p@db2/x", {"url": "mysql://u:p@db3:3307/x", "weight": 3}]
+
+    database = parse({"database": {"url": "mysql://u:p@db1,db4:3307/x", "read": read}}, source="x").database
+
+    assert [(server.url, server.weight) for server in database.read] == [
+        ("mysql://u:p@db2/x", 1),
+        ("mysql://u:p@db3:3307/x", 3),
+    ]
+    assert "u:p" not in repr(database)
+
+
+@pytest.mark.parametrize(
+    ("database", "problem"),
+    [
+        ({"read": "mysql://h/x"}, "database.read: replicas are of MySQL or MariaDB"),
+        ({"url": "mysql://h/x", "read": "sqlite:///x"}, "database.read[0].url: expected a URL that starts with mysql"),
+        ({"url": "mysql://h/x", "read": "mysql://a,b/x"}, "database.read[0].url: expected one host"),
+        ({"url": "mysql://h/x", "read": {"url": "mysql://a/x", "weight": 0}}, "database.read.weight: expected"),
+        ({"url": "mysql://a,b:0/x"}, "database.url: expected mysql://"),
+        ({"url": "mysql://h/x", "hint": "master"}, "database.hint: expected a comment"),
+        ({"url": "mysql://h/x", "hint": "/*! DROP */"}, "database.hint: expected a comment"),
+    ],
+)
+def test_what_database_servers_cannot_be_is_named(database: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        parse({"database": database}, source="x")

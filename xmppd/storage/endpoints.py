@@ -19,8 +19,11 @@ from xmppd.storage.faults import Fault, classify
 log = get_logger("storage")
 
 PROBE_EVERY: Final = 1.0  # seconds
-PROBE_PATIENCE: Final = 1.0  # for an answer; two in a row that do not come, and the server is down
-_SILENT: Final = 5.0  # seconds without any answer while all connections are in use
+PROBE_PATIENCE: Final = 1.0  # for an answer
+# So many that do not come in a row, and the server is down. When a member of a Galera cluster dies, the others take no
+# writes for five seconds (evs.suspect_timeout): nothing is gained by going from one of them to the next.
+_MISSES: Final = {"read": 2, "write": 5}
+_SILENT: Final = 10.0  # seconds without any answer while all connections are in use
 _NO_CLOCK: Final = ""
 # Every node writes this each second: how far a replica has come, without the right to ask for its status.
 _FRESH: Final = "SELECT MAX(last_seen_at) FROM node"
@@ -131,8 +134,8 @@ class Endpoints:
             answer = await probe(endpoint, PROBE_PATIENCE, question)
         except TimeoutError:
             self._missed[endpoint] = self._missed.get(endpoint, 0) + 1
-            if self._missed[endpoint] > 1:
-                self._down(endpoint, f"no answer within {PROBE_PATIENCE:g} s")
+            if self._missed[endpoint] >= _MISSES[endpoint.role]:
+                self._down(endpoint, f"no answer, {self._missed[endpoint]} times in a row")
             return
         except (SQLAlchemyError, StorageError, OSError) as exc:
             fault = classify(exc)
@@ -165,10 +168,8 @@ class Endpoints:
         if endpoint.up and not self._alone(endpoint):
             log.warning("database server lost", endpoint=endpoint.name, role=endpoint.role, reason=reason)
         endpoint.up = False
-        if self._alone(endpoint):
+        if endpoint is self.writer and not self._move(reason):
             return  # whoever has a statement there waits for its end: there is nowhere else to go
-        if endpoint is self.writer:
-            self._move(reason)
         endpoint.abort()
 
     def _back(self, endpoint: Endpoint) -> None:
@@ -181,7 +182,7 @@ class Endpoints:
     def _alone(self, endpoint: Endpoint) -> bool:
         return endpoint.role == "write" and len(self.writers) == 1
 
-    def _move(self, why: str) -> None:
+    def _move(self, why: str) -> bool:
         """To the next server that works. When none does, the present one is tried on."""
         count = len(self.writers)
         for step in range(1, count):
@@ -190,4 +191,5 @@ class Endpoints:
                 before, self._current = self.writer, place
                 self._latest = _NO_CLOCK
                 log.warning("writes go to another database server", to=self.writer.name, before=before.name, why=why)
-                return
+                return True
+        return False
