@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests import galera, mariadb
+from tests import mariadb, mariadb_clusters
 from tests.harness.cluster import RealCluster, until
 from tests.harness.house import House
 
@@ -26,6 +26,7 @@ class Load:
         house = self._house
         await (await house.client("nurse", 0)).leave()
         self._writers = [await house.client(f"writer{n}", n) for n in range(len(house.nodes))]
+        self.acked = {f"writer{n}": 0 for n in range(len(self._writers))}
         self._tasks = [asyncio.create_task(self._write(n)) for n in range(len(self._writers))]
 
     async def _write(self, place: int) -> None:
@@ -129,10 +130,10 @@ async def test_a_database_gone_for_half_a_minute_costs_a_cluster_nothing_it_has_
 
 
 @pytest.fixture(scope="module")
-def galera_cluster() -> Iterator[galera.Galera]:
-    if why := mariadb.missing() or galera.missing():
+def galera_cluster() -> Iterator[mariadb_clusters.Galera]:
+    if why := mariadb.missing() or mariadb_clusters.missing():
         pytest.skip(why)
-    cluster = galera.Galera()
+    cluster = mariadb_clusters.Galera()
     yield cluster
     cluster.destroy()
 

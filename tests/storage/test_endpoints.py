@@ -5,17 +5,22 @@ The servers are one MariaDB behind proxies of its own for each name that it has.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 from sqlalchemy import text
 
+from modules.last import last_activity
+from tests import mariadb
 from tests.harness.tcp_proxy import TcpProxy
 from tests.mariadb import MariaDB
+from tests.mariadb_clusters import Pair
 from xmppd.errors import StorageError, StorageUnavailable
+from xmppd.protocol.sasl import Secret
 from xmppd.spool import Kept, Spool
 from xmppd.storage import Accounts, Storage, endpoints, new_id
 from xmppd.storage.engine import MysqlConnection
+from xmppd.storage.sql import read_per_user, write_per_user
 from xmppd.storage.tables import spool as spool_table
 
 pytestmark = pytest.mark.mariadb
@@ -393,3 +398,64 @@ async def test_tls_that_ends_before_the_server_is_refused(mariadb_database, make
 
     with pytest.raises(StorageUnavailable, match="the server says that the connection is not encrypted"):
         await storage.open()
+
+
+# -- a replica that is late --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def late_pair() -> Iterator[Pair]:
+    if why := mariadb.missing():
+        pytest.skip(why)
+    pair = Pair(delay=5)
+    yield pair
+    pair.destroy()
+
+
+@pytest.mark.long
+async def test_a_new_password_is_valid_at_once_however_late_the_replica_is(late_pair, make_storage):
+    primary, replica = late_pair.urls()
+    storage = make_storage(primary, read={replica: 1}, max_lag=30.0)
+    await storage.open()
+    beating = asyncio.create_task(go_on_beating(storage))
+    accounts = Accounts(storage)
+    await accounts.create("example.net", "juliet", {"SCRAM-SHA-1": secret(b"old")})
+    storage.loader.define("stamp", fetch_stamps, late=True)
+    storage.batcher.define("stamp", write_stamps, user=lambda item: item[0])
+    await storage.batcher.submit("stamp", (("example.net", "romeo"), 1))
+    endpoint = storage.endpoints.readers[0]
+    await until(lambda: endpoint.lag is not None and endpoint.lag > 2)
+    assert storage.endpoints.reader() is endpoint
+
+    await accounts.set_secrets("example.net", "juliet", {"SCRAM-SHA-1": secret(b"new")})
+    assert (await accounts.get("example.net", "juliet")).secrets["SCRAM-SHA-1"].salt == b"new"
+    await storage.batcher.submit("stamp", (("example.net", "romeo"), 2))
+    assert await storage.loader.get("stamp", ("example.net", "romeo")) == 2  # he has written it himself
+    storage.recent._until.clear()  # as on a node where he has not
+    assert await storage.loader.get("stamp", ("example.net", "romeo")) != 2, "no replica was asked"
+    async with asyncio.timeout(PATIENCE):
+        while await storage.loader.get("stamp", ("example.net", "romeo")) != 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+
+    beating.cancel()
+
+
+def secret(salt: bytes) -> Secret:
+    return Secret("SCRAM-SHA-1", salt, 4096, b"stored", b"server")
+
+
+async def go_on_beating(storage: Storage) -> None:
+    await beat(storage)
+    stamp = "UPDATE node SET last_seen_at = TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000"
+    while True:
+        await storage.run(lambda connection: connection.execute(text(stamp)))
+        await asyncio.sleep(0.2)
+
+
+async def write_stamps(connection, items):
+    await write_per_user(connection, last_activity, [(user, {"seconds": n, "status": ""}) for user, n in items])
+    return [None] * len(items)
+
+
+async def fetch_stamps(connection, users):
+    return {user: row.seconds for user, row in (await read_per_user(connection, last_activity, users)).items()}

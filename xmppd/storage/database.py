@@ -159,7 +159,8 @@ class Storage:
                 yield connection
 
     async def read(self, work: Callable[[AsyncConnection], Awaitable[T]], *, late: bool = False) -> T:
-        """`work` on a connection for reads, once more when the pooled connection turned out to be dead.
+        """`work` on a connection for reads, once more when the pooled connection turned out to be dead, and on each
+        server there is.
 
         `late`: what it reads may be some seconds old, so a replica may be asked.
         """
@@ -168,7 +169,8 @@ class Storage:
                 return await self._read_late(replica, work)
             except StorageError as exc:
                 self.endpoints.gave_up(replica, str(exc))
-        for attempt in (1, 2):
+        attempts = 1 + len(self.endpoints.writers)
+        for attempt in range(1, attempts + 1):
             endpoint = self._need_writer()
             try:
                 async with self.connect() as connection:
@@ -176,7 +178,7 @@ class Storage:
             except StorageUnavailable as exc:
                 fault = classify(exc.__cause__) if exc.__cause__ else None
                 moved = fault is not None and self.endpoints.failed(endpoint, fault)
-                if attempt == 2 or fault is None or not (fault.lost or moved):
+                if attempt == attempts or fault is None or not (fault.lost or moved):
                     raise
                 endpoint.retries += 1
         raise AssertionError("not reached")

@@ -8,7 +8,7 @@ import time
 import pymysql
 
 from tests.harness.ports import free_port
-from tests.mariadb import PASSWORD, START_SECONDS, USER, MariaDB
+from tests.mariadb import PASSWORD, START_SECONDS, MariaDB
 
 _PROVIDER = "/usr/lib/galera/libgalera_smm.so"
 
@@ -114,6 +114,3 @@ class Pair:
     def destroy(self) -> None:
         self.replica.destroy()
         self.primary.destroy()
-
-
-__all__ = ["USER", "Galera", "GaleraNode", "Pair", "missing"]
