@@ -9,6 +9,7 @@ import pytest
 from tests import mariadb, mariadb_clusters
 from tests.harness.cluster import RealCluster, until
 from tests.harness.house import House
+from tests.harness.next_version import make_next_version
 
 MODULES = {"roster": {}, "presence": {}, "offline": {"max_messages": 100_000}, "ping": {}, "vcard": {}}
 
@@ -161,3 +162,37 @@ async def test_a_galera_node_killed_under_load_takes_nothing_with_it(galera_clus
     (writer,) = [row for row in rows(house.nodes[1]) if row["role"] == "write*"]
     assert writer["endpoint"] != f"127.0.0.1:{dead.port}"
     assert [node.status("wsrep_cluster_size") for node in galera_cluster.nodes if node is not dead] == ["2", "2"]
+
+
+@pytest.mark.long
+async def test_a_node_of_the_version_before_goes_on_beside_one_that_has_migrated(real_cluster, tmp_path):
+    cluster = real_cluster(2, start=False, modules=MODULES)
+    older, newer = cluster
+    newer.environment["PYTHONPATH"] = str(make_next_version(tmp_path / "next", expands=True))
+    newer.from_nothing = True
+    await asyncio.to_thread(older.start)
+    await asyncio.to_thread(newer.start)
+    assert "migration done" in newer.log
+    await asyncio.to_thread(cluster.join)
+    await asyncio.to_thread(cluster.converged)
+    house = House(cluster, counted=True)
+    romeo, juliet = await house.client("romeo", 0), await house.client("juliet", 1)
+    await (await house.client("nurse", 0)).leave()
+
+    for place, (sender, recipient) in enumerate(((romeo, juliet), (juliet, romeo))):
+        sender.send_message(recipient.jid, f"{place}")
+        assert (await recipient.next_message()).body == f"{place}"
+        sender.send_message("nurse@localhost", f"{place}")
+        sender.request()
+        await sender.until_acked(3)
+    await house.leave()
+    await asyncio.to_thread(older.restart)
+    await asyncio.to_thread(cluster.converged)
+    again = House(cluster, counted=True)
+    again._users.add("nurse")
+    nurse = await again.client("nurse", 0)
+    assert {(await nurse.next_message()).body for _ in range(2)} == {"0", "1"}
+    await again.leave()
+
+    assert "schema is newer than this version" in older.log
+    assert "revision=9999" in older.log

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,24 +10,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from tests.harness.next_version import make_next_version
 from xmppd.errors import SchemaTooNew
 from xmppd.spool import Kept, Spool
 from xmppd.storage import Storage, migrate
 
 REPOSITORY = Path(__file__).parents[2]
-REVISION = '''"""A table that only the next version knows."""
-
-from sqlalchemy import Column, Integer
-
-from xmppd.storage.migrations.steps import create_table
-
-revision = "9999"
-down_revision = "{head}"
-{marker}
-
-def upgrade() -> None:
-    create_table("novelty", Column("id", Integer, primary_key=True))
-'''
 NEWER = """
 import asyncio, sys
 from pathlib import Path
@@ -46,16 +34,7 @@ asyncio.run(main(sys.argv[1]))
 @pytest.fixture
 def next_version(tmp_path: Path) -> Callable[[bool], Path]:
     """`next_version(expands)`: the folder of a copy of the code with one revision more."""
-
-    def make(expands: bool) -> Path:
-        folder = tmp_path / "next"
-        shutil.copytree(REPOSITORY / "xmppd", folder / "xmppd", ignore=shutil.ignore_patterns("__pycache__"))
-        marker = "expands = True\n" if expands else ""
-        file = folder / "xmppd/storage/migrations/versions/r9999_novelty.py"
-        file.write_text(REVISION.format(head=migrate.revisions()[-1], marker=marker))
-        return folder
-
-    return make
+    return lambda expands: make_next_version(tmp_path / "next", expands=expands)
 
 
 async def run_next(folder: Path, database: str) -> None:
@@ -134,3 +113,20 @@ async def test_a_dry_run_tells_only_what_is_missing(database, storage, make_stor
     await later.open()
     assert "outbox" in await tables(storage)
     assert (await later.plan_migration()).steps == ()
+
+
+def test_the_program_tells_of_a_migration_does_it_and_has_nothing_more_to_do(tmp_path):
+    (tmp_path / "xmppd.yml").write_text(f"data_dir: {tmp_path}\n")
+
+    def migrate_with(*argv: str) -> str:
+        command = [sys.executable, "-m", "xmppd", "--config", str(tmp_path / "xmppd.yml"), "--migrate", *argv]
+        return subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+
+    told = migrate_with("--dry-run")
+    assert "would apply 0001: The first tables" in told
+    assert "CREATE TABLE spool" in told
+    assert not (tmp_path / "xmppd.db").exists()
+
+    assert migrate_with().endswith("done\n")
+    assert (tmp_path / "xmppd.db").exists()
+    assert migrate_with().endswith("nothing to do\n")
