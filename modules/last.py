@@ -58,8 +58,10 @@ class Last(Module[object]):
     tables = (last_activity,)
 
     async def start(self) -> None:
-        self.storage.loader.define(KIND, _fetch)
-        self.storage.batcher.define(KIND, _write, size=lambda seen: 256 + 4 * len(seen.status))
+        self.storage.loader.define(KIND, _fetch, late=True)
+        self.storage.batcher.define(
+            KIND, _write, size=lambda seen: 256 + 4 * len(seen.status), user=lambda seen: seen.user
+        )
 
     async def stop(self) -> None:
         self.storage.loader.undefine(KIND)

@@ -63,8 +63,10 @@ class VCard(Module[Config]):
     tables = (vcard,)
 
     async def start(self) -> None:
-        self.storage.loader.define(KIND, _fetch)
-        self.storage.batcher.define(KIND, _write, size=lambda change: 256 + len(change.xml or b""))
+        self.storage.loader.define(KIND, _fetch, late=True)
+        self.storage.batcher.define(
+            KIND, _write, size=lambda change: 256 + len(change.xml or b""), user=lambda change: change.user
+        )
 
     async def stop(self) -> None:
         self.storage.loader.undefine(KIND)

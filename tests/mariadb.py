@@ -59,7 +59,10 @@ class MariaDB:
         self._schemas: dict[str, list[str]] = {}
         self._install()
         self.start()
-        host = "127.0.0.1" if address == "127.0.0.1" else "%"
+        self._let_in()
+
+    def _let_in(self) -> None:
+        host = "127.0.0.1" if self.address == "127.0.0.1" else "%"
         self.query(f"CREATE USER '{USER}'@'{host}' IDENTIFIED BY '{PASSWORD}'")
         self.query(f"GRANT ALL ON `t\\_%`.* TO '{USER}'@'{host}'")  # and nothing that only root may
 

@@ -52,7 +52,10 @@ def run() -> NoReturn:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and serve; the exit code of the process."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.dry_run and not arguments.migrate:
+        parser.error("--dry-run goes with --migrate")
     # Only now: `--help` should not load the server. Nothing of it is garbage, and looking for some costs a tenth of it.
     gc.disable()
     import asyncio
@@ -77,6 +80,10 @@ def main(argv: list[str] | None = None) -> int:
             return _look(loaded, dump=arguments.dump_config)
         if arguments.new_identity:
             return _new_identity(loaded.data_dir)
+        if arguments.migrate:
+            from xmppd.migration import run as migration
+
+            return asyncio.run(migration(loaded, dry=arguments.dry_run))
         log.setup_from(loaded)
         # Never closed: that would wait for threads, too, and for tasks that do not heed being cancelled.
         again = asyncio.Runner(loop_factory=uvloop.new_event_loop).run(_serve(Server, loaded))
@@ -131,6 +138,10 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--dump-config", action="store_true", help="print every value and where it came from")
     look.add_argument(
         "--new-identity", action="store_true", help="make a copied data folder, or a removed node's, one of a new node"
+    )
+    look.add_argument("--migrate", action="store_true", help="bring the database's tables to this version, and end")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --migrate: print what would be done, change nothing"
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     return parser

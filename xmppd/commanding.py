@@ -16,6 +16,7 @@ from xmppd.admin.promise_commands import Numbers, PromiseCommands
 from xmppd.admin.puppets import Puppet, Puppets
 from xmppd.admin.registry import Registry, commands_of
 from xmppd.admin.selftest import SelfTest, SelfTestCommands
+from xmppd.admin.sql_commands import SqlCommands
 from xmppd.admin.storage_commands import BackupCommands, OldMessageCommands
 from xmppd.admin.talk import Speaker
 from xmppd.admin.watch import Watch, WatchCommands
@@ -121,6 +122,7 @@ class Commanding:
             ClusterCommands(cluster, info),
             CookieCommands(node.cookies),
             OutboxCommands(node.outbox, node.node),
+            SqlCommands(node.storage, node.node),
             WatchCommands(watch),
             SelfTestCommands(selftest),
             OldMessageCommands(node.spool, node.storage),

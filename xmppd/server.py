@@ -263,6 +263,12 @@ class Server:
             pool_min=database.pool.min,
             pool_max=database.pool.max,
             pool_timeout=database.pool.timeout,
+            pool_idle=database.pool.idle,
+            pool_queue=database.pool.queue,
+            read={server.url: server.weight for server in database.read},
+            max_lag=database.max_lag,
+            hint=database.hint,
+            slow=database.slow,
             commit_interval=database.commit_interval,
         )
         try:

@@ -1,12 +1,20 @@
 """A node without sockets, over SQLite, and over MariaDB for what stores."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.databases import BOTH, Databases, opened
 from tests.modules.world import World
+from tests.storage import proxy_rules
+
+
+@pytest.fixture(autouse=True)
+def _every_statement_is_one_that_proxies_know() -> Iterator[None]:
+    with proxy_rules.watched() as broken:
+        yield
+    assert not broken
 
 
 @pytest.fixture

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from tests.databases import BOTH, Databases
+from tests.storage import proxy_rules
 from xmppd.storage import Storage
+
+
+@pytest.fixture(autouse=True)
+def _every_statement_is_one_that_proxies_know() -> Iterator[None]:
+    with proxy_rules.watched() as broken:
+        yield
+    assert not broken
 
 
 @pytest.fixture(params=BOTH)

@@ -42,6 +42,7 @@ LAYERS = (
         "reload",
         "check",
         "spool_watch",
+        "migration",
     },
     {"__main__"},
 )

@@ -111,10 +111,7 @@ def test_the_docs_name_no_option_that_does_not_exist() -> None:
 
 def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
     rows = re.findall(r"^\| `([^`]+)` \|.*\| ([a-z ]+) \|$", DOCS, re.MULTILINE)
-    assert {effect for _, effect in rows} == {"now", "restart", "not yet"}
-    assert [path for path, effect in rows if effect == "not yet"] == [
-        "database.read",
-    ]
+    assert {effect for _, effect in rows} == {"now", "restart"}
 
     everything = parse(
         {
@@ -122,7 +119,6 @@ def test_the_options_without_effect_are_exactly_those_the_docs_say() -> None:
                 {"module": "c2s", "use_proxy_protocol": True, "trusted_proxies": "10.0.0.0/8"},
                 {"module": "http", "port": 8080},
             ],
-            "database": {"read": "mysql://h/x"},
         },
         source="x.yml",
     ).without_effect()
@@ -134,7 +130,6 @@ def test_only_what_somebody_changed_is_warned_about() -> None:
     assert parse({}, source="x.yml").without_effect() == []
     assert load(ROOT / "etc/xmppd.yml").without_effect() == []
     assert parse({"listen": []}, source="x.yml").without_effect() == []
-    assert parse({"database": {"read": "mysql://h/x"}}, source="x").without_effect() == ["database.read"]
 
 
 @pytest.mark.parametrize("path", schema_paths())
@@ -605,3 +600,32 @@ def test_a_reload_says_what_changes_and_what_needs_a_restart() -> None:
 
 def test_the_same_configuration_has_no_changes() -> None:
     assert diff(load(ROOT / "etc/xmppd.yml"), parse({}, source="x.yml")) == []
+
+
+def test_replicas_are_urls_or_have_a_weight() -> None:
+    read = ["mysql://u:p@db2/x", {"url": "mysql://u:p@db3:3307/x", "weight": 3}]
+
+    database = parse({"database": {"url": "mysql://u:p@db1,db4:3307/x", "read": read}}, source="x").database
+
+    assert [(server.url, server.weight) for server in database.read] == [
+        ("mysql://u:p@db2/x", 1),
+        ("mysql://u:p@db3:3307/x", 3),
+    ]
+    assert "u:p" not in repr(database)
+
+
+@pytest.mark.parametrize(
+    ("database", "problem"),
+    [
+        ({"read": "mysql://h/x"}, "database.read: replicas are of MySQL or MariaDB"),
+        ({"url": "mysql://h/x", "read": "sqlite:///x"}, "database.read[0].url: expected a URL that starts with mysql"),
+        ({"url": "mysql://h/x", "read": "mysql://a,b/x"}, "database.read[0].url: expected one host"),
+        ({"url": "mysql://h/x", "read": {"url": "mysql://a/x", "weight": 0}}, "database.read.weight: expected"),
+        ({"url": "mysql://a,b:0/x"}, "database.url: expected mysql://"),
+        ({"url": "mysql://h/x", "hint": "master"}, "database.hint: expected a comment"),
+        ({"url": "mysql://h/x", "hint": "/*! DROP */"}, "database.hint: expected a comment"),
+    ],
+)
+def test_what_database_servers_cannot_be_is_named(database: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        parse({"database": database}, source="x")

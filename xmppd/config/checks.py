@@ -8,7 +8,7 @@ from .per_host import HostConfig, Rules, host_config
 from .problems import key, suggest
 from .rules import BUILT_IN_ACLS, INFINITY
 from .schema import SCRAM_MECHANISMS, AppendHostOptions, C2SListen, Schema
-from .types import format_size, host_port
+from .types import each_server, format_size, host_port
 
 Problem = tuple[str, str]  # path, words
 Check = Callable[[Schema], Iterator[Problem]]
@@ -189,6 +189,13 @@ def _database(config: Schema) -> Iterator[Problem]:
         yield "database.pool.min", f"expected at most pool.max, {pool.max}, got {pool.min}"
     if "{data_dir}" in config.database.url and set(str(config.data_dir)) & set("?#"):
         yield "data_dir", "may not contain ? or # while database.url refers to it"
+    if config.database.read and config.database.url.startswith("sqlite:"):
+        yield "database.read", "replicas are of MySQL or MariaDB, and database.url is an SQLite file"
+    for number, server in enumerate(config.database.read):
+        if server.url.startswith("sqlite:"):
+            yield f"database.read[{number}].url", "expected a URL that starts with mysql://"
+        elif len(each_server(server.url)) > 1:
+            yield f"database.read[{number}].url", "expected one host: each replica is an entry of its own"
 
 
 _BY_HOST: Final = ("host_config", "append_host_config")

@@ -22,6 +22,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     WrapSerializer,
     model_serializer,
+    model_validator,
 )
 
 from xmppd.errors import JidError
@@ -41,6 +42,7 @@ from .types import (
     Rate,
     Size,
     between,
+    each_server,
     lasting,
     several,
     sized,
@@ -59,7 +61,7 @@ MECHANISMS: Final = (
 )
 
 # Validated, but nothing acts on them yet. `listen[]` stands for each listener; a name covers what is below it.
-NO_EFFECT_YET: Final = ("database.read",)
+NO_EFFECT_YET: Final[tuple[str, ...]] = ()
 
 
 def _freeze(value: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -103,6 +105,12 @@ def _mechanism(value: object) -> str:
 def _database_url(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("expected a URL such as mysql://user:password@host/database")
+    for url in each_server(value) if value.startswith(("mysql:", "mariadb:")) else [value]:
+        _one_database_url(url)
+    return value
+
+
+def _one_database_url(value: str) -> None:
     try:
         parts = urlsplit(value)
         valid_port = parts.port != 0
@@ -116,7 +124,12 @@ def _database_url(value: object) -> str:
         raise ValueError("expected a URL that starts with sqlite:// or mysql://")
     elif not (parts.hostname or "unix_socket=" in parts.query) or not parts.path.strip("/") or not valid_port:
         raise ValueError("expected mysql://user:password@host[:port]/database")
-    return value
+
+
+def _hint(value: object) -> str:
+    if value != "" and not (isinstance(value, str) and re.fullmatch(r"/\*[^*!+\n]{1,100}\*/", value, re.ASCII)):
+        raise ValueError("expected a comment such as /*master*/, or nothing")
+    return str(value)
 
 
 def _regexp(value: object) -> str:
@@ -156,6 +169,7 @@ NodeName = Annotated[str, PlainValidator(_node_name)]
 Host = Annotated[str, PlainValidator(normalise_host)]
 Mechanism = Annotated[str, PlainValidator(_mechanism)]
 DatabaseUrl = Annotated[str, PlainValidator(_database_url)]
+Hint = Annotated[str, PlainValidator(_hint)]
 Regexp = Annotated[str, PlainValidator(_regexp)]
 AclUser = Annotated[str, PlainValidator(_acl_user)]
 AclServer = Annotated[str, PlainValidator(_acl_server)]
@@ -252,6 +266,20 @@ class Pool(Options):
     min: Annotated[int, between(0, 1000)] = 1
     max: Annotated[int, between(1, 1000)] = 8
     timeout: Annotated[Duration, lasting(0.1, 300)] = 5.0
+    idle: Annotated[Duration, lasting(1, 86400)] = 300.0
+    queue: Annotated[int, between(1, 1_000_000)] = 1000
+
+
+class ReadServer(Options):
+    """A replica that may answer what may be late. A URL alone stands for one of weight 1."""
+
+    url: DatabaseUrl = Field(repr=False)
+    weight: Annotated[int, between(1, 1000)] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _url_alone(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
 
 
 class Database(Options):
@@ -259,7 +287,10 @@ class Database(Options):
 
     url: DatabaseUrl = Field(default="sqlite:///{data_dir}/xmppd.db", repr=False)
     pool: Pool = Field(default_factory=Pool)
-    read: Annotated[tuple[DatabaseUrl, ...], several] = Field(default=(), repr=False)
+    read: Annotated[tuple[ReadServer, ...], several] = ()
+    max_lag: Annotated[Duration, lasting(0.5, 3600)] = 5.0
+    hint: Hint = "/*master*/"
+    slow: Annotated[Duration, lasting(0, 3600)] = 1.0
     commit_interval: Annotated[Duration, lasting(0, 1)] = 0.01
 
 

@@ -75,6 +75,15 @@ def format_size(size: int) -> str:
     return str(size) if unit == "B" else f"{size // BYTES[unit]}{unit}"
 
 
+def each_server(url: str) -> list[str]:
+    """A URL for each of the hosts between which there are commas: `mysql://u:p@db1,db2:3307/name`."""
+    scheme, slashes, rest = url.partition("://")
+    at = rest.find("/")
+    netloc, path = (rest, "") if at < 0 else (rest[:at], rest[at:])
+    who, sign, hosts = netloc.rpartition("@")
+    return [f"{scheme}{slashes}{who}{sign}{host}{path}" for host in hosts.split(",")]
+
+
 @dataclass(frozen=True, slots=True)
 class Rate:
     """So many events in so many seconds: `20/m` is `Rate(20, 60.0)`."""

@@ -1,6 +1,6 @@
 """/metrics: what the node counted (metrics.py) and what can be asked of it now, for Prometheus."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from xmppd.metrics import Counters, Histogram, LoopLag
 from xmppd.outbox import Outbox
 from xmppd.session_manager import SessionManager
 from xmppd.spool import Spool
-from xmppd.storage import Batcher
+from xmppd.storage import Batcher, Endpoint
 
 _LONGEST_ACCEPT: Final = 1000
 
@@ -48,6 +48,7 @@ class Sources:
     requests: Mapping[tuple[str, int], int]  # by handler and status
     resumption: Resumption = field(default_factory=Resumption)
     spooling: Spooling = field(default_factory=Spooling)
+    databases: Iterable[Endpoint] = ()
 
 
 class NodeCollector(Collector):
@@ -62,6 +63,7 @@ class NodeCollector(Collector):
         yield from self._stanzas()
         yield from self._promise()
         yield from self._storage()
+        yield from self._databases()
         yield from self._outbox()
 
     def _node(self) -> Iterator[Metric]:
@@ -154,6 +156,32 @@ class NodeCollector(Collector):
         yield _counts("xmppd_spool_rows", "Messages for the spool", "result", results)
         yield _count("xmppd_spool_rows_taken", "Stored messages given to a session", spool.taken)
         yield _count("xmppd_spool_rows_flushed", "Stored messages that have arrived and were deleted", spool.flushed)
+
+    def _databases(self) -> Iterator[Metric]:
+        """By server. A replica of which it is not known how late it is has no lag, and is not asked."""
+        up = _gauge("xmppd_database_up", "Whether a database server is used", "endpoint")
+        lag = _gauge("xmppd_database_lag_seconds", "How late a replica is", "endpoint")
+        waiting = _gauge("xmppd_database_waiting", "Who waits for a connection", "endpoint")
+        connections = GaugeMetricFamily("xmppd_database_connections", "Connections", labels=["endpoint", "state"])
+        counts = {
+            name: CounterMetricFamily(f"xmppd_database_{name}", text, labels=["endpoint"])
+            for name, text in (
+                ("statements", "Statements that ended well"),
+                ("slow", "Statements that took longer than database.slow"),
+                ("errors", "Statements that did not end well"),
+                ("retries", "Transactions and reads done again"),
+            )
+        }
+        for each in self._sources.databases:
+            up.add_metric([each.name], each.usable)
+            waiting.add_metric([each.name], each.waiting)
+            connections.add_metric([each.name, "used"], each.used)
+            connections.add_metric([each.name, "idle"], max(0, each.size - each.used))
+            if each.lag is not None:
+                lag.add_metric([each.name], each.lag)
+            for name, family in counts.items():
+                family.add_metric([each.name], getattr(each, name))
+        yield from (up, lag, waiting, connections, *counts.values())
 
     def _outbox(self) -> Iterator[Metric]:
         outbox = self._sources.outbox

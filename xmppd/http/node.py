@@ -82,6 +82,7 @@ class HttpServers:
                 requests=self._requests,
                 resumption=node.parts.resumption,
                 spooling=node.parts.spooling,
+                databases=node.storage.endpoints,
             ),
             ClusterSources(node.cluster.engine, node.cluster.links, node.cluster.calls, node.forwarder),
         )

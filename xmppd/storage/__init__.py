@@ -5,6 +5,7 @@ from xmppd.storage.accounts import Account, Accounts
 from xmppd.storage.batcher import Batcher
 from xmppd.storage.clock import clock
 from xmppd.storage.database import Storage
+from xmppd.storage.endpoint import Endpoint
 from xmppd.storage.faults import BadValue, Duplicate
 from xmppd.storage.ids import first_id, id_at, id_time, new_id
 from xmppd.storage.lease import Lease
@@ -30,6 +31,7 @@ __all__ = [
     "BadValue",
     "Batcher",
     "Duplicate",
+    "Endpoint",
     "Lease",
     "Loader",
     "Secret",

@@ -37,6 +37,7 @@ class _Kind:
     size: Callable[[Any], int] | None
     committed: Callable[[Any, Any], None] | None
     rank: int  # place in a transaction; a name keeps it when it is defined again
+    user: Callable[[Any], tuple[str, str]] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -80,9 +81,12 @@ class Batcher:
         queue_rows: int = 100_000,
         queue_size: int = 128 << 20,
         deadline: float = 30.0,
+        wrote: Callable[[tuple[str, str]], None] | None = None,
     ) -> None:
-        """`rows` and `size` (bytes) bound one transaction, `queue_rows` and `queue_size` all that waits."""
+        """`rows` and `size` (bytes) bound one transaction, `queue_rows` and `queue_size` all that waits. `wrote` is
+        told whose rows were committed."""
         self._run = run
+        self._wrote = wrote
         self._interval = interval
         self._max_rows, self._max_size = rows, size
         self._queue_rows, self._queue_size = queue_rows, queue_size
@@ -127,6 +131,7 @@ class Batcher:
         *,
         size: Callable[[Any], int] | None = None,
         committed: Callable[[Any, Any], None] | None = None,
+        user: Callable[[Any], tuple[str, str]] | None = None,
     ) -> None:
         """`write` gets the items of one transaction and answers with one result for each.
 
@@ -134,10 +139,11 @@ class Batcher:
         items, is left out as a whole. Raising fails the transaction. `write` may be called again for items whose COMMIT
         failed or was not answered, so doing it twice must be the same as doing it once: row ids made by the node and
         `insert_new`. `size` tells an item's bytes. `committed` is called with each item and its result
-        after the commit; it must not raise. Defining again replaces; what is queued keeps the old one.
+        after the commit; it must not raise. `user` tells whose item it is, host and user name, where the rows are read
+        by a kind of the loader that may be late. Defining again replaces; what is queued keeps the old one.
         """
         rank = self._ranks.setdefault(kind, len(self._ranks))
-        self._kinds[kind] = _Kind(kind, write, size, committed, rank)
+        self._kinds[kind] = _Kind(kind, write, size, committed, rank, user)
 
     def undefine(self, kind: str) -> None:
         """No more of this kind; what is queued is still written."""
@@ -282,6 +288,8 @@ class Batcher:
     def _succeed(self, unit: _Unit, results: list[Any]) -> None:
         self._count_out(unit)
         for (kind, item), result in zip(unit.items, results, strict=True):
+            if kind.user is not None and self._wrote is not None:
+                self._wrote(kind.user(item))
             if kind.committed is not None:
                 kind.committed(item, result)
         if unit.future.done():

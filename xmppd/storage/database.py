@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,13 @@ from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.log import get_logger
 from xmppd.storage import backup
 from xmppd.storage.batcher import Batcher
-from xmppd.storage.engine import STATEMENT_TIMEOUT, create_sqlite_file, mysql_engine, sqlite_engine
+from xmppd.storage.endpoint import Endpoint, Limits
+from xmppd.storage.endpoints import Endpoints
+from xmppd.storage.engine import STATEMENT_TIMEOUT, create_sqlite_file
 from xmppd.storage.faults import Fault, classify, translated
 from xmppd.storage.loader import Loader
-from xmppd.storage.migrate import create_missing, migrate
+from xmppd.storage.migrate import Plan, create_missing, migrate, plan, revisions, tell_newer
+from xmppd.storage.recent import RecentWrites
 from xmppd.storage.url import SqliteTarget, parse_url
 
 log = get_logger("storage")
@@ -27,7 +30,7 @@ T = TypeVar("T")
 
 _ATTEMPTS: Final = 8
 _FIRST_PAUSE: Final = 0.005
-_STRICT: Final = ("STRICT_TRANS_TABLES", "STRICT_ALL_TABLES")
+_REPLICA_PATIENCE: Final = 1.0  # seconds a replica has for a read, before the writer is asked
 
 
 class Storage:
@@ -46,28 +49,56 @@ class Storage:
         pool_min: int = 1,
         pool_max: int = 8,
         pool_timeout: float = 5.0,
+        pool_idle: float = 300.0,
+        pool_queue: int = 1000,
+        read: Mapping[str, int] | None = None,
+        max_lag: float = 5.0,
+        hint: str = "",
+        slow: float = 1.0,
         commit_interval: float = 0.010,
         schema: bool = True,
     ) -> None:
         """`schema`: it is ours, and brought to this version when it is opened; else it is somebody else's database.
 
         `pool_min` connections are opened at the start, at most `pool_max` exist; `pool_timeout` in seconds bounds
-        the wait for one of them, and for another process's lock. Raises ConfigError for a URL that makes no sense.
+        the wait for one of them, and for another process's lock; see endpoint.Limits for the others. `read` are URLs of
+        replicas and their weights, which are asked while they are at most `max_lag` seconds behind. Raises ConfigError
+        for a URL that makes no sense.
         """
-        self._target = parse_url(url, data_dir)
-        self._pool_min = min(pool_min, pool_max)
-        self._pool_max = pool_max
+        targets = parse_url(url, data_dir)
+        self._target = targets[0]
+        self._limits = Limits(
+            min(pool_min, pool_max), pool_max, pool_timeout, pool_idle, pool_queue, slow, STATEMENT_TIMEOUT, hint
+        )
         self._pool_timeout = pool_timeout
         self._schema = schema
-        self._engine: AsyncEngine | None = None
-        self._sql_mode: str | None = None
+        self.endpoints = Endpoints(
+            [Endpoint(target, "write", self._limits) for target in targets],
+            [
+                Endpoint(target, "read", self._limits, weight=weight)
+                for replica, weight in (read or {}).items()
+                for target in parse_url(replica, data_dir)
+            ],
+            max_lag=max_lag,
+        )
+        self._started = False
+        self._revision = revisions()[-1]  # the schema's, as far as we know
         # SQLite has one writer at a time; ours queue here rather than in SQLite's lock, which is polled with sleeps.
         self._writer = asyncio.Lock()
-        self.loader = Loader(self.read)
-        self.batcher = Batcher(self.run, interval=commit_interval)
+        recent = RecentWrites(self.endpoints.window)
+        self.recent = recent
+        self.loader = Loader(self.read, late=recent.may_read_late if self.endpoints.readers else None)
+        self.batcher = Batcher(
+            self.run, interval=commit_interval, wrote=recent.note if self.endpoints.readers else None
+        )
 
     def __repr__(self) -> str:
         return f"<Storage {self._target}>"
+
+    @property
+    def _engine(self) -> AsyncEngine:
+        """Where writes go now; for tests."""
+        return self.endpoints.writer.engine
 
     @property
     def where(self) -> str:
@@ -86,26 +117,29 @@ class Storage:
 
     @property
     def is_open(self) -> bool:
-        return self._engine is not None
+        return self._started
 
     @property
     def closed(self) -> bool:
         """True before `open` and from `close` on."""
-        return self._engine is None or self.batcher.closed
+        return not self._started or self.batcher.closed
 
     async def open(self) -> None:
         """Connect, bring our own schema to this version. Raises StorageUnavailable, SchemaTooNew, StorageError."""
-        if self._engine is not None:
+        if self._started:
             raise StorageError(f"{self.where} is open already")
         try:
             with translated(self.where):
-                await self._start_engine()
+                self._started = True
+                await self._start()
                 if self._schema:
                     await self._migrate(None)
                 await self._warm_up()
         except BaseException:
             await self._dispose()
             raise
+        if not self.node_local:
+            self.endpoints.start()
         log.info("storage open", database=self.where)
 
     async def close(self) -> None:
@@ -123,28 +157,51 @@ class Storage:
 
     def forget_statements(self) -> None:
         """Forget how statements were compiled: those of a module that was unloaded would keep its tables in memory."""
-        if self._engine is not None:
-            self._engine.sync_engine.clear_compiled_cache()
+        if self._started:
+            for endpoint in self.endpoints:
+                endpoint.engine.sync_engine.clear_compiled_cache()
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[AsyncConnection]:
         """A connection for reads. Each statement stands alone: no transaction is open, and none is left behind."""
-        engine = self._need_engine()
-        with translated(self.where):
-            async with engine.connect() as connection:
+        endpoint = self._need_writer()
+        with translated(str(endpoint.target)):
+            async with endpoint.connect() as connection:
                 yield connection
 
-    async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """`work` on a connection for reads, once more when the pooled connection turned out to be dead."""
-        for attempt in (1, 2):
+    async def read(self, work: Callable[[AsyncConnection], Awaitable[T]], *, late: bool = False) -> T:
+        """`work` on a connection for reads, once more when the pooled connection turned out to be dead, and on each
+        server there is.
+
+        `late`: what it reads may be some seconds old, so a replica may be asked.
+        """
+        if late and (replica := self.endpoints.reader()) is not None:
+            try:
+                return await self._read_late(replica, work)
+            except StorageError as exc:
+                self.endpoints.gave_up(replica, str(exc))
+        attempts = 1 + len(self.endpoints.writers)
+        for attempt in range(1, attempts + 1):
+            endpoint = self._need_writer()
             try:
                 async with self.connect() as connection:
                     return await work(connection)
             except StorageUnavailable as exc:
                 fault = classify(exc.__cause__) if exc.__cause__ else None
-                if attempt == 2 or fault is None or not fault.lost:
+                moved = fault is not None and self.endpoints.failed(endpoint, fault)
+                if attempt == attempts or fault is None or not (fault.lost or moved):
                     raise
+                endpoint.retries += 1
         raise AssertionError("not reached")
+
+    async def _read_late(self, replica: Endpoint, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        try:
+            async with asyncio.timeout(_REPLICA_PATIENCE):
+                with translated(str(replica.target)):
+                    async with replica.connect() as connection:
+                        return await work(connection)
+        except TimeoutError as exc:
+            raise StorageUnavailable(f"no answer within {_REPLICA_PATIENCE:g} s") from exc
 
     async def run(self, work: Callable[[AsyncConnection], Awaitable[T]], *, repeatable: bool = False) -> T:
         """`work` in one transaction that is committed when it returns and rolled back when it raises.
@@ -153,20 +210,21 @@ class Storage:
         before COMMIT are tried again with a growing pause. `repeatable`: so is a COMMIT whose answer was lost, because
         doing it all again changes nothing. Raises what `work` raises, StorageUnavailable, Duplicate, StorageError.
         """
-        self._need_engine()
         loop = asyncio.get_running_loop()
         give_up = loop.time() + self._pool_timeout
         pause = _FIRST_PAUSE
         for attempt in range(1, _ATTEMPTS + 1):
-            transaction = _Transaction()
+            transaction = _Transaction(self._need_writer())
             try:
                 async with self._turn():
                     return await self._attempt(transaction, work)
             except SQLAlchemyError as exc:
                 fault = classify(exc) or Fault(str(exc))
-                undone = fault.transient or (fault.lost and (repeatable or not transaction.committing))
+                moved = self.endpoints.failed(transaction.endpoint, fault)
+                undone = fault.transient or ((fault.lost or moved) and (repeatable or not transaction.committing))
                 if not undone or attempt == _ATTEMPTS or loop.time() >= give_up:
-                    raise fault.error(self.where) from exc
+                    raise fault.error(str(transaction.endpoint.target)) from exc
+                transaction.endpoint.retries += 1
                 log.debug("transaction tried again", attempt=attempt, reason=fault.reason)
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 2, 0.2)
@@ -175,14 +233,29 @@ class Storage:
     async def ping(self) -> None:
         """For readiness: the database answers and has our schema. Raises StorageUnavailable."""
 
-        async def ask(connection: AsyncConnection) -> None:
-            await connection.execute(text("SELECT version_num FROM alembic_version"))
+        async def ask(connection: AsyncConnection) -> str:
+            return str((await connection.execute(text("SELECT version_num FROM alembic_version"))).scalar())
 
         try:
             async with asyncio.timeout(self._pool_timeout):
-                await self.read(ask)
+                revision = await self.read(ask)
         except TimeoutError as exc:
             raise StorageUnavailable(f"{self.where}: no answer within {self._pool_timeout:g} s") from exc
+        if revision != self._revision:
+            self._revision = revision
+            if revision not in revisions():
+                tell_newer(self.where, revision)
+
+    async def plan_migration(self) -> Plan:
+        """What `open` would change; nothing is. Raises SchemaTooNew, StorageUnavailable, StorageError."""
+        if isinstance(self._target, SqliteTarget):
+            there = self._target.path.exists()
+            with translated(self.where):
+                return await plan(self.endpoints.writer.engine if there else None, self.where, "sqlite")
+        with translated(self.where):
+            await self.endpoints.choose()
+            async with self._setup_engine() as engine:
+                return await plan(engine, self.where, "mysql")
 
     # -- copies of an embedded database ----------------------------------------------------------------------------
 
@@ -222,7 +295,7 @@ class Storage:
     # -- one attempt -------------------------------------------------------------------------------------------------
 
     async def _attempt(self, transaction: "_Transaction", work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        async with self._need_engine().connect() as connection:
+        async with transaction.endpoint.connect() as connection:
             try:
                 await connection.exec_driver_sql("BEGIN IMMEDIATE" if self.node_local else "START TRANSACTION")
                 result = await work(connection)
@@ -261,21 +334,13 @@ class Storage:
 
     # -- opening and closing -----------------------------------------------------------------------------------------
 
-    async def _start_engine(self) -> None:
+    async def _start(self) -> None:
         target = self._target
         if isinstance(target, SqliteTarget):
             create_sqlite_file(target.path)
-            self._engine = sqlite_engine(target, pool_size=self._pool_max, pool_timeout=self._pool_timeout)
-            await self._use_wal(self._engine)
+            await self._use_wal(self.endpoints.writer.engine)
             return
-        self._sql_mode = await self._missing_sql_mode()
-        self._engine = mysql_engine(
-            target,
-            pool_size=self._pool_max,
-            pool_timeout=self._pool_timeout,
-            sql_mode=self._sql_mode,
-            statement_timeout=STATEMENT_TIMEOUT,
-        )
+        await self.endpoints.choose()
 
     async def _use_wal(self, engine: AsyncEngine) -> None:
         """Readers beside one writer. The switch, made once per file, does not wait for a lock by itself: so we do."""
@@ -294,31 +359,20 @@ class Storage:
         if mode != "wal":
             log.warning("no write-ahead log, readers wait for writers", database=self.where, mode=mode)
 
-    async def _missing_sql_mode(self) -> str | None:
-        """None when the server is strict by itself; else the mode that each of our connections has to set."""
-        async with self._setup_engine(None) as engine, engine.connect() as connection:
-            mode = str((await connection.exec_driver_sql("SELECT @@sql_mode")).scalar_one())
-        if any(word in mode for word in _STRICT):
-            return None
-        log.warning("database server is not strict", database=self.where, sql_mode=mode)
-        return ",".join(word for word in (mode, _STRICT[0]) if word)
-
     @asynccontextmanager
-    async def _setup_engine(self, sql_mode: str | None) -> AsyncIterator[AsyncEngine]:
-        """An engine for changes of the schema: no pool, and no time-out on a statement, for ALTER may take minutes."""
-        if isinstance(self._target, SqliteTarget):
-            yield self._need_engine()
+    async def _setup_engine(self) -> AsyncIterator[AsyncEngine]:
+        writer = self.endpoints.writer
+        if self.node_local:
+            yield writer.engine
             return
-        engine = mysql_engine(
-            self._target, pool_size=0, pool_timeout=self._pool_timeout, sql_mode=sql_mode, statement_timeout=None
-        )
+        engine = writer.setup_engine()
         try:
             yield engine
         finally:
             await engine.dispose()
 
     async def _migrate(self, extra: Sequence[Table] | None) -> None:
-        async with self._setup_engine(self._sql_mode) as engine:
+        async with self._setup_engine() as engine:
             if extra is None:
                 await migrate(engine, self.where)
             else:
@@ -326,20 +380,20 @@ class Storage:
 
     async def _warm_up(self) -> None:
         async with AsyncExitStack() as stack:
-            for _ in range(self._pool_min):
-                await stack.enter_async_context(self._need_engine().connect())
+            for _ in range(self._limits.min):
+                await stack.enter_async_context(self._need_writer().connect())
 
     async def _dispose(self) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await engine.dispose()
+        self._started = False
+        await self.endpoints.stop()
 
-    def _need_engine(self) -> AsyncEngine:
-        if self._engine is None:
+    def _need_writer(self) -> Endpoint:
+        if not self._started:
             raise StorageUnavailable(f"{self.where} is not open")
-        return self._engine
+        return self.endpoints.writer
 
 
 @dataclass(slots=True)
 class _Transaction:
+    endpoint: Endpoint
     committing: bool = False

@@ -7,6 +7,7 @@ ends with plain statements that `Storage.run` sends. SQLAlchemy's own begin, com
 import asyncio
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,12 +24,24 @@ from xmppd.storage.url import MysqlTarget, SqliteTarget
 CONNECT_TIMEOUT: Final = 5.0
 STATEMENT_TIMEOUT: Final = 15.0
 _PING_AFTER: Final = 1.0  # seconds a connection may rest before it is tried with a ping
+STRICT: Final = ("STRICT_TRANS_TABLES", "STRICT_ALL_TABLES")
+# A transaction whose node is gone without a word (a dead line, a proxy that hangs) holds its locks until the server
+# notices; who repeats it waits for those. With this it notices while a write may still wait (30 s). MariaDB's alone.
+_ORPHANS: Final = "idle_transaction_timeout"
+_ORPHANED_AFTER: Final = 10  # seconds
+_FACTS: Final = f"VARIABLES WHERE Variable_name IN ('version', 'sql_mode', 'wsrep_on', 'read_only', '{_ORPHANS}')"
+# Galera: reads, UPDATEs and INSERTs wait until this server has what the others had committed when they began.
+# https://mariadb.com/kb/en/galera-cluster-system-variables/#wsrep_sync_wait
+_SYNC_WAIT: Final = "wsrep_sync_wait = 7"
 
 
 class MysqlConnection(aiomysql.Connection):  # type: ignore[misc]
     """aiomysql's connection with an end to every wait, and with TLS that is refused rather than silently left out."""
 
     statement_timeout: float | None = STATEMENT_TIMEOUT
+    cipher: str = ""  # of TLS, as the server tells it
+    facts: Mapping[str, str] = {}  # what the server said of itself: version, sql_mode, wsrep_on, read_only
+    rests_since: float | None = None  # monotonic; None while it is in use
 
     async def _request_authentication(self) -> None:
         # Before this runs nothing secret has been sent; aiomysql would go on in clear text here.
@@ -76,10 +89,12 @@ class MysqlConnection(aiomysql.Connection):  # type: ignore[misc]
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):  # aiomysql's own ends with the TCP handshake
                 await connection._connect()
+                await connection._settle()
         except TimeoutError as exc:
             connection.close()
             raise aiomysql.OperationalError(2003, f"no greeting within {CONNECT_TIMEOUT:g} s") from exc
         except aiomysql.OperationalError as exc:
+            connection.close()
             if exc.__cause__ is None:
                 raise
             raise aiomysql.OperationalError(exc.args[0], f"cannot connect: {exc.__cause__}") from exc.__cause__
@@ -88,14 +103,49 @@ class MysqlConnection(aiomysql.Connection):  # type: ignore[misc]
             raise
         return connection
 
+    async def _settle(self) -> None:
+        """What a session needs is set here, once, and nothing later: a proxy may give each statement another one."""
+        if self._ssl_context is not None:
+            self.cipher = (await self.show("SESSION STATUS LIKE 'Ssl_cipher'")).get("Ssl_cipher", "")
+            if not self.cipher:
+                raise aiomysql.OperationalError(
+                    2026, "TLS was asked for, but the server says that the connection is not encrypted"
+                )
+        self.facts = await self.show(_FACTS)
+        wanted = []
+        mode = self.facts.get("sql_mode", "")
+        if not any(word in mode for word in STRICT):
+            wanted.append(f"sql_mode = '{','.join(word for word in (mode, STRICT[0]) if word)}'")
+        if self.facts.get("wsrep_on") == "ON":
+            wanted.append(_SYNC_WAIT)
+        if self.facts.get(_ORPHANS) == "0":
+            wanted.append(f"{_ORPHANS} = {_ORPHANED_AFTER}")
+        if wanted:
+            await self.query(f"SET SESSION {', '.join(wanted)}")
+
+    async def show(self, what: str) -> dict[str, str]:
+        """Names and values of `SHOW …`."""
+        return {row[0]: row[1] for row in await self.ask(f"SHOW {what}")}
+
+    async def ask(self, sql: str) -> list[tuple[str, ...]]:
+        """The rows of one statement, past SQLAlchemy."""
+        cursor = await self.cursor()
+        try:
+            await cursor.execute(sql)
+            return [tuple("" if value is None else str(value) for value in row) for row in await cursor.fetchall()]
+        finally:
+            await cursor.close()
+
 
 def mysql_engine(
-    target: MysqlTarget, *, pool_size: int, pool_timeout: float, sql_mode: str | None, statement_timeout: float | None
+    target: MysqlTarget,
+    *,
+    pool_size: int,
+    pool_timeout: float,
+    statement_timeout: float | None,
+    opened: Callable[[MysqlConnection], None] | None = None,
 ) -> AsyncEngine:
-    """`sql_mode`: set on each connection when the server's own is not strict; None sends nothing.
-
-    `pool_size` 0: no pool, a connection for each use.
-    """
+    """`pool_size` 0: no pool, a connection for each use. `opened` is told of each new connection."""
     options: dict[str, Any] = {
         "host": target.host,
         "port": target.port,
@@ -108,12 +158,14 @@ def mysql_engine(
         "ssl": target.ssl_context(),
         "connect_timeout": CONNECT_TIMEOUT,
         "client_flag": CLIENT.FOUND_ROWS,  # an UPDATE counts the rows it matched, as SQLite does
-        "sql_mode": None if sql_mode is None else f"'{sql_mode}'",
         "program_name": "xmppd",
     }
 
     async def connect(**ignored: Any) -> MysqlConnection:  # SQLAlchemy's arguments come from an empty URL
-        return await MysqlConnection.open(statement_timeout=statement_timeout, **options)
+        connection = await MysqlConnection.open(statement_timeout=statement_timeout, **options)
+        if opened is not None:
+            opened(connection)
+        return connection
 
     engine = _engine(URL.create("mysql+aiomysql"), pool_size, pool_timeout, {"async_creator_fn": connect})
     if pool_size:
@@ -123,12 +175,16 @@ def mysql_engine(
 
 
 def _note_rest(dbapi_connection: Any, record: Any) -> None:
-    record.info["rests_since"] = time.monotonic()
+    if dbapi_connection is not None:  # None: it was thrown away
+        dbapi_connection.driver_connection.rests_since = time.monotonic()
 
 
 def _ping_after_rest(dbapi_connection: Any, record: Any, fairy: Any) -> None:
     """A restarted server shows here, not in the caller's statement; under load nothing is sent."""
-    since = record.info.get("rests_since")
+    connection: MysqlConnection = dbapi_connection.driver_connection
+    since, connection.rests_since = connection.rests_since, None
+    if connection.closed:  # it had rested for too long
+        raise exc.DisconnectionError("the connection was closed")
     if since is None or time.monotonic() - since < _PING_AFTER:
         return
     try:

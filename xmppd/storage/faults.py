@@ -37,6 +37,7 @@ class Fault:
     `unavailable`: trying again later may work. `transient`: the transaction was undone because of another one; trying
     again at once may work. `lost`: the connection is gone, and whether a COMMIT under way was done is not known.
     `value`: what was to be written is at fault, whenever it is tried.
+    `elsewhere`: this server does not serve us, another one of the same cluster might.
     """
 
     reason: str
@@ -45,6 +46,7 @@ class Fault:
     lost: bool = False
     duplicate: bool = False
     value: bool = False
+    elsewhere: bool = False
 
     def error(self, where: str) -> StorageError:
         kind = StorageUnavailable if self.unavailable else Duplicate if self.duplicate else StorageError
@@ -55,7 +57,11 @@ class Fault:
 
 # https://mariadb.com/kb/en/mariadb-error-codes/ and the MySQL reference manual, appendix B
 _LOST: Final = {2006, 2013, 2014, 2055, 1053, 1077, 1078, 1079, 1080, 1152, 1158, 1159, 1160, 1161, 1184, 1927, 4031}
-_TRANSIENT: Final = {1205, 1213}  # lock wait timeout; deadlock, which is also Galera's certification conflict
+# lock wait timeout; deadlock, which is also Galera's certification conflict; Galera: this node is not ready
+_TRANSIENT: Final = {1205, 1213, 1047}
+# Its text has InnoDB's number, of which 149 is a deadlock: Galera's conflict at the COMMIT.
+_COMMIT_FAILED: Final = 1180
+_ELSEWHERE: Final = {2002, 2003, 2005, 2026, 1040, 1044, 1045, 1047, 1053, 1129, 1130, 1290, 1698, 1836}
 _UNAVAILABLE: Final = {
     0,  # the driver's "not connected"
     2002,
@@ -71,7 +77,6 @@ _UNAVAILABLE: Final = {
     1041,
     1044,  # access to the database refused
     1045,  # access refused
-    1047,  # Galera: this node is not ready
     1049,  # no such database
     1114,  # table full
     1129,  # host blocked
@@ -141,8 +146,9 @@ def _driver_fault(error: sa.DBAPIError) -> Fault:
     reason = f"{args[1]} ({code})" if code > 0 and len(args) > 1 else str(cause)
     value = code in _BAD_VALUE
     lost = not value and (code in _LOST or error.connection_invalidated)
-    transient = code in _TRANSIENT
-    return Fault(reason, lost or transient or code in _UNAVAILABLE, transient, lost, duplicate, value)
+    transient = code in _TRANSIENT or (code == _COMMIT_FAILED and "149" in reason)
+    unavailable = lost or transient or code in _UNAVAILABLE
+    return Fault(reason, unavailable, transient, lost, duplicate, value, code in _ELSEWHERE)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ Fetch = Callable[[AsyncConnection, list[Any]], Awaitable[dict[Any, Any]]]
 
 
 class Reader(Protocol):
-    def __call__(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> Awaitable[T]: ...
+    def __call__(self, work: Callable[[AsyncConnection], Awaitable[T]], *, late: bool = False) -> Awaitable[T]: ...
 
 
 @dataclass(slots=True)
@@ -34,6 +34,8 @@ class _Kind:
     fetch: Fetch
     waiting: dict[Any, list[asyncio.Future[Any]]] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
+    late: "_Kind | None" = None  # the same for keys of which a replica may be asked
+    may_be_late: bool = False
 
 
 class Loader:
@@ -41,22 +43,33 @@ class Loader:
 
     A database that does not answer keeps nobody waiting for more than one query's time-outs.
 
-    A look-up never joins a query that has begun: it sees everything that was committed before it was made.
+    A look-up never joins a query that has begun: it sees everything that was committed before it was made, unless its
+    kind may be late; then, where there are replicas, it sees at least what its user has written on this node.
     """
 
-    def __init__(self, read: Reader) -> None:
+    def __init__(self, read: Reader, *, late: Callable[[Any], bool] | None = None) -> None:
+        """`late`: whether a key may be looked up in a replica; None: there is none."""
         self._read = read
+        self._late = late
         self._kinds: dict[str, _Kind] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    def define(self, name: str, fetch: Callable[[AsyncConnection, list[K]], Awaitable[dict[K, V]]]) -> None:
-        """`fetch` gets at most 500 distinct keys and answers with those that exist. Defining again replaces it."""
+    def define(
+        self, name: str, fetch: Callable[[AsyncConnection, list[K]], Awaitable[dict[K, V]]], *, late: bool = False
+    ) -> None:
+        """`fetch` gets at most 500 distinct keys and answers with those that exist. Defining again replaces it.
+
+        `late`: its keys begin with host and user name, and what others have written may be some seconds old; what the
+        user has written is not, if the kind's writes are defined with `user` (Batcher.define).
+        """
         kind = self._kinds.get(name)
         if kind is None:
-            self._kinds[name] = _Kind(name, fetch)
-        else:
-            kind.fetch = fetch
+            kind = self._kinds[name] = _Kind(name, fetch)
+        kind.fetch = fetch
+        kind.late = None
+        if late and self._late is not None:
+            kind.late = _Kind(name, fetch, may_be_late=True)
 
     def undefine(self, name: str) -> None:
         """No more of this kind; look-ups that wait are still made."""
@@ -69,6 +82,8 @@ class Loader:
             raise StorageError(f"nobody loads {name}: its module is not running")
         if self._closed:
             raise StorageUnavailable("the storage is closed")
+        if kind.late is not None and self._late is not None and self._late(key):
+            kind = kind.late
         waiters = kind.waiting.get(key)
         if waiters is None:
             if len(kind.waiting) >= MAX_WAITING:
@@ -109,7 +124,7 @@ class Loader:
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            found = await self._read(lambda connection: fetch(connection, keys))
+            found = await self._read(lambda connection: fetch(connection, keys), late=kind.may_be_late)
         except StorageUnavailable as exc:
             hung = loop.time() - began >= _HUNG
             for waiters in (*batch.values(), *(kind.waiting.values() if hung else ())):

@@ -13,10 +13,13 @@ import re
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import Connection, Table, inspect, text
+from sqlalchemy import Connection, Table, inspect, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.schema import CreateTable
@@ -25,7 +28,8 @@ from xmppd.errors import SchemaTooNew, StorageUnavailable
 from xmppd.log import get_logger
 from xmppd.storage.faults import classify
 from xmppd.storage.lease import Lease
-from xmppd.storage.tables import db_lock
+from xmppd.storage.sql import upsert
+from xmppd.storage.tables import db_lock, setting
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -35,6 +39,7 @@ log = get_logger("storage")
 LOCK_NAME: Final = "migration"
 LOCK_SECONDS: Final = 30.0  # a killed migrator holds the others up for as long as this
 WAIT_SECONDS: Final = 300.0
+_FLOOR: Final = "schema_floor"  # the setting that names the oldest revision whose code may go on
 _POLL: Final = 0.2
 _PROGRESS: Final = 5.0
 _SCRIPTS: Final = Path(__file__).parent / "migrations"
@@ -82,27 +87,97 @@ async def create_missing(engine: AsyncEngine, tables: Sequence[Table]) -> None:
 
 
 async def _is_current(engine: AsyncEngine, where: str) -> bool:
-    def revision(connection: Connection) -> str | None:
-        if not inspect(connection).has_table("alembic_version"):
-            return None
-        found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-        return found
-
     async with engine.connect() as connection:
-        current = await connection.run_sync(revision)
+        current, floor = await connection.run_sync(_schema_of)
     known = revisions()
-    if current is not None and current not in known:
+    if current is None or current in known:
+        return current == known[-1]
+    if floor not in known:
         raise SchemaTooNew(
             f"{where}: the schema is at revision {current}, which this version does not know; it knows up to "
             f"{known[-1]}. The database was made by a newer version: run that one, or go back to a backup."
         )
-    return current == known[-1]
+    tell_newer(where, current)
+    return True
 
 
+def tell_newer(where: str, revision: str) -> None:
+    """Another node has migrated to what this version does not know, and may go on with."""
+    log.warning("schema is newer than this version", database=where, revision=revision, knows=revisions()[-1])
+
+
+def _schema_of(connection: Connection) -> tuple[str | None, str | None]:
+    """Its revision, and the oldest one whose code may go on with it."""
+    tables = inspect(connection)
+    if not tables.has_table("alembic_version"):
+        return None, None
+    current: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    if current is None or not tables.has_table("setting"):
+        return current, None
+    floor = connection.execute(select(setting.c.value).where(setting.c.name == _FLOOR)).scalar()
+    return current, None if floor is None else floor.decode()
+
+
+@cache
 def revisions() -> list[str]:
     """All that this version knows, oldest first."""
-    files = sorted((_SCRIPTS / "versions").glob("r[0-9]*.py"))
-    return [one for file in files for one in re.findall(r'^revision = "(\w+)"', file.read_text(), re.MULTILINE)]
+    return [revision for revision, _, _ in _files()]
+
+
+def oldest_beside() -> str:
+    """The oldest revision whose code may go on when the schema is that of this version: the last one that does not
+    merely add something."""
+    return [revision for revision, _, expands in _files() if not expands][-1]
+
+
+def _files() -> list[tuple[str, str, bool]]:
+    """(revision, its first line, whether it expands), oldest first."""
+    found = []
+    for file in sorted((_SCRIPTS / "versions").glob("r[0-9]*.py")):
+        source = file.read_text()
+        (revision,) = re.findall(r'^revision = "(\w+)"', source, re.MULTILINE)
+        title = source.partition("\n")[0].strip('"')
+        found.append((revision, title, "\nexpands = True\n" in source))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a migration would do. `steps`: revision, what it is for, whether code that does not know it may go on."""
+
+    current: str | None
+    steps: tuple[tuple[str, str, bool], ...]
+    sql: str
+
+
+async def plan(engine: AsyncEngine | None, where: str, dialect: str) -> Plan:
+    """Nothing is changed. `engine` None: there is no database yet. Raises SchemaTooNew."""
+    current = None
+    if engine is not None:
+        await _is_current(engine, where)
+        async with engine.connect() as connection:
+            current, _ = await connection.run_sync(_schema_of)
+    known = revisions()
+    if current is not None and current not in known:
+        return Plan(current, (), "")
+    steps = _files()[known.index(current) + 1 if current else 0 :]
+    return Plan(current, tuple(steps), _sql(current, dialect) if steps else "")
+
+
+def _sql(current: str | None, dialect: str) -> str:
+    from alembic import command
+
+    config = _config()
+    config.output_buffer = StringIO()
+    config.attributes["dialect"] = dialect
+    command.upgrade(config, f"{current or 'base'}:head", sql=True)
+    return config.output_buffer.getvalue()
+
+
+def _note_floor(connection: Connection) -> None:
+    if inspect(connection).has_table("setting"):
+        insert = upsert(setting, connection.dialect)
+        connection.execute(insert, {"name": _FLOOR, "value": oldest_beside().encode()})
 
 
 async def _upgrade(engine: AsyncEngine, guard: Guard) -> None:
@@ -112,7 +187,9 @@ async def _upgrade(engine: AsyncEngine, guard: Guard) -> None:
         config = _config()
         config.attributes["connection"] = connection
         config.attributes["guard"] = guard
+        _note_floor(connection)  # before: who starts in the middle finds it
         command.upgrade(config, "head")
+        _note_floor(connection)
 
     one_transaction = engine.dialect.name == "sqlite"
     async with _alembic_turn(), engine.connect() as connection:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from xmppd.config.types import each_server
 from xmppd.errors import ConfigError
 
 TlsMode = Literal["off", "required", "verify-ca", "verify-full"]
@@ -27,6 +28,10 @@ _TLS_WORDS: Final[dict[str, TlsMode]] = {
 class SqliteTarget:
     path: Path
 
+    @property
+    def name(self) -> str:
+        return self.path.name
+
     def __str__(self) -> str:
         return f"sqlite {self.path}"
 
@@ -46,8 +51,13 @@ class MysqlTarget:
     ssl_cert: str | None = None
     ssl_key: str | None = None
 
+    @property
+    def name(self) -> str:
+        """The server in words: `db1:3306`."""
+        return self.unix_socket or f"{self.host}:{self.port}"
+
     def __str__(self) -> str:
-        return f"mysql {self.unix_socket or f'{self.host}:{self.port}'}/{self.database}"
+        return f"mysql {self.name}/{self.database}"
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """Raises ConfigError when a certificate file cannot be used."""
@@ -67,15 +77,16 @@ class MysqlTarget:
 Target = SqliteTarget | MysqlTarget
 
 
-def parse_url(url: str, data_dir: Path) -> Target:
-    """`sqlite:///FILE` or `mysql://USER:PASSWORD@HOST:PORT/NAME?ssl=required`; `{data_dir}` stands for the data folder.
+def parse_url(url: str, data_dir: Path) -> tuple[Target, ...]:
+    """`sqlite:///FILE` or `mysql://USER:PASSWORD@HOST:PORT,HOST:PORT/NAME?ssl=required`, of which every host is a
+    server of its own; `{data_dir}` stands for the data folder.
 
     Raises ConfigError; its text never holds the URL, which has a password in it.
     """
     if url.startswith("sqlite:"):
-        return _sqlite(url.replace("{data_dir}", str(data_dir)))
+        return (_sqlite(url.replace("{data_dir}", str(data_dir))),)
     if url.startswith(("mysql:", "mariadb:")):
-        return _mysql(url)
+        return tuple(_mysql(each) for each in each_server(url))
     raise ConfigError(["database.url: expected sqlite:///FILE or mysql://USER:PASSWORD@HOST:PORT/NAME"])
 
 

@@ -9,9 +9,12 @@ def still_ours(*_: Any, **__: Any) -> None:
     context.config.attributes["guard"].check()
 
 
-context.configure(
-    connection=context.config.attributes["connection"],
-    transactional_ddl=False,  # SQLite's transaction is begun by the caller; MySQL has none for DDL
-    on_version_apply=still_ours,
-)
+if context.is_offline_mode():
+    context.configure(dialect_name=context.config.attributes["dialect"], literal_binds=True)
+else:
+    context.configure(
+        connection=context.config.attributes["connection"],
+        transactional_ddl=False,  # SQLite's transaction is begun by the caller; MySQL has none for DDL
+        on_version_apply=still_ours,
+    )
 context.run_migrations()

@@ -7,6 +7,7 @@ from xmppd.storage.tables import FULL_BYTES, Stamp, Utf8, fixed_bytes, host_colu
 
 revision = "0002"
 down_revision = "0001"
+expands = True
 
 
 def upgrade() -> None:

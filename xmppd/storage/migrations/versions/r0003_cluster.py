@@ -7,6 +7,7 @@ from xmppd.storage.tables import Stamp, Utf8, fixed_bytes
 
 revision = "0003"
 down_revision = "0002"
+expands = True
 
 
 def upgrade() -> None:

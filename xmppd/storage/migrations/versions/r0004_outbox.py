@@ -7,6 +7,7 @@ from xmppd.storage.tables import Stamp, Utf8, fixed_bytes, host_column, long_byt
 
 revision = "0004"
 down_revision = "0003"
+expands = True
 
 
 def upgrade() -> None:
