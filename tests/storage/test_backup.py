@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import update
 
 from tests.databases import Databases
 from xmppd.admin.registry import Caller, Registry, commands_of
@@ -38,8 +38,7 @@ async def register(storage: Storage, incarnation: int, instance: bytes = b"I" * 
 
 
 async def names(storage: Storage) -> list[str]:
-    async with storage.connect() as connection:
-        return sorted((await connection.execute(select(account.c.username))).scalars())
+    return await Accounts(storage).names(HOST)
 
 
 def in_file(file: Path, sql: str) -> list[tuple]:

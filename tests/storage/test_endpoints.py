@@ -89,7 +89,7 @@ async def test_twenty_hosts_share_one_pool_that_keeps_its_limit(mariadb_server, 
 
     assert max(seen) <= 8
     assert max(seen) > 1, "the limit was never near"
-    assert storage.endpoints.writer.used == 0
+    await until(lambda: storage.endpoints.writer.used == 0)
 
 
 async def test_connections_that_rest_are_closed_down_to_the_minimum(mariadb_server, mariadb_database, make_storage):
