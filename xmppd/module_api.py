@@ -30,16 +30,41 @@ from xmppd.errors import CommandError, JidError
 from xmppd.events import Handled, Session
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.nodes import Nodes
-from xmppd.outbox import Answer, Event, FileSink, HttpSink, HttpTarget, Outbox, conversation, repetition, ulid
+from xmppd.outbox import (
+    PROFILES,
+    XML_LANG,
+    About,
+    Answer,
+    Event,
+    FileSink,
+    HttpSink,
+    HttpTarget,
+    Outbox,
+    Posted,
+    Profile,
+    conversation,
+    has_text,
+    hidden,
+    json_object,
+    posted,
+    repetition,
+    text_of,
+    timestamp,
+    ulid,
+    wrong_with,
+)
+from xmppd.outbox import Message as PostedMessage
 from xmppd.protocol.jid import JID, make
 from xmppd.protocol.stanza import Stanza
 from xmppd.session_manager import Resource
-from xmppd.spool import Holder, NoAccount, QuotaReached, SpoolRow, Standing
-from xmppd.storage import Storage
+from xmppd.spool import FreedRow, Holder, Kept, NoAccount, NotToTell, QuotaReached, SpoolRow, Standing
+from xmppd.storage import Lease, Storage
 from xmppd.storage.ids import new_id
 from xmppd.storage.sql import User, by_host, insert_new, read_per_user, upsert, write_per_user
 from xmppd.storage.tables import (
+    BARE_BYTES,
     FULL_BYTES,
+    PART_BYTES,
     Stamp,
     Utf8,
     fixed_bytes,
@@ -58,9 +83,14 @@ if TYPE_CHECKING:
     from xmppd.spool import Spool
 
 __all__ = [
+    "BARE_BYTES",
     "FULL_BYTES",
     "NO_REPLY",
+    "PART_BYTES",
+    "PROFILES",
     "SAFE",
+    "XML_LANG",
+    "About",
     "Access",
     "AccessRules",
     "Answer",
@@ -74,21 +104,28 @@ __all__ = [
     "Duration",
     "Event",
     "FileSink",
+    "FreedRow",
     "Holder",
     "HttpSink",
     "HttpTarget",
     "IqRequest",
+    "Kept",
     "KeptMessage",
+    "Lease",
     "List",
     "Module",
     "NoAccount",
     "NoReply",
     "Nodes",
+    "NotToTell",
     "OptionalRate",
     "Outbox",
     "Outcome",
     "Owner",
     "Pending",
+    "Posted",
+    "PostedMessage",
+    "Profile",
     "QuotaReached",
     "Rate",
     "Rescode",
@@ -113,26 +150,33 @@ __all__ = [
     "conversation",
     "fixed_bytes",
     "from_node",
+    "has_text",
+    "hidden",
     "hook",
     "host_column",
     "insert_new",
     "integer",
     "iq",
+    "json_object",
     "key_hash",
     "lasting",
     "long_bytes",
     "long_text",
     "module_table",
     "new_id",
+    "posted",
     "read_per_user",
     "repetition",
     "several",
     "sized",
     "string",
+    "text_of",
+    "timestamp",
     "ulid",
     "upsert",
     "user_column",
     "write_per_user",
+    "wrong_with",
 ]
 
 C = TypeVar("C")
