@@ -105,7 +105,7 @@ class OfflineReceipt(Module[Config]):
         if config.from_ not in ("bare", "full"):
             prefix = config.from_.removeprefix("prefix:")
             try:
-                good = prefix != config.from_ and make("", f"{prefix}example.net").domain.endswith("example.net")
+                good = prefix not in ("", config.from_) and make("", f"{prefix}example.net").domain.endswith("example.net")
             except JidError:
                 good = False
             if not good:

@@ -1,15 +1,26 @@
 """offline_receipt: who is answered by the server and when, what became of messages, and what web servers are told."""
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from lxml import etree
 
-from tests.modules.world import HOST, Client, World, message
+from modules.offline_receipt import states
+from tests.harness.sink import WebSink
+from tests.modules.world import HOST, Client, World, condition, message
+from xmppd.c2s.managed import Managed
+from xmppd.c2s.spooling import Spooling
+from xmppd.errors import CommandError, ConfigError
+from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza
+from xmppd.spool import Holder
 
 JULIET, ROMEO = f"juliet@{HOST}", f"romeo@{HOST}"
 RECEIPTS = "urn:xmpp:receipts"
+DELIVERY = "urn:xmppd:delivery:0"
+DISCO_ITEMS = "<query xmlns='http://jabber.org/protocol/disco#items' node='http://jabber.org/protocol/offline'/>"
 REQUEST = f"<request xmlns='{RECEIPTS}'/>"
 
 
@@ -57,3 +68,522 @@ async def test_or_01_a_stored_message_is_answered_after_its_commit(any_world):
     }
     assert len(await world.rows()) == 1
     assert await state(world) == "stored-offline"
+
+
+async def test_or_03_who_is_there_answers_for_themselves(world):
+    """OR-03"""
+    romeo = await ready(world)
+    juliet = await world.online("juliet")
+
+    await romeo.send(ask())
+    assert juliet.bodies == ["O, speak again"]
+    await juliet.send(message(f"{ROMEO}/orchard", None, "r1", f"<received xmlns='{RECEIPTS}' id='m1'/>"))
+
+    assert received_ids(romeo) == ["m1"]
+    assert receipts(romeo)[0].from_.full == f"{JULIET}/balcony"
+    assert await state(world) == "delivered"
+
+
+async def test_or_04_a_negative_priority_is_absence(world):
+    """OR-04"""
+    romeo = await ready(world)
+    juliet = await world.online("juliet", priority=-1)
+
+    await world.stored(await romeo.send(ask()))
+
+    await world.until(lambda: received_ids(romeo) == ["m1"])
+    assert juliet.bodies == []
+
+
+def manage(world: World, client: Client, seconds: float) -> None:
+    """Stream management: the session waits so long for a stream that is lost."""
+    spooling = Spooling(world.spool, world.hooks, world.owner, reroute=world.manager.reroute)
+    client.session.parts = replace(client.session.parts, spooling=spooling)
+    client.session.managed = Managed(client.session)
+    client.session.managed.max = seconds
+
+
+async def held(world: World, name: str = "juliet") -> list[bool]:
+    return [holder is not None for holder, _ in await world.rows(name)]
+
+
+async def stored_for_the_session(world: World, count: int = 1) -> None:
+    async def there() -> bool:
+        return await held(world) == [True] * count
+
+    await world.until_true(there)
+
+
+async def test_or_05_a_stream_that_may_be_resumed_is_waited_for(any_world):
+    """OR-05"""
+    world = any_world
+    romeo = await ready(world)
+    juliet = await world.online("juliet")
+    manage(world, juliet, 300)
+    juliet.session.lost(clean=False, resumable=True)
+
+    await world.stored(await romeo.send(ask()))  # safe, as it is in the database
+    await stored_for_the_session(world)
+    await world.loader._loaded["offline_receipt"].instance._states.flush()
+    assert receipts(romeo) == []
+    assert await state(world) == "accepted"
+    juliet.session.close(clean=False)  # its time is over
+
+    await world.until(lambda: receipts(romeo))
+    assert received_ids(romeo) == ["m1"]
+    assert await held(world) == [False]
+    assert await state(world) == "stored-offline"
+    await world.command("get_offline_count", "juliet", HOST)
+
+
+async def test_what_a_session_leaves_to_another_one_is_not_answered_by_the_server(world):
+    romeo = await ready(world)
+    juliet = await world.online("juliet", "balcony", 5)
+    manage(world, juliet, 300)
+    await romeo.send(ask())  # written, and never acknowledged
+    await stored_for_the_session(world)
+    chamber = await world.online("juliet", "chamber")
+
+    juliet.session.close(clean=False)
+
+    await world.until(lambda: chamber.bodies)
+    await world.until_true(lambda: is_empty(world))
+    assert receipts(romeo) == []
+
+
+async def is_empty(world: World) -> bool:
+    world.sweep()
+    return not await world.rows()
+
+
+async def test_what_a_dead_node_held_is_answered_by_who_takes_it_over(any_world):
+    world = any_world
+    romeo = await ready(world)
+    dead = Holder(b"d" * 16, 1, "s")
+    stanza = Stanza.from_bytes(ask().replace("<message ", f"<message from='{ROMEO}/orchard' ").encode())
+    await world.spool.keep(HOST, "juliet", ROMEO, stanza.xml, dedup=None, quota=None, holder=dead)
+
+    await world.spool.free_stale(b"d" * 16, 2)
+    world.spool.taken_over += 1  # as take_over does
+
+    await world.until(lambda: receipts(romeo))
+    assert received_ids(romeo) == ["m1"]
+    assert await state(world) == "stored-offline"
+
+
+NOT_ANSWERED = {
+    "one blank": ask(" "),
+    "no id": ask(None),
+    "error": ask(inner=REQUEST + "<error type='cancel'><gone xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></error>",
+                 type="error"),
+    "no-store": ask(inner=REQUEST + "<no-store xmlns='urn:xmpp:hints'/>"),
+    "store and no-permanent-store": ask(
+        inner=REQUEST + "<store xmlns='urn:xmpp:hints'/><no-permanent-store xmlns='urn:xmpp:hints'/>"
+    ),
+    "no request": ask(inner=""),
+    "a receipt itself": ask(inner=REQUEST + f"<received xmlns='{RECEIPTS}' id='x'/>"),
+    "request of another namespace": ask(inner="<request xmlns='urn:other'/><x xmlns='urn:xmpp:receipts'/>"),
+    "carbon": ask(inner=REQUEST + "<received xmlns='urn:xmpp:carbons:2'/>"),
+    "forwarded copy": ask(inner=REQUEST + "<forwarded xmlns='urn:xmpp:forward:0'/>"),
+    "replay": ask(inner=REQUEST + f"<delay xmlns='urn:xmpp:delay' from='{HOST}'>Offline Storage</delay>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_ANSWERED)
+async def test_or_06_what_is_not_answered(world, kind):
+    """OR-06"""
+    romeo = await ready(world, style=["received", "marked", "p1", "xep0022"])
+
+    outcome = await romeo.send(NOT_ANSWERED[kind].replace(f"to='{JULIET}'", f"to='{JULIET}/x'", 1))
+    await world.settled(outcome)
+    await world.stored(await romeo.send(ask("last")))  # which comes behind
+
+    await world.until(lambda: "last" in received_ids(romeo))
+    assert set(received_ids(romeo)) == {"last"}
+    assert len(receipts(romeo)) == 4
+
+
+async def test_or_07_a_message_that_is_sent_again_is_answered_again(any_world):
+    """OR-07"""
+    world = any_world
+    async with WebSink() as sink:
+        await world.outbox.start()
+        romeo = await ready(world, http={"url": sink.url})
+
+        for _ in range(3):
+            await world.stored(await romeo.send(ask()))
+
+        await world.until(lambda: len(receipts(romeo)) == 3)
+        assert received_ids(romeo) == ["m1"] * 3
+        assert len(await world.rows()) == 1
+        await world.stored(await romeo.send(ask("m2", "another")))
+        posts = await sink.wait(2)
+        assert [json.loads(post.body)["stanza_id"] for post in posts] == ["m1", "m2"]
+
+
+async def test_or_11_what_was_stored_is_delivered_when_its_client_has_it(any_world):
+    """OR-11"""
+    world = any_world
+    romeo = await ready(world)
+    await world.stored(await romeo.send(ask()))
+    await world.until(lambda: receipts(romeo))
+    romeo.received.clear()
+
+    juliet = world.login("juliet")
+    manage(world, juliet, 300)
+    await juliet.available()
+    await world.until(lambda: juliet.bodies)
+    assert await state(world) == "sent"
+    juliet.session.managed.acknowledged(len(juliet.session.managed.outbound))
+    assert await state(world) == "delivered"
+    await juliet.send(message(f"{ROMEO}/orchard", None, "r1", f"<received xmlns='{RECEIPTS}' id='m1'/>"))
+
+    assert received_ids(romeo) == ["m1"]
+    assert receipts(romeo)[0].from_.full == f"{JULIET}/balcony"
+    times = await world.command("message_state", ROMEO, JULIET, "m1")
+    assert times[0] == "delivered"
+    assert all(times[3:8])  # accepted, stored, sent, acknowledged, received
+    await juliet.send(message(ROMEO, None, "r2", "<displayed xmlns='urn:xmpp:chat-markers:0' id='m1'/>"))
+    assert await state(world) == "displayed"
+
+
+async def test_or_12_a_refused_message_is_bounced(any_world):
+    """OR-12"""
+    world = any_world
+    await world.load(offline={"max_messages": 1}, offline_receipt={})
+    await world.account("romeo", "juliet")
+    romeo = await world.online("romeo", "orchard")
+    await world.stored(await romeo.send(ask("first")))
+
+    await world.settled(await romeo.send(ask("m1")))
+
+    (error,) = await world.found(lambda: [stanza for stanza in romeo.received if stanza.type == "error"])
+    assert condition(error) == "resource-constraint"
+    assert received_ids(romeo) == ["first"]
+    assert (await world.command("message_state", ROMEO, JULIET, "m1"))[::2][:2] == ("bounced", "resource-constraint")
+
+
+# -- how, and to whom
+
+
+STYLES = {
+    "p1": {f"{{{RECEIPTS}}}offline": {"server": HOST, "id": "m1"}},
+    "xep0022": {"{jabber:x:event}x": {}},
+    "received": {f"{{{RECEIPTS}}}received": {"id": "m1"}},
+    "marked": {f"{{{RECEIPTS}}}received": {"id": "m1"}, "{urn:xmppd:delivery:0}state": {"value": "stored-offline"}},
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+async def test_each_style_has_its_own_words(world, style):
+    romeo = await ready(world, style=style)
+
+    await world.stored(await romeo.send(ask()))
+    await world.stored(await romeo.send(ask("m2")))
+
+    expected = STYLES[style]
+    if expected is None:
+        assert receipts(romeo) == []
+        return
+    first = receipts(romeo)[0]
+    found = {child.tag: dict(child.attrib) for child in first.children if "hints" not in child.tag}
+    if style == "marked":
+        assert found["{urn:xmppd:delivery:0}state"].pop("stamp").endswith("Z")
+    if style == "xep0022":
+        assert b"<offline/><id>m1</id>" in first.xml
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("from_", "to", "sender"),
+    [
+        ("bare", f"{JULIET}/balcony", JULIET),
+        ("full", f"{JULIET}/balcony", f"{JULIET}/balcony"),
+        ("full", JULIET, JULIET),
+        ("prefix:ack.", f"{JULIET}/balcony", f"juliet@ack.{HOST}/balcony"),
+    ],
+)
+async def test_a_receipt_comes_from_where_it_is_asked_to(world, from_, to, sender):
+    romeo = await ready(world, **{"from": from_})
+
+    await world.stored(await romeo.send(ask().replace(JULIET, to)))
+
+    assert [receipt.from_.full for receipt in receipts(romeo)] == [sender]
+
+
+@pytest.mark.parametrize(
+    "options", [{"from": "prefix:"}, {"from": "sideways"}, {"from": "prefix:no such host "}, {"style": ["none", "p1"]}]
+)
+async def test_options_that_cannot_be_are_named(world, options):
+    with pytest.raises(ConfigError, match="offline_receipt"):
+        await world.load(offline={}, offline_receipt=options)
+
+
+async def test_only_types_that_are_listed_are_answered(world):
+    romeo = await ready(world, types="normal")
+
+    await world.stored(await romeo.send(ask("m1")))
+    await world.stored(await romeo.send(ask("m2", type="normal")))
+
+    assert received_ids(romeo) == ["m2"]
+    assert receipts(romeo)[0].type == "normal"
+
+
+async def test_strangers_are_not_told_who_is_absent_where_that_is_said(world):
+    romeo = await ready(world, who="presence_subscribed")
+    await world.account("nurse")
+    nurse = await world.online("nurse")
+    world.rosters.let_see(JULIET, f"nurse@{HOST}")
+
+    await world.stored(await romeo.send(ask()))
+    await world.stored(await nurse.send(ask()))
+
+    await world.until(lambda: receipts(nurse))
+    assert receipts(romeo) == []
+    assert (await state(world), await state(world, from_=f"nurse@{HOST}")) == ("stored-offline", "stored-offline")
+
+
+async def test_whoever_asks_is_told_that_the_server_has_a_message(world):
+    romeo = await ready(world, when=["accepted"], style=["p1", "marked"])
+    juliet = await world.online("juliet")
+
+    outcome = await romeo.send(ask())
+    assert receipts(romeo) == []
+    world.sweep()  # her machine has it
+
+    await world.stored(outcome)
+    p1, marked = receipts(romeo)
+    assert p1.child(RECEIPTS, "on-sender-server").get("id") == "m1"
+    assert marked.child("urn:xmppd:delivery:0", "state").get("value") == "accepted"
+    assert juliet.bodies == ["O, speak again"]
+
+
+async def test_a_bounced_message_is_answered_where_that_is_asked_for(world):
+    await world.load(offline={"max_messages": 0}, offline_receipt={"when": ["stored", "bounced"], "style": "marked"})
+    await world.account("romeo", "juliet")
+    romeo = await world.online("romeo", "orchard")
+
+    await world.settled(await romeo.send(ask()))
+
+    (receipt,) = await world.found(lambda: receipts(romeo))
+    marked = receipt.child("urn:xmppd:delivery:0", "state")
+    assert (marked.get("value"), marked.get("reason")) == ("bounced", "resource-constraint")
+    assert sum(stanza.type == "error" for stanza in romeo.received) == 1
+
+
+async def test_a_receipt_for_somebody_who_has_gone_goes_nowhere(world, monkeypatch):
+    monkeypatch.setattr("modules.offline_receipt._NOT_SEEN", (0.001, 0.001))
+    romeo = await ready(world)
+    other = await world.online("romeo", "elsewhere")
+
+    outcome = await romeo.send(ask())
+    romeo.lose()
+    await world.stored(outcome)
+    await world.until(lambda: not any(task.get_name() == "receipt" for task in world.tasks))
+
+    assert receipts(other) == []
+    assert await world.rows("romeo") == []
+
+
+async def test_a_receipt_is_never_stored(world):
+    """It was on its way when its session ended."""
+    await ready(world, style=["received", "p1", "xep0022", "marked"])
+    nurse = await world.online("juliet")
+    for inner in (
+        f"<offline xmlns='{RECEIPTS}' server='{HOST}' id='m1'/>",
+        "<x xmlns='jabber:x:event'><offline/><id>m1</id></x>",
+        f"<received xmlns='{RECEIPTS}' id='m1'/><state xmlns='urn:xmppd:delivery:0' value='stored-offline'/>",
+    ):
+        hints = "<no-store xmlns='urn:xmpp:hints'/><no-copy xmlns='urn:xmpp:hints'/>"
+        await world.account(f"gone{len(inner)}")
+        await world.settled(await nurse.send(message(f"gone{len(inner)}@{HOST}/x", None, "r", inner + hints)))
+        assert await world.rows(f"gone{len(inner)}") == []
+    assert [stanza.type for stanza in nurse.received if stanza.kind == "message"] == []
+
+
+# -- states
+
+
+async def test_users_ask_what_became_of_their_own_messages(any_world):
+    world = any_world
+    romeo = await ready(world)
+    for id in ("m1", "m2"):
+        await world.stored(await romeo.send(ask(id)))
+    asked = "".join(f"<message to='{JULIET}' id='{id}'/>" for id in ("m2", "unknown", "m1"))
+
+    answer = await romeo.query("get", f"<query xmlns='{DELIVERY}'>{asked}</query>")
+
+    assert [(item.get("id"), item.get("to"), item.get("state")) for item in answer] == [
+        ("m2", JULIET, "stored-offline"),
+        ("m1", JULIET, "stored-offline"),
+    ]
+    assert [etree.QName(time).localname for time in answer[0]] == ["accepted", "stored-offline"]
+    everything = await romeo.query("get", f"<query xmlns='{DELIVERY}' since='2020-01-01T00:00:00Z'/>")
+    assert sorted(item.get("id") for item in everything) == ["m1", "m2"]
+    later = await romeo.query("get", f"<query xmlns='{DELIVERY}' since='2199-01-01T00:00:00Z'/>")
+    assert len(later) == 0
+
+
+@pytest.mark.parametrize(
+    ("inner", "to", "refusal"),
+    [
+        (f"<query xmlns='{DELIVERY}' since='2020-01-01T00:00:00Z'/>", JULIET, "forbidden"),
+        (f"<query xmlns='{DELIVERY}'/>", None, "bad-request"),
+        (f"<query xmlns='{DELIVERY}' since='yesterday'/>", None, "bad-request"),
+        (f"<query xmlns='{DELIVERY}' since='2020-01-01T00:00:00'/>", None, "bad-request"),
+        (f"<query xmlns='{DELIVERY}'><message to='{JULIET}' id=' '/></query>", None, "bad-request"),
+        (f"<query xmlns='{DELIVERY}'><message to='@' id='a'/></query>", None, "jid-malformed"),
+        (
+            f"<query xmlns='{DELIVERY}'>" + f"<message to='{JULIET}' id='a'/>" * 101 + "</query>",
+            None,
+            "policy-violation",
+        ),
+    ],
+)
+async def test_questions_that_are_refused(world, inner, to, refusal):
+    romeo = await ready(world)
+
+    assert await romeo.refusal("get", inner, to) == refusal
+
+
+async def test_a_message_without_a_request_is_followed_from_its_storing_on(world):
+    romeo = await ready(world)
+    await world.stored(await romeo.send(ask("m1", inner="")))
+    assert await state(world) == "stored-offline"
+    juliet = await world.online("juliet")
+    assert await state(world) == "sent"
+
+    await romeo.send(ask("m2", inner=""))  # she is there
+
+    assert len(juliet.bodies) == 2
+    with pytest.raises(CommandError, match="nothing is known"):
+        await state(world, "m2")
+
+
+async def test_what_comes_back_from_a_dead_connection_is_stored_again_and_not_answered_again(world):
+    romeo = await ready(world)
+    await world.stored(await romeo.send(ask()))
+    juliet = await world.online("juliet")
+    assert await state(world) == "sent"
+    juliet.stalled = True
+    juliet.lose()
+
+    async def free_again() -> bool:
+        return await held(world) == [False]
+
+    await world.until_true(free_again)
+    assert received_ids(romeo) == ["m1"]
+
+
+async def test_a_message_that_expires_is_so(world):
+    romeo = await ready(world)
+    await world.stored(await romeo.send(ask(inner=REQUEST + "<x xmlns='jabber:x:expire' seconds='60'/>")))
+    assert await state(world) == "stored-offline"
+
+    world.advanced = 61.0
+
+    assert await state(world) == "expired"
+
+
+async def test_what_its_recipient_removes_is_removed(any_world):
+    world = any_world
+    romeo = await ready(world)
+    await world.load(disco={})
+    for id in ("m1", "m2", "m3"):
+        await world.stored(await romeo.send(ask(id)))
+    juliet = world.login("juliet")
+    items = (await juliet.query("get", DISCO_ITEMS)).findall("{*}item")
+    space = "http://jabber.org/protocol/offline"
+
+    first = f"<offline xmlns='{space}'><item action='remove' node='{items[0].get('node')}'/></offline>"
+    await juliet.ask("set", first)
+    assert [await state(world, id) for id in ("m1", "m2", "m3")] == ["removed", "stored-offline", "stored-offline"]
+    await juliet.ask("set", f"<offline xmlns='{space}'><purge/></offline>")
+
+    assert [await state(world, id) for id in ("m1", "m2", "m3")] == ["removed"] * 3
+
+
+async def test_the_messages_of_a_removed_account_are_forgotten(any_world):
+    world = any_world
+    romeo = await ready(world)
+    await world.stored(await romeo.send(ask()))
+
+    await world.accountant.remove(HOST, "romeo")
+
+    with pytest.raises(CommandError, match="nothing is known"):
+        await state(world)
+
+
+async def test_old_states_are_deleted_a_few_at_a_time(any_world):
+    world = any_world
+    romeo = await ready(world)
+    for number in range(3):
+        await world.stored(await romeo.send(ask(f"m{number}")))
+    module = world.loader._loaded["offline_receipt"].instance
+    await module._states.flush()
+
+    assert await module.delete_older(world.clock() - 60, 2) == 0
+    assert [await module.delete_older(world.clock() + 60, 2) for _ in range(3)] == [2, 1, 0]
+
+
+async def test_nothing_is_written_where_states_are_not_kept(world):
+    romeo = await ready(world, track=False)
+
+    await world.stored(await romeo.send(ask()))
+
+    assert received_ids(romeo) == ["m1"]
+    with pytest.raises(CommandError, match="track is false"):
+        await state(world)
+    assert await romeo.refusal("get", f"<query xmlns='{DELIVERY}' since='2020-01-01T00:00:00Z'/>") == (
+        "feature-not-implemented"
+    )
+
+
+async def test_an_endless_id_is_not_kept_track_of_and_answered_all_the_same(any_world):
+    world = any_world
+    romeo = await ready(world)
+    id = "ö" * 600
+
+    await world.stored(await romeo.send(ask(id)))
+
+    assert received_ids(romeo) == [id]
+
+
+async def test_states_wait_for_a_database_that_is_away_and_are_bounded(world, monkeypatch, caplog):
+    monkeypatch.setattr(states, "ROOM", 2)
+    await ready(world)
+    kept = world.loader._loaded["offline_receipt"].instance._states
+    keys = [states.key_of(parse(ROMEO), parse(JULIET), f"m{number}") for number in range(4)]
+
+    for key in keys:
+        kept.note(key, accepted_at=1.0)
+
+    assert kept.lost == 2
+    assert "delivery states lost" in caplog.text
+    await kept.flush()
+    assert {found.id for found in await kept.find(keys)} == {"m0", "m1"}
+
+
+async def test_a_change_that_comes_late_or_twice_makes_no_difference(any_world):
+    world = any_world
+    await ready(world)
+    kept = world.loader._loaded["offline_receipt"].instance._states
+    key = states.key_of(parse(ROMEO), parse(JULIET), "m1")
+    for times in ({"sent_at": 20.0}, {"stored_at": 10.0}, {"sent_at": 15.0}, {"accepted_at": 9.0}, {"stored_at": 10.0}):
+        kept.note(key, **times)
+        await kept.flush()
+
+    (found,) = await kept.find([key])
+
+    assert (found.state, found.at) == ("sent", 20.0)
+    assert found.times == {"accepted_at": 9.0, "stored_at": 10.0, "sent_at": 20.0}
+
+
+async def test_a_url_that_is_none_stops_the_hook_alone(world, caplog):
+    romeo = await ready(world, http={"url": "loaclhost"})
+
+    await world.stored(await romeo.send(ask()))
+
+    assert received_ids(romeo) == ["m1"]
+    assert "option=modules.offline_receipt.http.url" in caplog.text
