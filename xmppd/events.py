@@ -213,6 +213,13 @@ class MessagesFreed:
 
 
 @dataclass(frozen=True, slots=True)
+class MessagesTakenOver:
+    """What a node had held that has died is offline messages now, which is committed; on the node that did it."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class MessagesRemoved:
     """A user has removed offline messages without being sent them; on the node of the request. Handlers are plain
     functions."""

@@ -15,6 +15,7 @@ from xmppd.events import (
     MessageSent,
     MessagesFreed,
     MessagesRemoved,
+    MessagesTakenOver,
     MessageStored,
     MessageStoring,
     MessageUndeliverable,
@@ -90,11 +91,13 @@ class OfflineReceipt(Module[Config]):
         self._states = States(self.storage, self.log, self.clock)
         self._web: Web | None = None
         self._late = 0
+        self._timer: asyncio.TimerHandle | None = None
         self._freed = Freed(
             self.spool,
             self.log,
             self.clock,
             self.server.started_at,
+            self.spawn,
             is_available=self.sessions.is_available,
             rows=self._rows,
             told=lambda user, message: self._answer(message, user, "stored"),
@@ -105,7 +108,7 @@ class OfflineReceipt(Module[Config]):
         if config.from_ not in ("bare", "full"):
             prefix = config.from_.removeprefix("prefix:")
             try:
-                good = prefix not in ("", config.from_) and make("", f"{prefix}example.net").domain.endswith("example.net")
+                good = prefix not in ("", config.from_) and bool(make("", f"{prefix}example.net"))
             except JidError:
                 good = False
             if not good:
@@ -122,12 +125,15 @@ class OfflineReceipt(Module[Config]):
             self.switch(MessageSent, True)
             self.switch(MessagesAcknowledged, True)
             self.switch(MessagesRemoved, True)
-            self.spawn(self._housekeep(), name="old delivery states")
+            self._housekeep_later()
         if "accepted" in self._when:
             self.switch(MessageAccepted, True)
-        self.spawn(self._freed.run(), name="messages that became offline messages")
+        self._freed.look()  # at what earlier runs of this node had held
 
     async def stop(self) -> None:
+        self._freed.stop()
+        if self._timer is not None:
+            self._timer.cancel()
         if self.config.track:
             await self._states.close()
         if self._web is not None:
@@ -142,6 +148,10 @@ class OfflineReceipt(Module[Config]):
 
     @hook(MessagesFreed)
     def freed(self, event: MessagesFreed) -> None:
+        self._freed.look()
+
+    @hook(MessagesTakenOver)
+    def taken_over(self, event: MessagesTakenOver) -> None:
         self._freed.look()
 
     @hook(NodeDown)
@@ -313,18 +323,23 @@ class OfflineReceipt(Module[Config]):
         """Delete states to which nothing has happened since that time, at most `limit`; how many they were."""
         return await self._states.delete_older(before, limit)
 
+    def _housekeep_later(self) -> None:
+        wait = _HOUSEKEEPING * random.uniform(0.1, 1.9)
+        self._timer = asyncio.get_running_loop().call_later(wait, self._start_housekeeping)
+
+    def _start_housekeeping(self) -> None:
+        self.spawn(self._housekeep(), name="old delivery states")
+
     async def _housekeep(self) -> None:
         """Old states go in small pieces, by one node of the cluster at a time."""
-        while True:
-            await asyncio.sleep(_HOUSEKEEPING * random.uniform(0.1, 1.9))
-            lease = Lease(self.storage.connect, "delivery states", self.server.node, _LEASE)
-            try:
-                if not await lease.acquire():
-                    continue
+        self._housekeep_later()
+        lease = Lease(self.storage.connect, "delivery states", self.server.node, _LEASE)
+        try:
+            if await lease.acquire():
                 await self._delete_old(lease)
                 await lease.release()
-            except StorageError as exc:
-                self.log.warning("old delivery states not deleted", error=exc)
+        except StorageError as exc:
+            self.log.warning("old delivery states not deleted", error=exc)
 
     async def _delete_old(self, lease: Lease) -> None:
         while await self.delete_older(self.clock() - self.config.retain, PIECE):

@@ -18,13 +18,10 @@ from xmppd.protocol.stanza import Stanza
 _OVERLAP: Final = 60.0  # seconds by which what was freed may show late, or with a clock that is behind
 _PAGE: Final = 200
 _RETRY: Final = 1.0
-_TICK: Final = 1.0
 
 
 class Spool(Protocol):
     """What is needed of the spool."""
-
-    taken_over: int
 
     async def untold(self, since: float, *, after: bytes, limit: int) -> list[FreedRow]: ...
 
@@ -47,6 +44,7 @@ class Freed:
         log: Log,
         clock: Callable[[], float],
         since: float,
+        spawn: Callable[..., object],
         *,
         is_available: Callable[[JID], bool],
         rows: Callable[[JID, Stanza, float | None], Iterable[tuple[str, Any]]],
@@ -59,32 +57,33 @@ class Freed:
         self._is_available = is_available
         self._rows = rows
         self._told = told
-        self._due = asyncio.Event()
-        self._taken_over = spool.taken_over
+        self._spawn = spawn
+        self._due = False
+        self._looks = False
+        self._stopped = False
 
     def look(self) -> None:
-        """Something has become free."""
-        self._due.set()
+        """Something has become free, or may have: a look follows, in a task of its own."""
+        self._due = True
+        if not self._looks and not self._stopped:
+            self._looks = True
+            self._spawn(self._run(), name="messages that became offline messages")
 
-    async def run(self) -> None:
-        """Until it is cancelled."""
-        self.look()  # what earlier runs of this node had held
-        while True:
-            try:
-                async with asyncio.timeout(_TICK):
-                    await self._due.wait()
-            except TimeoutError:
-                pass
-            if self._taken_over == self._spool.taken_over and not self._due.is_set():
-                continue
-            self._due.clear()
-            self._taken_over = self._spool.taken_over
-            try:
-                await self._look()
-            except StorageError as exc:
-                self._log.warning("offline messages are told of later", error=exc)
-                await asyncio.sleep(_RETRY)
-                self._due.set()
+    def stop(self) -> None:
+        self._stopped = True
+
+    async def _run(self) -> None:
+        try:
+            while self._due:
+                self._due = False
+                try:
+                    await self._look()
+                except StorageError as exc:
+                    self._log.warning("offline messages are told of later", error=exc)
+                    await asyncio.sleep(_RETRY)
+                    self._due = True
+        finally:
+            self._looks = False
 
     async def _look(self) -> None:
         began, after = self._clock(), b""

@@ -1,5 +1,6 @@
 """offline_receipt: who is answered by the server and when, what became of messages, and what web servers are told."""
 
+import asyncio
 import json
 from dataclasses import replace
 from typing import Any
@@ -8,11 +9,13 @@ import pytest
 from lxml import etree
 
 from modules.offline_receipt import states
+from tests.databases import opened
 from tests.harness.sink import WebSink
 from tests.modules.world import HOST, Client, World, condition, message
 from xmppd.c2s.managed import Managed
 from xmppd.c2s.spooling import Spooling
 from xmppd.errors import CommandError, ConfigError
+from xmppd.events import MessagesTakenOver
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza
 from xmppd.spool import Holder
@@ -68,6 +71,58 @@ async def test_or_01_a_stored_message_is_answered_after_its_commit(any_world):
     }
     assert len(await world.rows()) == 1
     assert await state(world) == "stored-offline"
+
+
+@pytest.fixture
+async def remote(mariadb_server, databases, tmp_path):
+    """A world on a MariaDB that may be stopped."""
+    url = await databases.migrated("mariadb", tmp_path)
+    async with opened(url, tmp_path) as storage, World(storage) as world:
+        yield world
+    databases.drop(url)
+
+
+@pytest.mark.mariadb
+async def test_or_02_there_is_no_receipt_before_the_database_is_back(remote, mariadb_server):
+    """OR-02: the message waits, and the receipt follows."""
+    romeo = await ready(remote)
+    await remote.stored(await romeo.send(ask("m0", "known to exist")))
+    romeo.received.clear()
+    await asyncio.to_thread(mariadb_server.stop)
+
+    outcome = await romeo.send(ask())
+    await remote.until(lambda: remote.storage.batcher.away)
+    assert receipts(romeo) == []
+    await asyncio.to_thread(mariadb_server.start)
+
+    await remote.stored(outcome)
+    assert received_ids(romeo) == ["m1"]
+    assert len(await remote.rows()) == 2
+    assert await state(remote) == "stored-offline"
+
+
+@pytest.mark.mariadb
+async def test_or_02_what_cannot_wait_any_longer_is_refused_for_now(remote, mariadb_server):
+    """OR-02: no receipt, and an error of type `wait`."""
+    romeo = await ready(remote)
+    await remote.stored(await romeo.send(ask("m0", "known to exist")))
+    romeo.received.clear()
+    remote.storage.batcher._deadline = 0.3
+    await asyncio.to_thread(mariadb_server.stop)
+
+    await remote.settled(await romeo.send(ask()))
+
+    (error,) = [stanza for stanza in romeo.received if stanza.type == "error"]
+    assert error.element.find("{jabber:client}error").get("type") == "wait"
+    assert receipts(romeo) == []
+    remote.storage.batcher._deadline = 30.0
+    await asyncio.to_thread(mariadb_server.start)
+
+    async def known() -> bool:
+        return await state(remote) == "bounced"
+
+    await remote.until_true(known)  # what was noted meanwhile is written now
+    assert len(await remote.rows()) == 1
 
 
 async def test_or_03_who_is_there_answers_for_themselves(world):
@@ -164,7 +219,7 @@ async def test_what_a_dead_node_held_is_answered_by_who_takes_it_over(any_world)
     await world.spool.keep(HOST, "juliet", ROMEO, stanza.xml, dedup=None, quota=None, holder=dead)
 
     await world.spool.free_stale(b"d" * 16, 2)
-    world.spool.taken_over += 1  # as take_over does
+    await world.tell(MessagesTakenOver(1))
 
     await world.until(lambda: receipts(romeo))
     assert received_ids(romeo) == ["m1"]
