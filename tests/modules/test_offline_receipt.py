@@ -4,6 +4,7 @@ import asyncio
 import json
 from dataclasses import replace
 from typing import Any
+from urllib.parse import parse_qsl
 
 import pytest
 from lxml import etree
@@ -642,3 +643,66 @@ async def test_a_url_that_is_none_stops_the_hook_alone(world, caplog):
 
     assert received_ids(romeo) == ["m1"]
     assert "option=modules.offline_receipt.http.url" in caplog.text
+
+
+# -- for web servers
+
+
+@pytest.mark.parametrize("profile", ["json", "codepond", "rbt"])
+async def test_or_10_a_web_server_gets_what_it_knows(world, profile):
+    """OR-10"""
+    async with WebSink() as sink:
+        await world.outbox.start()
+        hook = {"url": sink.url, "token": "t0ken", "headers": [["X-Site", "verona"]]}
+        romeo = await ready(world, http=hook, http_profile=profile)
+
+        await world.stored(await romeo.send(ask("m1", "a=1 & b=2").replace("& b", "&amp; b")))
+
+        (post,) = await sink.wait(1)
+        assert post["X-Site"] == "verona"
+        assert post["Authorization"] == ("Bearer t0ken" if profile == "json" else "t0ken")
+        if profile == "json":
+            assert json.loads(post.body)["body"] == {"": "a=1 & b=2"}
+            return
+        assert post["Content-Type"] == "application/x-www-form-urlencoded"
+        said = dict(parse_qsl(post.body.decode()))
+        assert (said["from"], said["to"], said["body"]) == ("romeo", "juliet", "a=1 & b=2")
+        assert said["messageId" if profile == "codepond" else "message_id"] == "m1"
+
+
+async def test_a_web_server_hears_only_of_what_is_stored(world):
+    async with WebSink() as sink:
+        await world.outbox.start()
+        await world.load(offline={"max_messages": 1}, offline_receipt={"http": {"url": sink.url}})
+        await world.account("romeo", "juliet")
+        romeo = await world.online("romeo", "orchard")
+        await world.online("romeo", "elsewhere")
+
+        await romeo.send(message(f"{ROMEO}/elsewhere", "to somebody who is there", "m0", REQUEST))
+        await world.settled(await romeo.send(ask("m1", None, "<subject>no text</subject>")))
+        await world.settled(await romeo.send(ask("m2")))  # past the quota
+        await (await world.online("juliet")).send("<presence type='unavailable'/>")
+        await world.until_true(lambda: is_empty(world))
+        await world.stored(await romeo.send(ask("m3", inner="")))
+
+        (post,) = await sink.wait(1)
+        assert json.loads(post.body)["stanza_id"] == "m3"
+
+
+async def test_what_a_session_leaves_is_told_to_a_web_server_once(world):
+    async with WebSink() as sink:
+        await world.outbox.start()
+        romeo = await ready(world, http={"url": sink.url})
+        juliet = await world.online("juliet")
+        manage(world, juliet, 300)
+        await romeo.send(ask())
+        await stored_for_the_session(world)
+        assert sink.posts == []
+
+        juliet.session.close(clean=False)
+        await sink.wait(1)
+        await world.stored(await romeo.send(ask()))  # once more
+        await world.stored(await romeo.send(ask("m2")))
+
+        posts = await sink.wait(2)
+        assert [json.loads(post.body)["stanza_id"] for post in posts] == ["m1", "m2"]
