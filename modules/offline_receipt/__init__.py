@@ -96,7 +96,7 @@ class OfflineReceipt(Module[Config]):
             self.spool,
             self.log,
             self.clock,
-            self.server.started_at,
+            self.clock(),
             self.spawn,
             is_available=self.sessions.is_available,
             rows=self._rows,

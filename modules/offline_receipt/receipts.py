@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Final, Literal
 from xml.sax.saxutils import escape
 
-from lxml.etree import QName
+from lxml.etree import QName, _Element
 
 from xmppd.errors import JidError
 from xmppd.protocol import ns
@@ -19,7 +19,7 @@ _NO_STORE: Final = ("no-store", "no-storage", "no-permanent-store")
 _HINTS: Final = f'<no-store xmlns="{ns.HINTS}"/><no-copy xmlns="{ns.HINTS}"/>'
 _STATES: Final[dict[When, str]] = {"stored": "stored-offline", "accepted": "accepted", "bounced": "bounced"}
 _P1: Final[dict[When, str]] = {"stored": "offline", "accepted": "on-sender-server"}
-_RECEIPT_SPACES: Final = frozenset({ns.RECEIPTS, ns.DELIVERY, ns.HINTS, ns.MESSAGE_EVENTS})
+_WORDS: Final = frozenset({ns.RECEIPTS, ns.DELIVERY})
 
 
 def may_ask(stanza: Stanza) -> bool:
@@ -59,9 +59,14 @@ def names(message: Stanza, namespace: str, name: str) -> str:
 
 def is_receipt_of_ours(message: Stanza) -> bool:
     """Whether it looks like what `receipt` makes: nothing that anybody would miss."""
-    return message.child(ns.HINTS, "no-store") is not None and all(
-        QName(child).namespace in _RECEIPT_SPACES for child in message.children
-    )
+    said = [child for child in message.children if QName(child).namespace != ns.HINTS]
+    return message.child(ns.HINTS, "no-store") is not None and bool(said) and all(map(_is_word, said))
+
+
+def _is_word(element: _Element) -> bool:
+    namespace = QName(element).namespace
+    offline = f"{{{ns.MESSAGE_EVENTS}}}offline"
+    return namespace in _WORDS or (namespace == ns.MESSAGE_EVENTS and element.find(offline) is not None)
 
 
 def receipt(
