@@ -117,10 +117,8 @@ class OfflineReceipt(Module[Config]):
             yield "style: none stands alone"
 
     async def start(self) -> None:
-        if self.config.http is not None:
-            self._web = await Web.opened(self, self.config.http, self.config.http_profile)
         if self.config.track:
-            self._states.open()
+            self._states.open()  # first of all: the hooks are there, and their rows need it
             self.switch(StanzaSending, True)
             self.switch(MessageSent, True)
             self.switch(MessagesAcknowledged, True)
@@ -128,6 +126,8 @@ class OfflineReceipt(Module[Config]):
             self._housekeep_later()
         if "accepted" in self._when:
             self.switch(MessageAccepted, True)
+        if self.config.http is not None:
+            self._web = await Web.opened(self, self.config.http, self.config.http_profile)
         self._freed.look()  # at what earlier runs of this node had held
 
     async def stop(self) -> None:

@@ -15,6 +15,7 @@ from xmppd.protocol.stanza import Stanza, attributes, build
 Style = Literal["received", "p1", "xep0022", "marked", "none"]
 When = Literal["stored", "accepted", "bounced"]
 
+_SPACE: Final = ns.RECEIPTS.encode()
 _NO_STORE: Final = ("no-store", "no-storage", "no-permanent-store")
 _HINTS: Final = f'<no-store xmlns="{ns.HINTS}"/><no-copy xmlns="{ns.HINTS}"/>'
 _STATES: Final[dict[When, str]] = {"stored": "stored-offline", "accepted": "accepted", "bounced": "bounced"}
@@ -24,7 +25,7 @@ _WORDS: Final = frozenset({ns.RECEIPTS, ns.DELIVERY})
 
 def may_ask(stanza: Stanza) -> bool:
     """A quick look: False when the message certainly asks for no receipt."""
-    return ns.RECEIPTS.encode() in stanza.xml
+    return _SPACE in stanza.xml
 
 
 def asks(message: Stanza) -> bool:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 KIND: Final = "delivery states"
 SOON: Final = 0.25  # seconds until changes are written
 PIECE: Final = 500  # of them in one piece
+_CLOSING: Final = 2.0  # seconds
 ROOM: Final = 20_000  # messages with changes that wait for the database; past it changes are lost
 _TIMES: Final = (
     "accepted_at",
@@ -185,7 +186,7 @@ class States:
         self._waiting: dict[Key, Change] = {}
         self._flying: set[asyncio.Future[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._full = False
+        self._full = self._closed = False
         self.lost = 0  # changes for which there was no room
 
     def open(self) -> None:
@@ -193,9 +194,10 @@ class States:
 
     async def close(self) -> None:
         """What waits is written if the database takes it soon."""
-        await self.flush()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._closed = True
+        self._submit_now()
+        if self._flying:
+            await asyncio.wait(self._flying, timeout=_CLOSING)
         self._storage.batcher.undefine(KIND)
 
     # -- writing
@@ -204,7 +206,7 @@ class States:
         """Something has happened; it is written in a moment, with what else happens till then."""
         change = self._waiting.get(key)
         if change is None:
-            if len(self._waiting) >= ROOM:
+            if self._closed or len(self._waiting) >= ROOM:
                 self._lose(1)
                 return
             change = self._waiting[key] = Change(key)
@@ -259,11 +261,14 @@ class States:
 
     async def flush(self) -> None:
         """Return when what this node has noted is written, or could not be."""
+        self._submit_now()
+        if self._flying:
+            await asyncio.wait(self._flying)
+
+    def _submit_now(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._submit()
-        if self._flying:
-            await asyncio.wait(self._flying)
 
     # -- reading
 
