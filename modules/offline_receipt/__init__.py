@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
@@ -184,20 +184,23 @@ class OfflineReceipt(Module[Config]):
 
     def _answer(self, message: Stanza, user: JID, when: When, reason: str = "") -> None:
         sender = message.from_
-        if when not in self._when or sender is None or not answered(message, self._types):
+        if when not in self._when or sender is None:
             return
+        styles = [style for style in self._styles if answered(message, self._types, style)]
         message.forget_element()
+        if not styles:
+            return
         if not (self.config.remote or self._is_ours(sender)):
             return
         if self.config.who == "any" and (self._is_here(sender) or not self._is_ours(sender)):
-            self._send(message, user, when, reason)
+            self._send(message, user, when, reason, styles)
         elif self._late < _LATE:
             self._late += 1
-            self.spawn(self._answer_late(message, user, when, reason), name="receipt")
+            self.spawn(self._answer_late(message, user, when, reason, styles), name="receipt")
         else:
             self.log.warning("receipt not sent", to=sender, reason="too many wait")
 
-    async def _answer_late(self, message: Stanza, user: JID, when: When, reason: str) -> None:
+    async def _answer_late(self, message: Stanza, user: JID, when: When, reason: str, styles: Sequence[Style]) -> None:
         """After a look at the recipient's roster, or when the table shows the session: here it may lag behind."""
         sender = message.from_
         assert sender is not None
@@ -206,7 +209,7 @@ class OfflineReceipt(Module[Config]):
                 return
             for pause in _NOT_SEEN:
                 if self._is_here(sender) or not self._is_ours(sender):
-                    self._send(message, user, when, reason)
+                    self._send(message, user, when, reason, styles)
                     return
                 await asyncio.sleep(pause)
         except StorageError as exc:
@@ -214,8 +217,8 @@ class OfflineReceipt(Module[Config]):
         finally:
             self._late -= 1
 
-    def _send(self, message: Stanza, user: JID, when: When, reason: str) -> None:
-        for style in self._styles:
+    def _send(self, message: Stanza, user: JID, when: When, reason: str, styles: Sequence[Style]) -> None:
+        for style in styles:
             made = receipt(
                 message, user, style, when, from_=self.config.from_, stamp=stamp(self.clock()), reason=reason
             )

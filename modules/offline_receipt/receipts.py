@@ -16,6 +16,8 @@ Style = Literal["received", "p1", "xep0022", "marked", "none"]
 When = Literal["stored", "accepted", "bounced"]
 
 _SPACE: Final = ns.RECEIPTS.encode()
+_EVENTS: Final = ns.MESSAGE_EVENTS.encode()
+_OFFLINE: Final = f"{{{ns.MESSAGE_EVENTS}}}offline"
 _NO_STORE: Final = ("no-store", "no-storage", "no-permanent-store")
 _HINTS: Final = f'<no-store xmlns="{ns.HINTS}"/><no-copy xmlns="{ns.HINTS}"/>'
 _STATES: Final[dict[When, str]] = {"stored": "stored-offline", "accepted": "accepted", "bounced": "bounced"}
@@ -40,15 +42,27 @@ def asks(message: Stanza) -> bool:
     )
 
 
-def answered(message: Stanza, types: Iterable[str]) -> bool:
-    """Whether the server may answer it: also no carbon, forwarded copy or replay, and not one that says that it is
-    not to be kept."""
+def answered(message: Stanza, types: Iterable[str], style: Style) -> bool:
+    """Whether the server may answer it in that style: also no carbon, forwarded copy or replay, and not one that says
+    that it is not to be kept."""
     return (
         message.type in types
-        and asks(message)
+        and (asks(message) or (style == "xep0022" and _wants_event(message)))
         and message.child(ns.CARBONS) is None
         and message.child(ns.FORWARD, "forwarded") is None
         and not any(message.child(ns.HINTS, name) is not None for name in _NO_STORE)
+    )
+
+
+def _wants_event(message: Stanza) -> bool:
+    """Whether it asks to be told when it is stored (XEP-0022 3.1); with an <id/> it would be the answer."""
+    event = message.child(ns.MESSAGE_EVENTS, "x") if _EVENTS in message.xml else None
+    return (
+        event is not None
+        and message.type != "error"
+        and bool(message.id.strip())
+        and event.find(_OFFLINE) is not None
+        and event.find(f"{{{ns.MESSAGE_EVENTS}}}id") is None
     )
 
 
@@ -66,8 +80,7 @@ def is_receipt_of_ours(message: Stanza) -> bool:
 
 def _is_word(element: _Element) -> bool:
     namespace = QName(element).namespace
-    offline = f"{{{ns.MESSAGE_EVENTS}}}offline"
-    return namespace in _WORDS or (namespace == ns.MESSAGE_EVENTS and element.find(offline) is not None)
+    return namespace in _WORDS or (namespace == ns.MESSAGE_EVENTS and element.find(_OFFLINE) is not None)
 
 
 def receipt(

@@ -351,6 +351,18 @@ async def test_each_style_has_its_own_words(world, style):
     assert found == expected
 
 
+async def test_old_clients_are_answered_in_their_words_alone(world):
+    romeo = await ready(world, style=["xep0022", "received"])
+    event = "<x xmlns='jabber:x:event'><offline/><delivered/></x>"
+
+    await world.stored(await romeo.send(ask("m1", inner=event)))
+    await world.stored(await romeo.send(ask("m2", inner=event.replace("<offline/>", ""))))
+    await world.stored(await romeo.send(ask("m3", inner=event.replace("</x>", "<id>m0</id></x>"))))
+
+    (receipt,) = receipts(romeo)
+    assert b'<x xmlns="jabber:x:event"><offline/><id>m1</id></x>' in receipt.xml
+
+
 @pytest.mark.parametrize(
     ("from_", "to", "sender"),
     [
@@ -581,6 +593,27 @@ async def test_old_states_are_deleted_a_few_at_a_time(any_world):
 
     assert await module.delete_older(world.clock() - 60, 2) == 0
     assert [await module.delete_older(world.clock() + 60, 2) for _ in range(3)] == [2, 1, 0]
+
+
+async def test_a_chat_between_people_who_are_there_costs_hardly_a_write(world):
+    romeo = await ready(world)
+    juliet = await world.online("juliet")
+    kept = world.loader._loaded["offline_receipt"].instance._states
+    await kept.flush()
+    commits = world.storage.batcher.commit_seconds
+    before = sum(commits.counts)
+
+    for number in range(200):
+        await romeo.send(ask(f"plain{number}", inner=""))
+    await kept.flush()
+    assert sum(commits.counts) == before  # nobody wants to know
+    for number in range(200):
+        await romeo.send(ask(f"m{number}"))
+        await juliet.send(message(ROMEO, None, f"r{number}", f"<received xmlns='{RECEIPTS}' id='m{number}'/>"))
+    await kept.flush()
+
+    assert sum(commits.counts) - before <= 10  # a few a second
+    assert {await state(world, f"m{number}") for number in (0, 100, 199)} == {"delivered"}
 
 
 async def test_nothing_is_written_where_states_are_not_kept(world):
