@@ -366,8 +366,8 @@ class OfflineReceipt(Module[Config]):
         await self._states.flush()
         if when is None:
             return answer(await self._find(keys))
-        found = await self._states.since(sender, when, limit=AT_ONCE + 1)
-        return answer(found[:AT_ONCE], complete=len(found) <= AT_ONCE)
+        found, go_on = await self._states.since(sender, when, limit=AT_ONCE)
+        return answer(found, go_on)
 
     async def _find(self, keys: Iterable[Key]) -> list[State]:
         """In the order of the keys."""

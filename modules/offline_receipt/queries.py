@@ -60,8 +60,8 @@ def since(query: _Element) -> float | None:
     return when.timestamp()
 
 
-def answer(states: Iterable[State], *, complete: bool = True) -> bytes:
-    """The payload of a result."""
+def answer(states: Iterable[State], go_on: float | None = None) -> bytes:
+    """The payload of a result; `go_on`: since when there is more."""
     items = []
     for state in states:
         attrs = {
@@ -77,7 +77,7 @@ def answer(states: Iterable[State], *, complete: bool = True) -> bytes:
             if column in state.times
         )
         items.append(f"<message{attributes(attrs)}>{times}</message>")
-    attrs = {"xmlns": ns.DELIVERY, "complete": None if complete else "false"}
+    attrs = {"xmlns": ns.DELIVERY, "next": None if go_on is None else stamp(go_on)}
     return f"<query{attributes(attrs)}>{''.join(items)}</query>".encode()
 
 

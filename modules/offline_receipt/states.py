@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 KIND: Final = "delivery states"
 SOON: Final = 0.25  # seconds until changes are written
 PIECE: Final = 500  # of them in one piece
+_SAME_TIME: Final = 2000
 _CLOSING: Final = 2.0  # seconds
 ROOM: Final = 20_000  # messages with changes that wait for the database; past it changes are lost
 _TIMES: Final = (
@@ -282,12 +283,24 @@ class States:
 
         return list(self._states(await self._storage.read(work)))
 
-    async def since(self, sender: JID, when: float, *, limit: int) -> list[State]:
-        """Those of a sender's messages with which something has happened at or after that time, oldest first."""
+    async def since(self, sender: JID, when: float, *, limit: int) -> tuple[list[State], float | None]:
+        """Those of a sender's messages with which something has happened at or after that time, oldest first; and the
+        time to go on with, None when these are all. `limit` may be passed where many have one and the same time."""
+        rows = await self._rows(sender, delivery_state.c.updated_at >= when, limit + 1)
+        if len(rows) <= limit:
+            return list(self._states(rows)), None
+        last = rows[limit].updated_at
+        page = [row for row in rows if row.updated_at < last]
+        if page:
+            return list(self._states(page)), last
+        rows = await self._rows(sender, delivery_state.c.updated_at == last, _SAME_TIME)
+        return list(self._states(rows)), last + 0.001
+
+    async def _rows(self, sender: JID, which: Any, limit: int) -> list[Any]:
         table = delivery_state.c
         query = (
             select(delivery_state)
-            .where(table.server_host == sender.domain, table.username == sender.local, table.updated_at >= when)
+            .where(table.server_host == sender.domain, table.username == sender.local, which)
             .order_by(table.updated_at)
             .limit(limit)
         )
@@ -295,7 +308,7 @@ class States:
         async def work(connection: "AsyncConnection") -> list[Any]:
             return list(await connection.execute(query))
 
-        return list(self._states(await self._storage.read(work)))
+        return await self._storage.read(work)
 
     def _states(self, rows: Iterable[Any]) -> Iterator[State]:
         now = self._clock()

@@ -493,6 +493,24 @@ async def test_users_ask_what_became_of_their_own_messages(any_world):
     assert len(later) == 0
 
 
+async def test_many_messages_are_told_page_by_page(any_world, monkeypatch):
+    monkeypatch.setattr("modules.offline_receipt.AT_ONCE", 4)
+    world = any_world
+    romeo = await ready(world)
+    kept = world.loader._loaded["offline_receipt"].instance._states
+    times = [1000.0, 1000.5, 1000.5, 1001.0, 1001.0, 1001.0, 1001.0, 1001.0, 1001.0, 1002.0]
+    for number, at in enumerate(times):
+        kept.note(states.key_of(parse(ROMEO), parse(JULIET), f"m{number}"), accepted_at=at)
+
+    since, pages = "1970-01-01T00:00:00Z", []
+    while since:
+        answer = await romeo.query("get", f"<query xmlns='{DELIVERY}' since='{since}'/>")
+        pages.append(sorted(item.get("id") for item in answer))
+        since = answer.get("next")
+
+    assert pages == [["m0", "m1", "m2"], [f"m{number}" for number in range(3, 9)], ["m9"]]
+
+
 @pytest.mark.parametrize(
     ("inner", "to", "refusal"),
     [
