@@ -1,7 +1,6 @@
 """Receipts from the server for messages it has stored, and what became of messages: docs/offline_receipt.md."""
 
 import asyncio
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
@@ -31,7 +30,6 @@ from xmppd.module_api import (
     Context,
     Duration,
     IqRequest,
-    Lease,
     Module,
     Profile,
     Tuple,
@@ -48,7 +46,7 @@ from xmppd.protocol.stanza import Stanza
 from .freed import Freed
 from .queries import AT_ONCE, answer, asked_for, since, stamp
 from .receipts import Style, When, answered, asks, is_receipt_of_ours, may_ask, names, receipt
-from .states import PIECE, Key, State, States, delivery_state, key_of
+from .states import Key, State, States, delivery_state, key_of
 from .web import Http, Web
 
 Type = Literal["chat", "normal"]
@@ -56,8 +54,6 @@ Type = Literal["chat", "normal"]
 _NOT_SEEN: Final = (0.1, 0.2, 0.5, 1.0, 3.0)  # seconds between looks for a sender whose session is not known here yet
 _LATE: Final = 1000  # receipts that wait at once, for that or for a roster; more are not sent
 _AFTER_DEATH: Final = 10.0  # seconds
-_HOUSEKEEPING: Final = 3600.0
-_LEASE: Final = 600.0
 _TIMES: Final = ("accepted", "stored", "sent", "acknowledged", "received", "displayed")
 _MARKERS: Final = ns.CHAT_MARKERS.encode()
 
@@ -91,7 +87,6 @@ class OfflineReceipt(Module[Config]):
         self._states = States(self.storage, self.log, self.clock)
         self._web: Web | None = None
         self._late = 0
-        self._timer: asyncio.TimerHandle | None = None
         self._freed = Freed(
             self.spool,
             self.log,
@@ -123,7 +118,7 @@ class OfflineReceipt(Module[Config]):
             self.switch(MessageSent, True)
             self.switch(MessagesAcknowledged, True)
             self.switch(MessagesRemoved, True)
-            self._housekeep_later()
+            self.retention("delivery states", self.config.retain, self._states.delete_older)
         if "accepted" in self._when:
             self.switch(MessageAccepted, True)
         if self.config.http is not None:
@@ -132,8 +127,6 @@ class OfflineReceipt(Module[Config]):
 
     async def stop(self) -> None:
         self._freed.stop()
-        if self._timer is not None:
-            self._timer.cancel()
         if self.config.track:
             await self._states.close()
         if self._web is not None:
@@ -321,34 +314,6 @@ class OfflineReceipt(Module[Config]):
             self._states.removed_all(event.user)
             await self._states.flush()
             await self._states.forget(event.user)
-
-    async def delete_older(self, before: float, limit: int) -> int:
-        """Delete states to which nothing has happened since that time, at most `limit`; how many they were."""
-        return await self._states.delete_older(before, limit)
-
-    def _housekeep_later(self) -> None:
-        wait = _HOUSEKEEPING * random.uniform(0.1, 1.9)
-        self._timer = asyncio.get_running_loop().call_later(wait, self._start_housekeeping)
-
-    def _start_housekeeping(self) -> None:
-        self.spawn(self._housekeep(), name="old delivery states")
-
-    async def _housekeep(self) -> None:
-        """Old states go in small pieces, by one node of the cluster at a time."""
-        self._housekeep_later()
-        lease = Lease(self.storage.connect, "delivery states", self.server.node, _LEASE)
-        try:
-            if await lease.acquire():
-                await self._delete_old(lease)
-                await lease.release()
-        except StorageError as exc:
-            self.log.warning("old delivery states not deleted", error=exc)
-
-    async def _delete_old(self, lease: Lease) -> None:
-        while await self.delete_older(self.clock() - self.config.retain, PIECE):
-            await asyncio.sleep(0.1)
-            if not await lease.renew():
-                return
 
     # -- questions
 

@@ -606,11 +606,11 @@ async def test_old_states_are_deleted_a_few_at_a_time(any_world):
     romeo = await ready(world)
     for number in range(3):
         await world.stored(await romeo.send(ask(f"m{number}")))
-    module = world.loader._loaded["offline_receipt"].instance
-    await module._states.flush()
+    kept = world.loader._loaded["offline_receipt"].instance._states
+    await kept.flush()
 
-    assert await module.delete_older(world.clock() - 60, 2) == 0
-    assert [await module.delete_older(world.clock() + 60, 2) for _ in range(3)] == [2, 1, 0]
+    assert await kept.delete_older(world.clock() - 60, 2) == 0
+    assert [await kept.delete_older(world.clock() + 60, 2) for _ in range(3)] == [2, 1, 0]
 
 
 async def test_a_chat_between_people_who_are_there_costs_hardly_a_write(world):
