@@ -87,4 +87,4 @@ def _as_data(options: Any) -> dict[str, Any]:
     if not is_dataclass(options):
         return {}
     data: dict[str, Any] = TypeAdapter(type(options)).dump_python(options, mode="json", fallback=str)
-    return {field.name: data[field.name] for field in fields(options)}
+    return {configuration.option_name(field.name): data[field.name] for field in fields(options)}

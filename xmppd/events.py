@@ -8,6 +8,7 @@ told). docs/hooks.md maps them to ejabberd's hook names.
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from xmppd.errors import StanzaError
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
@@ -190,6 +191,78 @@ class MessageStoring:
     user: JID
     message: Stanza
     rows: list[tuple[str, Any]] = field(default_factory=list)
+    expires_at: float | None = None  # seconds since 1970
+    replayed: bool = False  # it has been an offline message before
+
+
+@dataclass(frozen=True, slots=True)
+class MessageStored:
+    """A message for a user who is absent is committed to the database, or is there already (`repeated`: sent again); on
+    the node that stored it. Handlers are plain functions."""
+
+    user: JID
+    message: Stanza
+    repeated: bool
+    replayed: bool = False  # it has been an offline message before
+
+
+@dataclass(frozen=True, slots=True)
+class MessagesFreed:
+    """Messages that sessions of a user had held are offline messages now, which is committed, or somebody else has
+    taken them already; on the node that freed them. Handlers are plain functions."""
+
+    user: JID
+
+
+@dataclass(frozen=True, slots=True)
+class MessagesTakenOver:
+    """What a node had held that has died is offline messages now, which is committed; on the node that did it."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class MessagesRemoved:
+    """A user has removed offline messages without being sent them; on the node of the request. Handlers are plain
+    functions."""
+
+    user: JID
+    messages: tuple[Stanza, ...] | None  # None: all of them
+
+
+@dataclass(frozen=True, slots=True)
+class MessageAccepted:
+    """A message that a client has sent is safe: a recipient has it, or it is in the database; on the node of the
+    sender's session. Handlers are plain functions."""
+
+    session: Session
+    message: Stanza
+
+
+@dataclass(frozen=True, slots=True)
+class MessageSent:
+    """A message was written to the stream of a session, whoever wrote it; again where a stream is resumed. On the node
+    of the session. Handlers are plain functions."""
+
+    session: Session
+    message: Stanza
+
+
+@dataclass(frozen=True, slots=True)
+class MessagesAcknowledged:
+    """A client has acknowledged messages (XEP-0198); on the node of its session. Handlers are plain functions."""
+
+    session: Session
+    messages: "Iterable[Stanza]"
+
+
+@dataclass(frozen=True, slots=True)
+class StanzaBounced:
+    """The sender of a stanza is told that it could not be delivered; on the node that decided that. Not told of what is
+    refused before it is routed. Handlers are plain functions."""
+
+    stanza: Stanza
+    error: StanzaError
 
 
 # -- presence and subscriptions

@@ -9,7 +9,7 @@ from typing import Protocol
 from xmppd.cluster.tables import RouteTable
 from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Spawn, as_stanza_error
 from xmppd.errors import StanzaError
-from xmppd.events import StanzaRouting
+from xmppd.events import StanzaBounced, StanzaRouting
 from xmppd.hooks import Hooks
 from xmppd.metrics import Counters, add
 from xmppd.protocol.stanza import Stanza, error_reply
@@ -50,6 +50,8 @@ class Router:
         if reply is None or reply.to is None:
             return SAFE
         add(self._errors, error.condition)
+        if self._hooks.wants(StanzaBounced):
+            self._hooks.notify(StanzaBounced(stanza, error))
         self.route(reply)
         return ERROR
 

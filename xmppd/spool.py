@@ -43,7 +43,9 @@ log = get_logger("spool")
 KEEP: Final = "spool keep"
 FREE: Final = "spool free"
 DELETE: Final = "spool delete"
+TELL: Final = "spool tell"
 _CHUNK: Final = 500  # ids in one IN (…)
+_UNTOLD: Final = bytes(16)
 _FREE_AT_ONCE: Final = 1000
 _ID_LATE: Final = 3600.0  # seconds by which a row's id may be younger than its `created_at`
 _UNTAKE_FIRST: Final = 0.2  # seconds
@@ -56,6 +58,10 @@ class QuotaReached(StorageError):
 
 class NoAccount(StorageError):
     """The user is not registered."""
+
+
+class NotToTell(StorageError):
+    """The row is gone, or held again, or somebody else tells of it."""
 
 
 class _NotThere(Exception):
@@ -104,6 +110,17 @@ class SpoolRow:
     created_at: float
     sender: str
     stanza: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FreedRow:
+    """A row that a session held and that is an offline message now, of which nobody has told yet."""
+
+    id: bytes
+    host: str
+    username: str
+    stanza: bytes
+    expires_at: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +183,7 @@ class Spool:
         self._clock = clock
         self._dedup_window = dedup_window
         self.standing: Standing = Alone()
+        self._teller = new_id()  # this run
         self._untakes: dict[User, int] = {}  # takes of which it is not known what they got
         # rows since the start: written, already there, over the quota, taken for a session, acknowledged by its client
         self.stored = self.duplicates = self.refused = self.taken = self.flushed = 0
@@ -176,6 +194,7 @@ class Spool:
         )
         storage.batcher.define(FREE, self._write_frees, size=lambda item: 64 + 16 * len(item.ids))
         storage.batcher.define(DELETE, _write_deletes, size=lambda ids: 16 * len(ids), committed=self._count_deleted)
+        storage.batcher.define(TELL, self._write_tells)
         storage.loader.define("spool waiting", _fetch_waiting)
 
     # -- storing -----------------------------------------------------------------------------------------------------
@@ -442,6 +461,39 @@ class Spool:
             if freed < _FREE_AT_ONCE:
                 return total
 
+    # -- telling -----------------------------------------------------------------------------------------------------
+
+    async def untold(self, since: float, *, after: bytes = b"", limit: int = 500) -> list[FreedRow]:
+        """Rows that became free at or after `since`, by the clock of the node that freed them, and that nobody has told
+        of as offline messages, oldest first, in pages; `after` the last id of the page before."""
+        columns = (table.c.id, table.c.server_host, table.c.username, table.c.stanza, table.c.expires_at)
+        query = (
+            select(*columns)
+            .where(table.c.free_since >= since, table.c.told == _UNTOLD, table.c.holder_member.is_(None))
+            .where(table.c.id > after, _lives(self._clock()))
+            .order_by(table.c.id)
+            .limit(limit)
+        )
+
+        async def work(connection: AsyncConnection) -> list[FreedRow]:
+            return [FreedRow(*row) for row in await connection.execute(query)]
+
+        return await self._storage.read(work)
+
+    def tell(self, row_id: bytes, also: Sequence[tuple[str, Any]] = ()) -> "asyncio.Future[Any]":
+        """Makes this node the one that tells of a row of `untold`; what is `also` to be written commits with that. The
+        future raises NotToTell when it is not ours to tell; of all nodes that try, one succeeds."""
+        return self._storage.batcher.submit_unit([(TELL, row_id), *also])
+
+    async def _write_tells(self, connection: AsyncConnection, ids: list[bytes]) -> list[StorageError | None]:
+        ours: set[bytes] = set()
+        for some in _chunks(sorted(ids)):
+            free = (table.c.id.in_(some), table.c.holder_member.is_(None))
+            await connection.execute(update(table).where(*free, table.c.told == _UNTOLD).values(told=self._teller))
+            query = select(table.c.id).where(table.c.id.in_(some), table.c.told == self._teller)
+            ours.update((await connection.execute(query)).scalars())
+        return [None if row_id in ours else NotToTell("somebody else tells of it") for row_id in ids]
+
     # -- looking -----------------------------------------------------------------------------------------------------
 
     async def count(self, host: str, username: str) -> int:
@@ -661,6 +713,7 @@ def _row(item: KeepItem, now: float) -> dict[str, Any]:
         "holder_incarnation": holder.incarnation if holder else None,
         "holder_session": holder.session if holder else None,
         "free_since": None if holder else now,  # not when it was queued, which may be long ago
+        "told": _UNTOLD if holder else None,
     }
 
 

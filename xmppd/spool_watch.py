@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from xmppd.cluster.cluster import Cluster
 from xmppd.errors import JidError, StorageError
-from xmppd.events import MessagesFound
+from xmppd.events import MessagesFound, MessagesTakenOver
 from xmppd.hooks import Hooks
 from xmppd.log import get_logger
 from xmppd.protocol.jid import JID, make
@@ -82,7 +82,9 @@ class SpoolWatch:
     async def look(self) -> None:
         """Once. Raises StorageError."""
         began = self._clock()
-        await self._spool.take_over(self._cluster.me.node)
+        taken = await self._spool.take_over(self._cluster.me.node)
+        if taken and (told := self._hooks.notify(MessagesTakenOver(taken))) is not None:
+            await told
         skew = max((abs(each) for each in self._cluster.skews.values()), default=0.0)
         users = await self._spool.freed_since(self._since - _OVERLAP - skew)
         self._since = began

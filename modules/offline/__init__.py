@@ -24,8 +24,11 @@ from xmppd.events import (
     DiscoNodeAsking,
     Handled,
     MessagesFound,
+    MessagesFreed,
     MessagesFreeing,
     MessageSpooling,
+    MessagesRemoved,
+    MessageStored,
     MessageStoring,
     MessageUndeliverable,
     NodeDown,
@@ -48,6 +51,7 @@ from xmppd.module_api import (
     Context,
     Holder,
     IqRequest,
+    Kept,
     KeptMessage,
     Module,
     NoAccount,
@@ -163,8 +167,9 @@ class Offline(Module[Config]):
         now = self.clock()
         # A copy of something that was stored already must not be taken for its repetition: that row is going away. So
         # is that of a message that waited for a session on another node, as soon as the message is safe here.
-        key = None if message.moved or bears_our_stamp(message) else repetition_key(message, user)
-        storing = MessageStoring(user, message)
+        replayed = bears_our_stamp(message)
+        key = None if message.moved or replayed else repetition_key(message, user)
+        storing = MessageStoring(user, message, expires_at=expiry(message, now), replayed=replayed)
         self.tell_at_once(storing)
         stored = self.spool.keep(
             user.domain,
@@ -173,14 +178,14 @@ class Offline(Module[Config]):
             self._stamped(message, user, now),
             dedup=key,
             quota=self._quota(user),
-            expires_at=expiry(message, now),
+            expires_at=storing.expires_at,
             for_account=True,
             also=storing.rows,
         )
         kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._storing.setdefault(user.bare, set()).add(kept)
         self._listen(user)
-        stored.add_done_callback(partial(self._stored, user, kept))
+        stored.add_done_callback(partial(self._stored, storing, kept))
         return kept
 
     @staticmethod
@@ -194,7 +199,8 @@ class Offline(Module[Config]):
         if not waiting:
             del self._storing[user.bare]
 
-    def _stored(self, user: JID, kept: "asyncio.Future[None]", stored: "asyncio.Future[object]") -> None:
+    def _stored(self, storing: MessageStoring, kept: "asyncio.Future[None]", stored: "asyncio.Future[Kept]") -> None:
+        user = storing.user
         self._no_longer_storing(user, kept)
         if stored.cancelled():
             kept.cancel()
@@ -202,6 +208,8 @@ class Offline(Module[Config]):
         error = stored.exception()
         if error is None:
             kept.set_result(None)
+            repeated = stored.result() is Kept.DUPLICATE
+            self.tell_at_once(MessageStored(user, storing.message, repeated, storing.replayed))
             self._remember(user)
             self._wake(user)
         elif isinstance(error, NoAccount):
@@ -240,6 +248,7 @@ class Offline(Module[Config]):
 
     def _freed(self, user: JID, done: "asyncio.Future[None]") -> None:
         self._no_longer_storing(user, done)
+        self.tell_at_once(MessagesFreed(user))
         self._remember(user)
         self._wake(user)
 
@@ -576,12 +585,15 @@ class Offline(Module[Config]):
         user = request.target
         if request.payload.find(_PURGE) is not None:
             await self.spool.purge(user.domain, user.local)
+            await self.tell(MessagesRemoved(user, None))
             return
         ids = nodes(request.payload, "remove")
         if not ids:
             raise StanzaError("bad-request", "which messages?")
+        found = await self.spool.find(user.domain, user.local, ids)
         if not await self.spool.remove(user.domain, user.local, ids):
             raise StanzaError("item-not-found", "there is no such message")
+        await self.tell(MessagesRemoved(user, tuple(Stanza.from_bytes(row.stanza) for row in found)))
 
     def _asking(self, request: IqRequest) -> Session:
         if not request.is_own:

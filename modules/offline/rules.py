@@ -13,7 +13,6 @@ from xmppd.protocol import ns
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
-EVENTS: Final = "jabber:x:event"  # XEP-0022
 REASON: Final = "Offline Storage"
 LONGEST: Final = 10 * 365 * 86400  # seconds; whoever asks for more asks for "never"
 
@@ -44,8 +43,8 @@ def judge(message: Stanza, store_empty_body: EmptyBody) -> Verdict:
         return _not_kept(message)
     if message.has_body:
         return Verdict.KEEP
-    event = message.child(EVENTS)
-    if event is not None and event.find(f"{{{EVENTS}}}id") is not None:
+    event = message.child(ns.MESSAGE_EVENTS)
+    if event is not None and event.find(f"{{{ns.MESSAGE_EVENTS}}}id") is not None:
         return Verdict.DROP  # "is composing", or no longer: news that are old when they are read
     if store_empty_body is True or (store_empty_body == "unless_chat_state" and not _says_only(message, ns.CHATSTATES)):
         return Verdict.KEEP

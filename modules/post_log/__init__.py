@@ -11,11 +11,10 @@ from urllib.parse import urlsplit
 from lxml.etree import _Element
 
 from xmppd.events import Handled, MessageStoring, StanzaDelivering, StanzaSending
-from xmppd.module_api import AccessRules, Context, Module, hook, several
+from xmppd.module_api import AccessRules, Context, Module, has_text, hook, several
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
-from .forms import has_text
 from .forwards import is_forward
 from .options import understood
 from .targets import Format, Headers, Poster, Seen, Sink
@@ -40,6 +39,7 @@ class Config:
     confidential: bool = False
     skip_blank_id: bool = False
     secret: Annotated[tuple[str, ...], several] = field(default=(), repr=False)
+    token: str = field(default="", repr=False)
     retry_4xx: bool = False
     sinks: tuple[Sink, ...] = ()
 
@@ -97,6 +97,7 @@ class PostLog(Module[Config]):
                 content_type=config.content_type,
                 confidential=config.confidential,
                 secret=config.secret,
+                token=config.token,
                 retry_4xx=config.retry_4xx,
                 http_options=config.http_options,
             )

@@ -5,18 +5,16 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from xmppd.errors import JidError
-from xmppd.module_api import DONE, SAFE, Answer, Event, Outcome, Pending
+from xmppd.module_api import DONE, SAFE, Answer, Event, Outcome, Pending, PostedMessage, timestamp
 from xmppd.protocol import ns
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza, build, delay_element
-
-from .forms import Message, timestamp
 
 _PATIENCE: Final = 30.0  # seconds until what nobody has confirmed is sent again
 _STORE: Final = f"<store xmlns='{ns.HINTS}'/>".encode()  # who logs may be away
 
 
-def forward(message: Message, *, to: str, id: str, host: str) -> bytes:
+def forward(message: PostedMessage, *, to: str, id: str, host: str) -> bytes:
     """The stanza that brings a message to who logs it. `id` makes a repetition known."""
     stanza = message.stanza
     if stanza.from_ is None or stanza.to is None:

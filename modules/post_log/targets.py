@@ -2,35 +2,52 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Any, ClassVar, Final, Literal, cast
 
 from lxml.etree import _Element
 
 from xmppd.module_api import (
+    About,
     Event,
     FileSink,
     HttpSink,
     HttpTarget,
     Outcome,
+    Posted,
+    PostedMessage,
+    Profile,
     TableSink,
     conversation,
+    json_object,
     new_id,
+    posted,
     repetition,
     several,
+    timestamp,
     ulid,
+    wrong_with,
 )
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
-from .forms import Message, ejabberd_xml, json_object, timestamp
+from .forms import ejabberd_xml
 from .forwards import Forwards, forward, wrong_with_jid
 from .options import HttpOptions
 from .table import message_row, message_table
 
-Format = Literal["ejabberd", "json", "ndjson_batch"]
+Format = Literal[
+    "ejabberd",
+    "json",
+    "ndjson_batch",
+    "form:codepond",
+    "form:codepond_json",
+    "form:zeropush",
+    "form:kadekm",
+    "form:rbt",
+    "form:mongoose",
+]
 Headers = tuple[tuple[str, str], ...] | Mapping[str, str]
 
 _STATES: Final = {"sent": "accepted", "received": "sent", "offline": "stored-offline"}
@@ -60,6 +77,7 @@ class Sink:
     content_type: str = "text/xml"
     confidential: bool = False
     secret: Annotated[tuple[str, ...], several] = field(default=(), repr=False)
+    token: str = field(default="", repr=False)
     retry_4xx: bool = False
     http_options: Any = ()
 
@@ -103,10 +121,13 @@ class Poster:
         self.batched = sink.format == "ndjson_batch" or sink.url is None
         self._names = names
         self._node = node
-        usual = sink.content_type == "text/xml"
+        form = sink.format.removeprefix("form:")
+        self._profile: Profile | None = cast("Profile", form) if form != sink.format else None
+        self._usual = usual = sink.content_type == "text/xml"
         content_type = _CONTENT_TYPES.get(sink.format, "text/xml") if usual else sink.content_type
         headers = sink.headers.items() if isinstance(sink.headers, Mapping) else sink.headers
-        self._headers = (("Content-Type", content_type), *((str(name), str(value)) for name, value in headers))
+        self._content_type = content_type
+        self._headers = tuple((str(name), str(value)) for name, value in headers)
 
     def problem(self) -> str:
         """What is wrong with where it goes, or nothing."""
@@ -145,14 +166,10 @@ class Poster:
         event_id = new_id()
         to = seen.element.get("to") or recipient.full
         hidden = self.sink.confidential
-        message = Message(stanza, seen.element, sender, recipient, to, direction, _STATES[direction], seen.at, hidden)
-        if self.sink.jid is not None:
-            payload = forward(message, to=self.sink.jid, id=ulid(event_id), host=seen.host)
-        elif self.sink.format == "ejabberd":
-            payload = ejabberd_xml(message)
-        else:
-            payload = json_object(message, id=ulid(event_id), host=seen.host, node=self._node)
-        headers = self._headers
+        state = _STATES[direction]
+        message = PostedMessage(stanza, seen.element, sender, recipient, to, direction, state, seen.at, hidden)
+        made = self._made(message, event_id, seen.host)
+        headers = (("Content-Type", made.content_type), *made.headers, *self._headers)
         if not self.batched:  # there the headers are those of a whole batch
             values = (timestamp(seen.at), message.from_, to)
             headers = (*headers, *zip(self._names, values, strict=True))
@@ -163,11 +180,22 @@ class Poster:
             seen.host,
             f"message.{direction}",
             conversation(sender, sender if in_room and direction != "sent" else recipient, room=in_room),
-            payload,
+            made.payload,
             seen.at,
             headers,
             _repeated(self.name, stanza, sender, recipient) if direction == "offline" else None,
         )
+
+    def _made(self, message: PostedMessage, event_id: bytes, host: str) -> Posted:
+        if self.sink.jid is not None:
+            return Posted("", forward(message, to=self.sink.jid, id=ulid(event_id), host=host))
+        if self.sink.format == "ejabberd":
+            return Posted(self._content_type, ejabberd_xml(message))
+        about = About(ulid(event_id), host, self._node, self.sink.token)
+        if self._profile is None:
+            return Posted(self._content_type, json_object(message, id=about.id, host=host, node=self._node))
+        made = posted(self._profile, message, about)
+        return made if self._usual else replace(made, content_type=self._content_type)
 
 
 def _repeated(sink: str, stanza: Stanza, sender: JID, recipient: JID) -> bytes | None:
@@ -175,18 +203,3 @@ def _repeated(sink: str, stanza: Stanza, sender: JID, recipient: JID) -> bytes |
     if not stanza.id.strip():
         return None
     return repetition("offline", sink, sender.bare, recipient.bare, stanza.id, stanza.inner.decode())
-
-
-def wrong_with(url: str | None) -> str:
-    """What is wrong with a URL, or nothing."""
-    if not url:
-        return "it is missing: messages are posted to a web server, https://log.example.net/messages for example"
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or any(char.isspace() for char in url):
-        said = repr(url[:200]) if "@" not in url else "it"  # a password may be in it
-        return f"{said} is no URL that begins with http:// or https:// and names a host"
-    return ""

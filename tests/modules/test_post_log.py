@@ -312,3 +312,26 @@ async def test_a_file_that_cannot_be_written_is_tried_again(world, sink, tmp_pat
 async def test_sinks_that_make_no_sense_are_refused(world, sinks, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         await world.load(post_log={"sinks": sinks})
+
+
+async def test_a_form_is_that_of_the_profile_it_names(world, sink):
+    profiles = ("codepond", "codepond_json", "zeropush", "kadekm", "rbt", "mongoose")
+    sinks = [
+        {"name": name, "url": f"{sink.url}/{name}", "format": f"form:{name}", "token": "t0ken"} for name in profiles
+    ]
+    await world.outbox.start()
+    await world.load(offline={}, post_log={"sinks": sinks})
+    await world.account("romeo", "juliet")
+    romeo = await world.online("romeo", "orchard")
+
+    await romeo.send(message(JULIET, "a=1 &amp; b", "m1"))
+
+    posts = {post.path.rpartition("/")[2]: post for post in await sink.wait(len(profiles))}
+    assert set(posts) == set(profiles)
+    assert posts["rbt"].body == b"from=romeo&to=juliet&message_id=m1&body=a%3D1+%26+b"
+    assert posts["rbt"]["Authorization"] == "t0ken"
+    assert posts["rbt"]["Content-Type"] == "application/x-www-form-urlencoded"
+    assert b"auth_token=t0ken" in posts["zeropush"].body
+    assert posts["mongoose"].body == b"author=romeo&server=capulet.example&receiver=juliet&message=a%3D1+%26+b"
+    assert json.loads(posts["kadekm"].body)["from"] == {"username": "romeo", "server": HOST, "resource": "orchard"}
+    assert posts["codepond_json"]["Logged-Out"] == "true"

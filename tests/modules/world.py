@@ -60,7 +60,8 @@ class Client:
         self.session = Session(parse(jid), self, world.parts, get_logger("c2s"), anonymous=anonymous)
 
     def write(self, data: bytes) -> None:
-        self.received.append(Stanza.from_bytes(data))
+        if data:  # else what else there is to be written is asked for
+            self.received.append(Stanza.from_bytes(data))
 
     def unsent(self) -> int:
         return 1 if self.stalled else 0

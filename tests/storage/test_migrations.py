@@ -19,6 +19,7 @@ from sqlalchemy import Column, Integer, MetaData, inspect, select, text, update
 from modules.announce.motd import motd, motd_seen
 from modules.blocking.store import block_item, spam_report
 from modules.last import last_activity
+from modules.offline_receipt.states import delivery_state
 from modules.private import private_xml
 from modules.roster.store import roster_item, roster_version
 from modules.vcard import vcard
@@ -30,6 +31,7 @@ from xmppd.storage.tables import db_lock, metadata
 # The tables that the bundled modules declare, each of which a revision has to make.
 BUNDLED = [
     block_item,
+    delivery_state,
     last_activity,
     motd,
     motd_seen,
@@ -139,7 +141,7 @@ async def test_a_schema_of_a_newer_version_is_refused_with_both_revisions(databa
         await connection.execute(text("DELETE FROM setting WHERE name = 'schema_floor'"))
 
     old = make_storage(database)
-    with pytest.raises(SchemaTooNew, match=r"revision ff99.*up to 0004"):
+    with pytest.raises(SchemaTooNew, match=r"revision ff99.*up to 0005"):
         await old.open()
 
     with pytest.raises(StorageUnavailable):

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import func, select, update
 
 from xmppd.errors import StorageUnavailable
-from xmppd.spool import FREE, Alone, Holder, Kept, NoAccount, QuotaReached, Spool
+from xmppd.spool import FREE, Alone, Holder, Kept, NoAccount, NotToTell, QuotaReached, Spool
 from xmppd.storage import Accounts, Storage, new_id
 from xmppd.storage.members import Members, Registration
 from xmppd.storage.tables import spool as spool_table
@@ -653,3 +653,40 @@ async def test_nothing_is_kept_for_somebody_who_is_not_registered_any_more(stora
     assert await for_nurse is Kept.STORED
     await accounts.create("example.net", "juliet", {})
     assert await spool.count("example.net", "juliet") == 0
+
+
+# -- telling of what a session had held
+
+
+async def test_what_a_session_held_is_told_of_by_one_node_when_it_is_free(spool, other_spool):
+    ids = [new_id() for _ in range(3)]
+    for row_id, holder in zip(ids, (BALCONY, None, BALCONY), strict=True):
+        await keep(spool, row_id=row_id, holder=holder)
+    assert await other_spool.untold(0.0) == []  # one was never held, two still are
+
+    await spool.release([ids[0], ids[2]], BALCONY)
+    untold = await other_spool.untold(0.0)
+    told = [each.tell(row.id) for row in untold for each in (spool, other_spool)]
+    results = await asyncio.gather(*told, return_exceptions=True)
+
+    assert [row.id for row in untold] == [ids[0], ids[2]]
+    assert [(row.host, row.username, row.stanza) for row in untold] == [(HOST, "juliet", b"<message/>")] * 2
+    assert [type(result) for result in results].count(NotToTell) == 2
+    assert [type(result) for result in results].count(list) == 2
+    assert await spool.untold(0.0) == []
+
+
+async def test_what_is_taken_again_is_not_told_of_before_it_is_free_again(spool, clock):
+    row_id = new_id()
+    await keep(spool, row_id=row_id, holder=BALCONY)
+    await spool.release([row_id], BALCONY)
+    await spool.take(HOST, "juliet", CHAMBER)
+
+    with pytest.raises(NotToTell):
+        await spool.tell(row_id)
+    assert await spool.untold(0.0) == []
+    await spool.release([row_id], CHAMBER)
+
+    assert [row.id for row in await spool.untold(0.0)] == [row_id]
+    assert await spool.untold(0.0, after=row_id) == []
+    assert await spool.untold(clock.now + 1) == []

@@ -569,6 +569,17 @@ def test_a_module_that_was_reloaded_leaves_no_class_behind() -> None:
     assert [reference() for reference in left] == [None] * 10
 
 
+def test_an_option_may_have_a_name_that_python_has_taken():
+    @dataclass(frozen=True)
+    class Options:
+        from_: str = "bare"
+
+    assert validate_dataclass(Options, {"from": "full"}, "modules.x").from_ == "full"
+    for wrong in ("from_", "form"):
+        with pytest.raises(ConfigError, match=rf"modules\.x\.{wrong}: unknown option. Did you mean from\?"):
+            validate_dataclass(Options, {wrong: "full"}, "modules.x")
+
+
 # -------------------------------------------------------------------------------------------------- reload
 
 

@@ -161,7 +161,9 @@ def module_options() -> list[tuple[str, str]]:
         for node in tree_of(single if single.exists() else ROOT / "modules" / name / "__init__.py").body:
             if isinstance(node, ast.ClassDef) and node.name == "Config":
                 fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-                found += [(name, line.target.id) for line in fields if isinstance(line.target, ast.Name)]
+                found += [
+                    (name, line.target.id.removesuffix("_")) for line in fields if isinstance(line.target, ast.Name)
+                ]
     return found
 
 

@@ -84,6 +84,7 @@ class Play:
             anonymous=False,
             closed=False,
             parts=SimpleNamespace(
+                hooks=self.hooks,
                 spooling=self.spooling,
                 resumption=Resumption(),
                 manager=SimpleNamespace(is_available=lambda user: self.available),

@@ -17,6 +17,7 @@ from xmppd.c2s.spooling import Backlog
 from xmppd.c2s.stream_management import REQUEST, HandledTooHigh, Inbound, Outbound, Sent, resumed
 from xmppd.delivery import SAFE, Outcome, Pending, Record, Unsettled
 from xmppd.errors import StreamError
+from xmppd.events import MessagesAcknowledged, MessageSent
 from xmppd.protocol.stanza import Stanza
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ class Managed:
         outbound = self.outbound
         if outbound.add(entry, len(xml)):
             self._session.carrier.write(xml)
+            if kind == "message":
+                self._sent(stanza)
         self._spooling.unacknowledged += 1
         if outcome is not SAFE:
             if self._timer is not None:
@@ -141,6 +144,11 @@ class Managed:
             # Not now: whoever sends is in the midst of looking through sessions.
             asyncio.get_running_loop().call_soon(self._overflow)
         return outcome
+
+    def _sent(self, stanza: Stanza) -> None:
+        hooks = self._session.parts.hooks
+        if stanza.kind == "message" and hooks.wants(MessageSent):
+            hooks.notify(MessageSent(self._session, stanza))
 
     def _overflow(self) -> None:
         session = self._session
@@ -208,6 +216,11 @@ class Managed:
             entry.settle(SAFE)
             if type(entry) is Sent and entry.row is not None:
                 self.backlog.acknowledged(entry)
+        hooks = self._session.parts.hooks
+        if hooks.wants(MessagesAcknowledged) and (
+            messages := [entry.stanza for entry in done if entry.stanza.kind == "message"]
+        ):
+            hooks.notify(MessagesAcknowledged(self._session, messages))
 
     def requested(self, behind: int) -> None:
         """<r/>, in front of which so many stanzas wait for their turn."""
@@ -305,8 +318,9 @@ class Managed:
         return undecided
 
     def _pump(self) -> None:
-        for xml in self.outbound.writable(WINDOW):
-            self._session.carrier.write(xml)
+        for stanza in self.outbound.writable(WINDOW):
+            self._session.carrier.write(stanza.xml)
+            self._sent(stanza)
 
     def close(self) -> list[Record]:
         """The session has ended: what was not acknowledged."""

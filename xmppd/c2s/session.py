@@ -13,12 +13,14 @@ from typing import Any, Final, Protocol
 from xmppd.c2s.managed import Managed, Nobody
 from xmppd.c2s.resumption import Resumption
 from xmppd.c2s.spooling import Spooling
-from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Records, Spawn, as_stanza_error
+from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Records, Settled, Spawn, as_stanza_error
 from xmppd.errors import JidError, StanzaError, StreamError
 from xmppd.events import (
     DirectedPresenceSending,
     GuardedDelivering,
     GuardedSending,
+    MessageAccepted,
+    MessageSent,
     PresenceChanged,
     PresenceSending,
     SessionBecameAvailable,
@@ -217,7 +219,20 @@ class Session:
             raise StanzaError("bad-request", "an IQ has an id and a type of get, set, result or error")
         if stanza.to is None:
             stanza = stanza.addressed(self.user)
-        return self.parts.router.route(stanza)
+        outcome = self.parts.router.route(stanza)
+        if stanza.kind == "message" and self.parts.hooks.wants(MessageAccepted):
+            self._tell_when_safe(stanza, outcome)
+        return outcome
+
+    def _tell_when_safe(self, stanza: Stanza, outcome: Outcome) -> None:
+        def settled(result: Settled) -> None:
+            if result is SAFE:
+                self.parts.hooks.notify(MessageAccepted(self, stanza))
+
+        if isinstance(outcome, Pending):
+            outcome.then(settled)
+        else:
+            settled(outcome)
 
     def _presence(self, stanza: Stanza) -> Outcome:
         kind = stanza.type
@@ -383,6 +398,8 @@ class Session:
         if self.managed is not None:
             return self.managed.send(stanza)
         self.carrier.write(stanza.xml)
+        if kind == "message" and self.parts.hooks.wants(MessageSent):
+            self.parts.hooks.notify(MessageSent(self, stanza))
         if (
             kind == "presence"
             or (kind == "message" and stanza.type in ("headline", "error"))

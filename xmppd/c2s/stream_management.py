@@ -253,15 +253,15 @@ class Outbound:
         self.written = 0
         self._unwritten = self._size
 
-    def writable(self, window: int) -> Iterator[bytes]:
+    def writable(self, window: int) -> Iterator[Stanza]:
         """What may be written now, up to `window` bytes that are not acknowledged; it counts as written."""
         for entry in self._queue[self.written :]:
             if self._size - self._unwritten >= window:
                 return
-            xml = entry.stanza.xml if isinstance(entry, Unsettled) else entry.xml
+            stanza = entry.stanza if isinstance(entry, Unsettled) else entry
             self.written += 1
-            self._unwritten -= len(xml)
-            yield xml
+            self._unwritten -= len(stanza.xml)
+            yield stanza
         self.open = True
 
     def entries(self) -> list[Stanza | Unsettled]:

@@ -10,7 +10,7 @@ from .changes import Change, diff, running
 from .dump import dump
 from .loader import Config, load, parse, validate_dataclass
 from .per_host import HostConfig
-from .problems import mask, suggest
+from .problems import mask, option_name, suggest
 from .schema import C2SListen, HttpListen, Listen
 from .types import Duration, Network, OptionalRate, Rate, Size, between, host_port, lasting, several, sized
 
@@ -34,6 +34,7 @@ __all__ = [
     "lasting",
     "load",
     "mask",
+    "option_name",
     "parse",
     "running",
     "several",

@@ -18,7 +18,7 @@ from .checks import contradictions
 from .hosts import normalise_host
 from .includes import Files, lay_over, read_files
 from .per_host import HostConfig, host_config
-from .problems import explain, key
+from .problems import explain, key, option_name
 from .schema import (
     DEFAULT_MODULES,
     DEFAULT_NAMES,
@@ -125,7 +125,9 @@ def validate_dataclass(kind: type[T], options: Mapping[str, Any], path: str, *, 
     Types are taken strictly (`true` is no number, `'5'` is no number). Raises ConfigError with every fault.
     """
     # Deliberately not cached: a module that is reloaded brings a new class, the old one must be free to go.
-    kind.__pydantic_config__ = PydanticConfig(extra="forbid")  # type: ignore[attr-defined]
+    kind.__pydantic_config__ = PydanticConfig(  # type: ignore[attr-defined]
+        extra="forbid", alias_generator=option_name
+    )
     adapter = TypeAdapter(kind)
     data = dict(options)
     try:

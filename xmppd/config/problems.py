@@ -106,12 +106,17 @@ def path_of(location: Sequence[int | str], data: Any, prefix: str = "") -> str:
     return path
 
 
+def option_name(field: str) -> str:
+    """The option that a field of a module's `Config` stands for: `from` for `from_`, which Python has taken."""
+    return field.removesuffix("_")
+
+
 def _hints(kind: Any) -> dict[str, Any] | None:
     if isinstance(kind, type) and (issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind)):
         hints = get_type_hints(kind, include_extras=True)
         if issubclass(kind, BaseModel):
             return {name: hints[name] for name in kind.model_fields}
-        return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+        return {option_name(field.name): hints[field.name] for field in dataclasses.fields(kind) if field.init}
     return None
 
 

@@ -7,27 +7,42 @@ another one goes on. At least once: a receiver knows a repetition by its `Idempo
 from xmppd.outbox.backoff import Retry
 from xmppd.outbox.event import Event, conversation, repetition, ulid
 from xmppd.outbox.file import FileSink
+from xmppd.outbox.messages import XML_LANG, Message, has_text, hidden, json_object, text_of, timestamp
 from xmppd.outbox.outbox import Outbox, SinkStatus
+from xmppd.outbox.profiles import PROFILES, About, Posted, Profile, posted
 from xmppd.outbox.runner import Settings
 from xmppd.outbox.signature import sign, verify
-from xmppd.outbox.sink import DONE, Answer, HttpSink, HttpTarget
+from xmppd.outbox.sink import DONE, Answer, HttpSink, HttpTarget, wrong_with
 from xmppd.outbox.table import TableSink
 
 __all__ = [
     "DONE",
+    "PROFILES",
+    "XML_LANG",
+    "About",
     "Answer",
     "Event",
     "FileSink",
     "HttpSink",
     "HttpTarget",
+    "Message",
     "Outbox",
+    "Posted",
+    "Profile",
     "Retry",
     "Settings",
     "SinkStatus",
     "TableSink",
     "conversation",
+    "has_text",
+    "hidden",
+    "json_object",
+    "posted",
     "repetition",
     "sign",
+    "text_of",
+    "timestamp",
     "ulid",
     "verify",
+    "wrong_with",
 ]

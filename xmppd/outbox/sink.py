@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Final, Literal
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -122,3 +123,18 @@ def retry_after(value: str, now: float) -> float:
     except (ValueError, TypeError, OverflowError):
         return 0.0
     return min(max(0.0, when - now), 86400.0)
+
+
+def wrong_with(url: str | None) -> str:
+    """What is wrong with a URL, or nothing."""
+    if not url:
+        return "it is missing: messages are posted to a web server, https://log.example.net/messages for example"
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or any(char.isspace() for char in url):
+        said = repr(url[:200]) if "@" not in url else "it"  # a password may be in it
+        return f"{said} is no URL that begins with http:// or https:// and names a host"
+    return ""

@@ -50,6 +50,7 @@ _BY_NAMESPACE: Final[dict[str, str]] = {
     "urn:xmpp:ping": "ping",
     "urn:xmpp:time": "time tzo utc",
     "urn:xmpp:delay": "delay",
+    "urn:xmppd:delivery:0": "query message",
     "urn:xmpp:receipts": "request received",
     "urn:xmpp:hints": "store no-store no-permanent-store no-copy",
     "urn:xmpp:sm:3": "enable enabled resume resumed failed r a sm",

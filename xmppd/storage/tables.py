@@ -172,6 +172,9 @@ spool = _core(
     Column("holder_session", Utf8(PART_BYTES)),
     Column("take_id", fixed_bytes(16)),  # the `take` that set the holder: what it reads back, and nothing else
     Column("free_since", Stamp),  # when it became, or came back as, a row without holder; null: held
+    # Who has told that it is an offline message now, having been held before; zeros: nobody yet; null: it was one from
+    # the beginning, which is told with its storing.
+    Column("told", fixed_bytes(16)),
     Index("spool_user", "server_host", "username", "holder_member", "id", "expires_at"),
     Index("spool_holder", "holder_member", "holder_incarnation"),
     Index("spool_dedup", "dedup_key", unique=True),

@@ -1,7 +1,9 @@
 """Steps that may be done again: on MySQL a killed migration leaves some of its tables behind."""
 
+from typing import Any
+
 from alembic import op
-from sqlalchemy import MetaData, Table, inspect
+from sqlalchemy import Column, MetaData, Table, inspect
 from sqlalchemy.schema import CreateIndex, CreateTable, SchemaItem
 
 from xmppd.storage.tables import TABLE_OPTIONS
@@ -24,3 +26,10 @@ def create_table(name: str, *items: SchemaItem) -> None:
     for index in table.indexes:
         if index.name not in there:
             index.create(bind)
+
+
+def add_column(table: str, column: Column[Any]) -> None:
+    """Adds a column that may be null, so that nodes of the version before, which do not know it, go on writing rows."""
+    dry = op.get_context().as_sql
+    if dry or column.name not in {each["name"] for each in inspect(op.get_bind()).get_columns(table)}:
+        op.add_column(table, column)
