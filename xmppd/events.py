@@ -51,6 +51,11 @@ class Session(Protocol):
         ...
 
     @property
+    def holds_messages(self) -> bool:
+        """Whether messages for it wait; of one that has left for another node: whether they did."""
+        ...
+
+    @property
     def idle_seconds(self) -> float:
         """How long nothing has come from its client."""
         ...

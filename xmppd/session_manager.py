@@ -30,6 +30,7 @@ from xmppd.errors import StanzaError
 from xmppd.events import (
     DirectedPresenceArrived,
     LostSession,
+    MessagesFound,
     MessageUndeliverable,
     PresenceBounced,
     ProbeReceiving,
@@ -47,6 +48,8 @@ from xmppd.protocol.stanza import Stanza
 Rows = Mapping[str, SessionRow]
 _OWED: Final = 10.0  # seconds for a node to take back its row of a full JID that is bound elsewhere, or to be seen dead
 _OWED_LOOK: Final = 0.02
+_OWED_MESSAGES: Final = 10_000  # for one user that wait; more are refused
+_UNDISPUTED: Final = 2.0  # seconds a client waits for that when it binds
 SUBSCRIPTIONS = frozenset({"subscribe", "subscribed", "unsubscribe", "unsubscribed"})
 
 
@@ -58,6 +61,10 @@ class LiveSession(Protocol):
 
     def deliver(self, stanza: Stanza) -> Outcome:
         """Write to its client, behind what was stored for it. Raises StanzaError."""
+        ...
+
+    def hold_messages(self, until: "asyncio.Future[None]") -> None:
+        """Have messages for it wait until that is done."""
         ...
 
     def replaced(self) -> None:
@@ -99,12 +106,16 @@ class Remote(Protocol):
     def spread(self, node: bytes, stanza: Stanza, users: Sequence[str]) -> None: ...
 
     def owes(self, node: bytes, user: str) -> bool:
-        """Whether something was sent there for a bare JID of which nothing is known yet."""
+        """Whether a message was sent there for a bare JID of which nothing is known yet."""
+        ...
+
+    def owing(self, node: bytes, user: str) -> "asyncio.Future[None] | None":
+        """Done when it is known what became of these; None when there are none."""
         ...
 
     def kick(self, nodes: Sequence[bytes], jid: JID, reason: str, condition: str) -> None: ...
 
-    def hand_over(self, node: bytes, jid: JID, bound_at: int) -> Coroutine[object, object, None]: ...
+    def hand_over(self, node: bytes, jid: JID, bound_at: int) -> Coroutine[object, object, bool]: ...
 
 
 class ExtraCopy(Stanza):
@@ -115,7 +126,19 @@ class ExtraCopy(Stanza):
 
     @classmethod
     def of(cls, stanza: Stanza) -> "ExtraCopy":
-        return cls(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
+        copy = cls(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
+        copy.place = stanza.place
+        return copy
+
+
+class _Owed:
+    """Messages for a user that other nodes have, and those that wait for them."""
+
+    __slots__ = ("behind", "futures")
+
+    def __init__(self) -> None:
+        self.futures: list[asyncio.Future[None]] = []
+        self.behind: list[Record] = []
 
 
 class _Unreachable(Exception):
@@ -194,9 +217,11 @@ class SessionManager:
         self._remote: Remote | None = None
         self._held: dict[str, asyncio.Future[None]] = {}  # messages for these bare JIDs wait
         self.freeing: Mapping[str, set[asyncio.Future[None]]] = {}  # what ended sessions leave in the spool
+        self._owed_to: dict[str, _Owed] = {}  # bare JIDs: new messages wait for older ones
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         table.on_conflict.append(self._lost)
         table.on_appeared.append(self._appeared)
+        table.on_left.append(self._left)
         table.on_vanished.append(self._vanished)
 
     def connect(self, remote: Remote) -> None:
@@ -209,6 +234,7 @@ class SessionManager:
         bound_at = max(self._clock_ns(), later_than + 1)
         row = SessionRow(session.jid, self._owner, bound_at, session, anonymous=session.anonymous)
         row.priority = priority
+        row.moved = later_than > 0
         displaced = self._table.insert(row)
         if displaced is not None:
             if displaced.session is not None:
@@ -219,11 +245,67 @@ class SessionManager:
 
     def undisputed(self, row: SessionRow) -> Awaitable[None] | None:
         """What must be awaited before the client is told that it is bound: another node takes back what it has said of
-        the session that was displaced there."""
+        the session that was displaced there. Where that node does not answer soon the client is told, but gets no
+        messages before it has answered, or is known to be dead: what waited there comes first."""
         node = self._displacing.pop(row.jid.full, None) if self._displacing else None
-        if node is None or self._remote is None:
+        if node is None or self._remote is None or row.session is None:
             return None
-        return self._remote.hand_over(node, row.jid, row.bound_at)
+        taken_back: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        row.session.hold_messages(taken_back)
+        self._spawn(self._take_back(self._remote, node, row, taken_back), name="session of another node taken back")
+        return self._soon(taken_back)
+
+    @staticmethod
+    async def _soon(taken_back: "asyncio.Future[None]") -> None:
+        await asyncio.wait((taken_back,), timeout=_UNDISPUTED)
+
+    async def _take_back(
+        self, remote: Remote, node: bytes, row: SessionRow, taken_back: "asyncio.Future[None]"
+    ) -> None:
+        began = time.monotonic()
+        try:
+            answered = await remote.hand_over(node, row.jid, row.bound_at)
+            if not answered or time.monotonic() - began > _UNDISPUTED:
+                # The client was there first: look (again) for what has been stored meanwhile.
+                waiting = self._hooks.notify(MessagesFound(bare(row.jid)))
+                if waiting is not None:
+                    self._spawn(_finish(waiting), name="messages found")
+        finally:
+            if not taken_back.done():
+                taken_back.set_result(None)
+
+    def _left(self, owner: Owner, user: str, resource: str) -> None:
+        """A session has gone from another node. What is on its way to it is stored there, or comes back; what is new
+        waits for that. Where the session lives on, the other node passes it on at once."""
+        remote = self._remote
+        if remote is None or (owing := remote.owing(owner.member, user)) is None:
+            return
+        self._owed_to.setdefault(user, _Owed()).futures.append(owing)
+        loop = asyncio.get_running_loop()
+        row = self._table.rows(user).get(resource)
+
+        def give_up() -> None:
+            if not owing.done():
+                owing.set_result(None)
+
+        timer = loop.call_later(_OWED, give_up)
+
+        async def until_passed_on(jid: JID) -> None:
+            await remote.hand_over(owner.member, jid, 0)
+            give_up()
+
+        def done(owing: "asyncio.Future[None]") -> None:
+            timer.cancel()
+            owed = self._owed_to[user]
+            owed.futures.remove(owing)
+            if not owed.futures:
+                del self._owed_to[user]
+                for record in owed.behind:
+                    self._turns.add(user, record)
+
+        owing.add_done_callback(done)
+        if row is not None and row.moved:
+            self._spawn(until_passed_on(row.jid), name="messages of a session that moved")
 
     def yield_to(self, jid: JID, bound_at: int) -> None:
         """A session of that full JID was bound at that time on another node: end ours, if it is older."""
@@ -545,6 +627,14 @@ class SessionManager:
         await asyncio.wait((until,))
         return self.route(stanza)
 
+    def _wait_behind(self, stanza: Stanza, owed: "_Owed") -> Outcome:
+        """The stream goes on: others are not to wait for this one's recipient."""
+        if len(owed.behind) >= _OWED_MESSAGES:
+            raise StanzaError("resource-constraint", "too many messages wait for this recipient")
+        pending = Pending(failed=lambda error: self._bounce(stanza, error))
+        owed.behind.append(Record(stanza, pending))
+        return pending
+
     def _owed(self, row: SessionRow) -> bool:
         """Whether the node where this session's full JID was bound before has something for the user of which nothing
         is known yet. As a rule it takes its row back within milliseconds; when it does not it is dead, perhaps, and
@@ -563,8 +653,11 @@ class SessionManager:
         return self.route(stanza)
 
     def _message(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
-        if self._turns and to.bare in self._turns and (ahead := self._turns.ahead(to.bare, stanza)) is not None:
-            return self._gate.wait(stanza, self._message_held(stanza, ahead))
+        if self._turns and to.bare in self._turns:
+            if (ahead := self._turns.ahead(to.bare, stanza)) is not None:
+                return self._gate.wait(stanza, self._message_held(stanza, ahead))
+        elif self._owed_to and to.bare in self._owed_to and not stanza.hops and not stanza.kept:
+            return self._wait_behind(stanza, self._owed_to[to.bare])
         for one in rows.values():
             if one.hides is not None and self._owed(one) and not stanza.hops and not stanza.kept:
                 return self._gate.wait(stanza, self._message_behind(stanza))

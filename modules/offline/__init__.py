@@ -171,6 +171,7 @@ class Offline(Module[Config]):
             dedup=key,
             quota=self._quota(user),
             expires_at=expiry(message, now),
+            place=message.place,
             for_account=True,
             also=storing.rows,
         )
@@ -284,17 +285,38 @@ class Offline(Module[Config]):
 
     @hook(SessionLeft)
     def pass_on(self, event: SessionLeft) -> None:
-        event.luggage[self.name] = _RETRIEVES in event.session.state
+        session = event.session
+        luggage = {"retrieves": _RETRIEVES in session.state, "node": self.owner.member.hex()}
+        event.luggage[self.name] = {**luggage, "behind": session.holds_messages or session in self._flushes}
         self.session_closed(SessionClosed(event.session, last=False))
 
     @hook(SessionArrived)
     def take(self, event: SessionArrived) -> None:
-        session = event.session
-        if event.luggage.get(self.name):
+        session, luggage = event.session, event.luggage.get(self.name, {})
+        if luggage.get("retrieves"):
             session.state[_RETRIEVES] = True
             self.nodes.cast("retrieves", [session.user.bare, True])
         elif session.priority is not None and session.priority >= 0 and not self._is_retrieving(session.user):
-            self._retry(session, hold=False)  # the other node may have been in the midst of it
+            if luggage.get("behind"):
+                # The other node was in the midst of it. What it has sent to the client comes first, then what is left.
+                flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                session.hold_messages(_at_most(flushed))
+                self.spawn(self._go_on(session, bytes.fromhex(luggage["node"]), flushed), name="offline flush goes on")
+            else:
+                self._retry(session, hold=False)
+
+    async def _go_on(self, session: Session, node: bytes, flushed: "asyncio.Future[None]") -> None:
+        try:
+            await self.nodes.call(node, "stored", session.user.bare, timeout=_HELD)
+        except (NodeUnreachable, CallRefused) as exc:
+            self.log.debug("messages that are being stored not waited for", error=exc)
+        await self._flush_woken(session, flushed)
+
+    @from_node("stored")
+    async def until_stored(self, node: bytes, user: str) -> None:
+        """Answer when what is being stored here for a user, or freed, is there for others."""
+        if storing := self._storing.get(user):
+            await asyncio.wait(storing, timeout=_HELD)
 
     async def _flush(self, session: Session) -> bool:
         """Send what is kept for the user; False when the database could not give it."""
@@ -326,13 +348,20 @@ class Offline(Module[Config]):
 
     async def _until_taken_over(self, flush: Flush, user: JID) -> None:
         """What a node holds that has died comes before what is stored now, and will be free when its lease has ended:
-        seconds in which new messages wait too. One that is only cut off keeps it, and is not waited for any longer."""
+        seconds in which new messages wait too; likewise what another one holds of a session that has ended there. One
+        that is only cut off keeps it, and is not waited for any longer."""
         give_up = time.monotonic() + _SILENT
         while flush.takes and time.monotonic() < give_up:
             holders = await self.spool.holders(user.domain, user.local)
-            if not any(holder is not None and self.spool.standing.is_silent(holder) for holder in holders):
+            if not any(holder is not None and self._is_leaving(holder, user) for holder in holders):
                 return
             await asyncio.sleep(_SILENT_LOOK)
+
+    def _is_leaving(self, holder: bytes, user: JID) -> bool:
+        """Whether what a node holds will be free soon: it has died, or has no session of the user any more."""
+        if holder == self.owner.member:
+            return False
+        return self.spool.standing.is_silent(holder) or holder not in self.nodes.of(user)
 
     def _wake(self, user: JID) -> None:
         """No message waits in the spool while its recipient is available: it may have become so meanwhile."""

@@ -38,6 +38,7 @@ from xmppd.protocol.jid import JID, bare, parse
 from xmppd.protocol.stanza import Stanza, build, error_reply
 from xmppd.router import Router
 from xmppd.session_manager import SUBSCRIPTIONS, SessionInfo, SessionManager, Waiting
+from xmppd.storage.ids import next_place
 
 _PRIORITY: Final = f"{{{ns.CLIENT}}}priority"
 _SHOW: Final = f"{{{ns.CLIENT}}}show"
@@ -162,6 +163,8 @@ class Session:
         parts = self.parts
         if stanza.from_ is not self.jid:
             stanza = self._stamp(stanza)
+        if stanza.kind == "message":
+            stanza.place = next_place()
         try:
             if stanza.malformed:
                 raise StanzaError("jid-malformed")
@@ -304,6 +307,11 @@ class Session:
         self._flushes += 1
         until.add_done_callback(lambda done: self._flushed())
 
+    @property
+    def holds_messages(self) -> bool:
+        """Whether messages for it wait; of one that has left: whether they did."""
+        return self._flushes > 0
+
     def _flushed(self) -> None:
         self._flushes -= 1
         if not self._flushes:
@@ -347,7 +355,7 @@ class Session:
         if self._arriving is not None and not stanza.moved:
             return self._hold(self._arriving, stanza)
         held = self._held
-        if held is not None and stanza.kind == "message" and not stanza.moved:
+        if held is not None and stanza.kind == "message" and (not stanza.moved or stanza.behind):
             return self._hold(held, stanza)
         return self._deliver(stanza)
 

@@ -6,7 +6,7 @@ from xmppd.storage.batcher import Batcher
 from xmppd.storage.clock import clock
 from xmppd.storage.database import Storage
 from xmppd.storage.faults import Duplicate
-from xmppd.storage.ids import id_time, new_id
+from xmppd.storage.ids import id_of, id_time, new_id, next_place
 from xmppd.storage.lease import Lease
 from xmppd.storage.loader import Loader
 from xmppd.storage.settings import shared_setting
@@ -40,6 +40,7 @@ __all__ = [
     "db_now",
     "fixed_bytes",
     "host_column",
+    "id_of",
     "id_time",
     "insert_new",
     "key_hash",
@@ -47,6 +48,7 @@ __all__ = [
     "long_text",
     "module_table",
     "new_id",
+    "next_place",
     "shared_setting",
     "short_bytes",
     "upsert",
