@@ -169,7 +169,8 @@ class MessageSpooling:
 @dataclass(frozen=True, slots=True)
 class MessagesFreeing:
     """A session has ended whose client had not acknowledged messages that are in the spool: when `done` is, they are
-    offline messages; on its node."""
+    offline messages; on its node. Or a resource was bound that another node had a session of: when `done` is, that node
+    has given up what it had; on the new node."""
 
     user: JID  # bare
     done: "asyncio.Future[None]"

@@ -54,7 +54,8 @@ _USERS: Final = 500  # in one PRESENCE frame
 _LAST_NUMBER: Final = 0xFFFFFFFF
 _BEHIND: Final = 10_000  # stanzas of one sender that wait for an earlier one; more are refused
 _HANDOVER: Final = 2.0  # seconds for all nodes to know that a session was ended whose resource was bound elsewhere
-_OWED: Final = 10.0  # seconds for the other node to say so
+_LOOK: Final = 0.02  # seconds between two looks at what still waits
+_OWED: Final = 9.0  # seconds for the other node to say so
 
 _log = get_logger("cluster")
 
@@ -197,6 +198,7 @@ class Forwarder:
         self._channels = {node: Channel(node) for node in links.peers}
         self._ways: dict[bytes, Way] = {}
         self._behind: dict[str, deque[Arrival]] = {}  # by sender: what waits for an earlier stanza to be decided
+        self._deciding: dict[str, JID | None] = {}  # by sender: whom that one is for
         self.frames_sent = 0  # STANZA and PRESENCE frames since the start
         self.frames_received = 0
         self.rerouted = 0  # stanzas whose node went down before their outcome was known
@@ -327,9 +329,9 @@ class Forwarder:
         self._calls.cast(_KICK, [jid.full, reason, condition], nodes)
 
     async def hand_over(self, node: bytes, jid: JID, bound_at: int) -> bool:
-        """Wait until a node has ended its session of a full JID that was bound elsewhere later, and every node has
-        heard of it, so that what is said of the new one comes behind, and what it had is where it belongs. False when
-        that node is down, or does not answer in 10 s."""
+        """Wait until a node has ended its session of a full JID that was bound elsewhere at that time (0: it is known
+        to have ended), and every node has heard of it, so that what is said of the new one comes behind; and until what
+        that node had for the user is where it belongs. False when it is down, or does not answer in 9 s."""
         try:
             await self._calls.call(node, _HAND_OVER, [jid.full, bound_at], timeout=_OWED)
         except (NodeUnreachable, CallRefused):
@@ -356,6 +358,7 @@ class Forwarder:
         outcome = self._take(channel, stanza, resources, number, flags & _COPY)
         if isinstance(outcome, Pending) and not outcome.decided:
             self._behind[sender] = deque()
+            self._deciding[sender] = stanza.to
             outcome.when_decided(partial(self._go_on, sender))
 
     def _decode(self, way: bytes) -> "Way":
@@ -380,11 +383,21 @@ class Forwarder:
         """The stanza that held back the others of this sender is decided."""
         waiting = self._behind[sender]
         while waiting:
-            outcome = self._take(*waiting.popleft())
+            arrival = waiting.popleft()
+            outcome = self._take(*arrival)
             if isinstance(outcome, Pending) and not outcome.decided:
+                self._deciding[sender] = arrival[1].to
                 outcome.when_decided(partial(self._go_on, sender))
                 return
-        del self._behind[sender]
+        del self._behind[sender], self._deciding[sender]
+
+    def _undecided(self, user: str) -> bool:
+        """Whether something for a user (a bare JID) has come that waits to be decided."""
+        return any(to is not None and to.bare == user for to in self._deciding.values()) or any(
+            arrival[1].to is not None and arrival[1].to.bare == user
+            for waiting in self._behind.values()
+            for arrival in waiting
+        )
 
     def _take(
         self, channel: Channel, stanza: Forwarded, resources: list[str], number: int, copy: int
@@ -490,6 +503,10 @@ class Forwarder:
         self._users.yield_to(user, bound_at)
         with suppress(TimeoutError):  # the caller waits no longer
             async with asyncio.timeout(_OWED - _HANDOVER):
+                waits = self._undecided(user.bare)
+                while waits:
+                    await asyncio.sleep(_LOOK)
+                    waits = self._undecided(user.bare)
                 await self._users.settled_here(user)
         await self._calls.barrier(timeout=_HANDOVER)
 

@@ -6,9 +6,11 @@ negative; NONNEG all that are not negative; OFF means MessageUndeliverable, wher
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Final, Protocol
 
 from xmppd.cluster.tables import Lost, Owner, SessionRow, SessionTable
@@ -30,7 +32,7 @@ from xmppd.errors import StanzaError
 from xmppd.events import (
     DirectedPresenceArrived,
     LostSession,
-    MessagesFound,
+    MessagesFreeing,
     MessageUndeliverable,
     PresenceBounced,
     ProbeReceiving,
@@ -42,7 +44,7 @@ from xmppd.events import (
 from xmppd.forward import HOPS, Copy, Forwarded
 from xmppd.hooks import Hooks
 from xmppd.iq import IqDispatcher
-from xmppd.protocol.jid import JID, bare
+from xmppd.protocol.jid import JID, bare, parse
 from xmppd.protocol.stanza import Stanza
 
 Rows = Mapping[str, SessionRow]
@@ -218,6 +220,7 @@ class SessionManager:
         self._held: dict[str, asyncio.Future[None]] = {}  # messages for these bare JIDs wait
         self.freeing: Mapping[str, set[asyncio.Future[None]]] = {}  # what ended sessions leave in the spool
         self._owed_to: dict[str, _Owed] = {}  # bare JIDs: new messages wait for older ones
+        self._keeping: dict[str, deque[Pending]] = {}  # by bare JID: being stored
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         table.on_conflict.append(self._lost)
         table.on_appeared.append(self._appeared)
@@ -234,7 +237,6 @@ class SessionManager:
         bound_at = max(self._clock_ns(), later_than + 1)
         row = SessionRow(session.jid, self._owner, bound_at, session, anonymous=session.anonymous)
         row.priority = priority
-        row.moved = later_than > 0
         displaced = self._table.insert(row)
         if displaced is not None:
             if displaced.session is not None:
@@ -252,6 +254,8 @@ class SessionManager:
             return None
         taken_back: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         row.session.hold_messages(taken_back)
+        waiting = self._hooks.notify(MessagesFreeing(bare(row.jid), taken_back))
+        assert waiting is None
         self._spawn(self._take_back(self._remote, node, row, taken_back), name="session of another node taken back")
         return self._soon(taken_back)
 
@@ -259,43 +263,30 @@ class SessionManager:
     async def _soon(taken_back: "asyncio.Future[None]") -> None:
         await asyncio.wait((taken_back,), timeout=_UNDISPUTED)
 
-    async def _take_back(
-        self, remote: Remote, node: bytes, row: SessionRow, taken_back: "asyncio.Future[None]"
-    ) -> None:
-        began = time.monotonic()
+    @staticmethod
+    async def _take_back(remote: Remote, node: bytes, row: SessionRow, taken_back: "asyncio.Future[None]") -> None:
         try:
-            answered = await remote.hand_over(node, row.jid, row.bound_at)
-            if not answered or time.monotonic() - began > _UNDISPUTED:
-                # The client was there first: look (again) for what has been stored meanwhile.
-                waiting = self._hooks.notify(MessagesFound(bare(row.jid)))
-                if waiting is not None:
-                    self._spawn(_finish(waiting), name="messages found")
+            await remote.hand_over(node, row.jid, row.bound_at)
         finally:
             if not taken_back.done():
                 taken_back.set_result(None)
 
     def _left(self, owner: Owner, user: str, resource: str) -> None:
-        """A session has gone from another node. What is on its way to it is stored there, or comes back; what is new
-        waits for that. Where the session lives on, the other node passes it on at once."""
+        """A session has gone from another node. What is on its way to it is stored there, or sent on; what is new waits
+        until it is where it belongs, or known to have arrived."""
         remote = self._remote
         if remote is None or (owing := remote.owing(owner.member, user)) is None:
             return
         self._owed_to.setdefault(user, _Owed()).futures.append(owing)
-        loop = asyncio.get_running_loop()
-        row = self._table.rows(user).get(resource)
 
-        def give_up() -> None:
-            if not owing.done():
-                owing.set_result(None)
-
-        timer = loop.call_later(_OWED, give_up)
-
-        async def until_passed_on(jid: JID) -> None:
-            await remote.hand_over(owner.member, jid, 0)
-            give_up()
+        async def until_settled() -> None:
+            try:
+                await remote.hand_over(owner.member, parse(f"{user}/{resource}"), 0)
+            finally:
+                if not owing.done():
+                    owing.set_result(None)
 
         def done(owing: "asyncio.Future[None]") -> None:
-            timer.cancel()
             owed = self._owed_to[user]
             owed.futures.remove(owing)
             if not owed.futures:
@@ -304,8 +295,7 @@ class SessionManager:
                     self._turns.add(user, record)
 
         owing.add_done_callback(done)
-        if row is not None and row.moved:
-            self._spawn(until_passed_on(row.jid), name="messages of a session that moved")
+        self._spawn(until_settled(), name="messages for a session that has ended")
 
     def yield_to(self, jid: JID, bound_at: int) -> None:
         """A session of that full JID was bound at that time on another node: end ours, if it is older."""
@@ -388,9 +378,29 @@ class SessionManager:
         return bool(_not_negative(_here(self._table.rows(user.bare))))
 
     async def settled_here(self, user: JID) -> None:
-        """Wait until what sessions of a user have left in the spool here is free for others."""
-        if freeing := self.freeing.get(user.bare):
-            await asyncio.wait(freeing)
+        """Wait until what sessions of a user have left here is in the spool and free for others, or on its way to
+        where the user is."""
+        while waiting := [*self.freeing.get(user.bare, ()), *self._unfinished(user.bare)]:
+            await asyncio.wait(waiting)
+
+    def _unfinished(self, user: str) -> "Iterator[asyncio.Future[None]]":
+        if (turn := self._turns.ahead(user, None)) is not None:
+            yield turn
+        if keeping := self._keeping.get(user):
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+            def end(result: Settled) -> None:
+                if not done.done():
+                    done.set_result(None)
+
+            keeping[-1].then(end)
+            yield done
+
+    def _kept(self, user: str, pending: Pending, result: Settled) -> None:
+        keeping = self._keeping[user]
+        keeping.remove(pending)
+        if not keeping:
+            del self._keeping[user]
 
     def is_anonymous(self, user: JID) -> bool:
         """Whether this account exists for its session alone: nothing is kept for it, here or on any node."""
@@ -731,7 +741,11 @@ class SessionManager:
         def nobody(event: MessageUndeliverable) -> Outcome:
             raise StanzaError("service-unavailable")
 
-        return self._gate.ask(MessageUndeliverable(bare(to), stanza, pending), stanza, nobody, handled=pending)
+        outcome = self._gate.ask(MessageUndeliverable(bare(to), stanza, pending), stanza, nobody, handled=pending)
+        if outcome is pending and pending.result is None:
+            self._keeping.setdefault(to.bare, deque()).append(pending)
+            pending.then(partial(self._kept, to.bare, pending))
+        return outcome
 
     def _iq(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
         request = stanza.type in ("get", "set")

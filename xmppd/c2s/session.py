@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 from xmppd.c2s.managed import Managed, Nobody
 from xmppd.c2s.resumption import Resumption
 from xmppd.c2s.spooling import Spooling
-from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Records, Spawn, as_stanza_error
+from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Record, Records, Spawn, as_stanza_error
 from xmppd.errors import JidError, StanzaError, StreamError
 from xmppd.events import (
     DirectedPresenceSending,
@@ -303,6 +303,8 @@ class Session:
 
     def hold_messages(self, until: "asyncio.Future[Any]") -> None:
         """Have messages for it wait, behind those that wait already, until that is done."""
+        if self.closed:
+            return
         self._held = self._held or []
         self._flushes += 1
         until.add_done_callback(lambda done: self._flushed())
@@ -504,6 +506,13 @@ class Session:
         if managed is not None:
             self.parts.resumption.leave(managed, self.user.bare)
             left += managed.close()
+        # What waited comes behind, and waits no longer: whoever comes next is to find all in its order.
+        waiting, self._held, self._arriving = [*(self._held or ()), *(self._arriving or ())], None, None
+        for stanza, pending in waiting:
+            if stanza.kind == "presence":
+                pending.settle(ERROR)
+            else:
+                left.append(Record(stanza, pending))
         self.parts.manager.reroute(left)
 
     def replaced(self) -> None:

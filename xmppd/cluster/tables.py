@@ -21,7 +21,7 @@ from xmppd.protocol.stanza import Stanza
 class SessionRow:
     """One bound resource. `session` is the live object where the row's owner is this process, else None."""
 
-    __slots__ = ("anonymous", "bound_at", "guarded", "hides", "jid", "moved", "owner", "priority", "session", "waiting")
+    __slots__ = ("anonymous", "bound_at", "guarded", "hides", "jid", "owner", "priority", "session", "waiting")
 
     def __init__(self, jid: JID, owner: Owner, bound_at: int, session: Any = None, *, anonymous: bool = False) -> None:
         self.jid = jid  # full
@@ -31,7 +31,6 @@ class SessionRow:
         self.session = session
         self.waiting = False  # it has no stream and may be resumed; changed by SessionTable.set_waiting alone
         self.anonymous = anonymous  # the account is this session's alone: this row is all there is of it
-        self.moved = False  # it was on another node, which passes on what waits for it; set before it is entered
         self.guarded = False  # a module guards it: not everybody may see it; as set_priority
         # The other node whose older row of the same full JID is there still, and when (time.monotonic()) it was found.
         self.hides: tuple[bytes, float] | None = None
@@ -44,13 +43,12 @@ _AVAILABLE: Final = 1
 _ANONYMOUS: Final = 2
 _GUARDED: Final = 4
 _WAITING: Final = 8
-_MOVED: Final = 16
 
 
 def pack_session(row: SessionRow) -> bytes:
     """A row's value as other nodes get it."""
     flags = (row.priority is not None) * _AVAILABLE + row.anonymous * _ANONYMOUS
-    flags += row.guarded * _GUARDED + row.waiting * _WAITING + row.moved * _MOVED
+    flags += row.guarded * _GUARDED + row.waiting * _WAITING
     return _VALUE.pack(row.bound_at, row.priority or 0, flags)
 
 
@@ -64,7 +62,6 @@ def unpack_session(owner: Owner, bare: str, item: bytes, value: bytes) -> Sessio
     row.priority = priority if flags & _AVAILABLE else None
     row.guarded = bool(flags & _GUARDED)
     row.waiting = bool(flags & _WAITING)
-    row.moved = bool(flags & _MOVED)
     return row
 
 
