@@ -55,7 +55,7 @@ _LAST_NUMBER: Final = 0xFFFFFFFF
 _BEHIND: Final = 10_000  # stanzas of one sender that wait for an earlier one; more are refused
 _HANDOVER: Final = 2.0  # seconds for all nodes to know that a session was ended whose resource was bound elsewhere
 _LOOK: Final = 0.02  # seconds between two looks at what still waits
-_OWED: Final = 9.0  # seconds for the other node to say so
+_OWED: Final = 20.0  # seconds for the other node to say so
 
 _log = get_logger("cluster")
 
@@ -331,7 +331,7 @@ class Forwarder:
     async def hand_over(self, node: bytes, jid: JID, bound_at: int) -> bool:
         """Wait until a node has ended its session of a full JID that was bound elsewhere at that time (0: it is known
         to have ended), and every node has heard of it, so that what is said of the new one comes behind; and until what
-        that node had for the user is where it belongs. False when it is down, or does not answer in 9 s."""
+        that node had for the user is where it belongs. False when it is down, or does not answer in 20 s."""
         try:
             await self._calls.call(node, _HAND_OVER, [jid.full, bound_at], timeout=_OWED)
         except (NodeUnreachable, CallRefused):

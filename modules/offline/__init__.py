@@ -73,6 +73,7 @@ _SAW_LATER: Final = 60.0  # seconds by which another node may have lost sight of
 _RETRIEVES: Final = "offline"  # in a session's state: it looks through the messages by itself
 _PARTED: Final = 100_000  # users with messages of a split, the most that are looked at
 _HELD: Final = 10.0  # seconds that messages wait for older ones to be stored, free, or delivered by another node
+_HELD_BACK: Final = 50.0  # seconds that they do while the database cannot give these
 _SILENT: Final = 8.0  # seconds for what a silent node holds to be taken over: its lease, and a look or two
 _SILENT_LOOK: Final = 0.25  # seconds between two looks
 _FETCH: Final = f"{{{ns.OFFLINE}}}fetch"
@@ -300,7 +301,7 @@ class Offline(Module[Config]):
             if luggage.get("behind"):
                 # The other node was in the midst of it. What it has sent to the client comes first, then what is left.
                 flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                session.hold_messages(_at_most(flushed))
+                session.hold_messages(_at_most(flushed, _HELD_BACK))
                 self.spawn(self._go_on(session, bytes.fromhex(luggage["node"]), flushed), name="offline flush goes on")
             else:
                 self._retry(session, hold=False)
@@ -518,7 +519,7 @@ class Offline(Module[Config]):
         """Again and again until the database can. What is written to them meanwhile waits, for a while."""
         flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if hold:
-            session.hold_messages(_at_most(flushed))
+            session.hold_messages(_at_most(flushed, _HELD_BACK))
 
         async def retry() -> None:
             wait = RETRY_FIRST
@@ -637,7 +638,7 @@ class Offline(Module[Config]):
         return await self.spool.count(jid.domain, jid.local)
 
 
-def _at_most(done: "asyncio.Future[None]") -> "asyncio.Future[None]":
+def _at_most(done: "asyncio.Future[None]", seconds: float = _HELD) -> "asyncio.Future[None]":
     """Done when that is, or after a while: people who are online chat on while the database is away."""
     loop = asyncio.get_running_loop()
     until: asyncio.Future[None] = loop.create_future()
@@ -646,7 +647,7 @@ def _at_most(done: "asyncio.Future[None]") -> "asyncio.Future[None]":
         if not until.done():
             until.set_result(None)
 
-    timer = loop.call_later(_HELD, end)
+    timer = loop.call_later(seconds, end)
 
     def is_done(done: "asyncio.Future[None]") -> None:
         timer.cancel()
