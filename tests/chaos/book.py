@@ -48,7 +48,7 @@ class Account:
             self.streams.append(len(self.state))
 
     def write_again(self, numbers: list[int], *, forgotten: bool) -> None:
-        """In a new session. `forgotten`: nobody could say how much of the old one had arrived, its node being dead. That
+        """In a new session. `forgotten`: nobody could say how much of the old one had arrived, its node being dead: it
         may have stored a later one of these, and not an earlier one, which then comes with its second copy."""
         self._sessions += 1
         for number in numbers:
