@@ -663,15 +663,17 @@ class SessionManager:
         return self.route(stanza)
 
     def _message(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
-        if self._turns and to.bare in self._turns:
+        if stanza.type == "error":
+            pass  # what it answers is acknowledged: it must not be lost while it waits
+        elif self._turns and to.bare in self._turns:
             if (ahead := self._turns.ahead(to.bare, stanza)) is not None:
                 return self._gate.wait(stanza, self._message_held(stanza, ahead))
-        elif self._owed_to and to.bare in self._owed_to and not stanza.hops and not stanza.kept:
+        elif self._owed_to and to.bare in self._owed_to and not _waits_for_nobody(stanza):
             return self._wait_behind(stanza, self._owed_to[to.bare])
         for one in rows.values():
-            if one.hides is not None and self._owed(one) and not stanza.hops and not stanza.kept:
+            if one.hides is not None and self._owed(one) and not _waits_for_nobody(stanza):
                 return self._gate.wait(stanza, self._message_behind(stanza))
-        if self._held and to.bare in self._held and not stanza.hops and not stanza.kept:
+        if self._held and to.bare in self._held and not _waits_for_nobody(stanza):
             return self._gate.wait(stanza, self._message_held(stanza, self._held[to.bare]))
         if to.resource:
             row = rows.get(to.resource)
@@ -846,6 +848,10 @@ class _LostSessions:
 
     def __iter__(self) -> Iterator[LostSession]:
         return (LostSession(row.jid, row.guarded) for row in self._rows if row.priority is not None)
+
+
+def _waits_for_nobody(stanza: Stanza) -> bool:
+    return bool(stanza.hops) or stanza.kept or stanza.type == "error"
 
 
 async def _finish(waiting: Awaitable[None]) -> None:

@@ -95,6 +95,9 @@ class Offline(Module[Config]):
         super().__init__(context, config)
         self._chores = Chores(self.spool, self.log)
         self._flushes: dict[Session, Flush] = {}
+        self._retries: dict[
+            Session, asyncio.Future[None]
+        ] = {}  # done when one has succeeded, or is not wanted any more
         self._retrieval = Retrieval(self.spool, self._blocklist, self._is_here)
         # Messages that are being stored, by bare JID: a login waits for them, or a later message would overtake them.
         self._storing: dict[str, set[asyncio.Future[None]]] = {}
@@ -324,12 +327,12 @@ class Offline(Module[Config]):
         flush = self._flushes.get(session)
         if flush is not None:
             flush.again = True
-            await asyncio.wait((flush.ended,))  # what comes from here on is behind all of it
-            return True
+            return await asyncio.shield(flush.ended)  # what comes from here on is behind all of it
         holder = Holder(self.owner.member, self.owner.incarnation, secrets.token_hex(8))
         self._flushes[session] = flush = Flush(
             session, holder, self.spool, self._chores, self.log, self._blocklist, partial(self._release, session.user)
         )
+        done = False
         try:
             while flush.again and flush.takes:
                 flush.again = False
@@ -339,13 +342,13 @@ class Offline(Module[Config]):
                         raise StorageUnavailable("older messages are not stored or free yet")
                 await self._until_taken_over(flush, session.user)
                 await flush.run()
+            done = True
         except StorageError as exc:
             self.log.warning("offline messages wait", user=session.user, error=exc)
-            return False
         finally:
             del self._flushes[session]
-            flush.ended.set_result(None)
-        return True
+            flush.ended.set_result(done)
+        return done
 
     async def _until_taken_over(self, flush: Flush, user: JID) -> None:
         """What a node holds that has died comes before what is stored now, and will be free when its lease has ended:
@@ -464,7 +467,8 @@ class Offline(Module[Config]):
         if not takers or self._is_retrieving(user):
             return
         session = max(takers, key=lambda taker: taker.priority or 0)
-        await self._flush(session)
+        if not await self._flush(session):
+            self._retry(session)
 
     @hook(NodeDown)
     def note_parting(self, event: NodeDown) -> None:
@@ -517,9 +521,14 @@ class Offline(Module[Config]):
 
     def _retry(self, session: Session, *, hold: bool = True) -> None:
         """Again and again until the database can. What is written to them meanwhile waits, for a while."""
-        flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        running = self._retries.get(session)
+        flushed: asyncio.Future[None] = running or asyncio.get_running_loop().create_future()
         if hold:
             session.hold_messages(_at_most(flushed, _HELD_BACK))
+
+        if running is not None:
+            return
+        self._retries[session] = flushed
 
         async def retry() -> None:
             wait = RETRY_FIRST
@@ -532,6 +541,7 @@ class Offline(Module[Config]):
                         return
                     wait = min(wait * 2, RETRY_LONGEST)
             finally:
+                del self._retries[session]
                 if not flushed.done():
                     flushed.set_result(None)
 

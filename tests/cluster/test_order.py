@@ -14,7 +14,8 @@ from xmppd.c2s.handover import Handover
 from xmppd.c2s.resumption import Resumption
 from xmppd.c2s.session import Session
 from xmppd.c2s.spooling import Spooling
-from xmppd.delivery import SAFE
+from xmppd.delivery import ERROR, SAFE
+from xmppd.errors import StorageUnavailable
 from xmppd.protocol.jid import parse
 
 JULIET = f"juliet@{HOST}"
@@ -229,6 +230,18 @@ async def test_a_session_that_moves_gets_what_is_being_stored_before_what_it_was
     assert there.bodies == ["1", "2", "3", "4"]
 
 
+async def test_an_error_waits_for_nothing(nodes):
+    """Its sender has been told by an acknowledgement that all is well, or that the error has come before it."""
+    romeo = await nodes[0].online("romeo")
+    romeo.session.hold_messages(asyncio.get_running_loop().create_future())
+    nodes[0].manager.hold_messages(romeo.session.user, asyncio.get_running_loop().create_future())
+
+    (outcome,) = await say(romeo, "O", to=f"nobody@{HOST}")
+
+    assert await nodes[0].settled(outcome) is ERROR
+    assert [stanza.type for stanza in romeo.received if stanza.kind == "message"] == ["error"]
+
+
 async def test_what_waits_for_a_session_that_ends_is_stored_at_once(nodes):
     juliet, romeo = await nodes[0].online("juliet"), await nodes[0].online("romeo")
     juliet.session.hold_messages(asyncio.get_running_loop().create_future())
@@ -243,3 +256,30 @@ async def test_what_waits_for_a_session_that_ends_is_stored_at_once(nodes):
     await nodes.net.until(lambda: len(again.bodies) >= 2)
     assert again.bodies == ["1", "2"]
     assert outcomes[0].result is SAFE
+
+
+async def test_who_joins_a_flush_that_fails_does_not_let_later_messages_pass(nodes):
+    romeo = await nodes[0].online("romeo")
+    for outcome in await say(romeo, "1", "2"):
+        await nodes[0].stored(outcome)
+    take, away = nodes[0].spool.take, True
+
+    async def sometimes(*args, **options):
+        await asyncio.sleep(0.02)
+        if away:
+            raise StorageUnavailable("away")
+        return await take(*args, **options)
+
+    nodes[0].spool.take = sometimes
+    juliet = nodes[0].login("juliet")
+    coming = asyncio.create_task(juliet.available())
+    await nodes.net.until(lambda: juliet.session.holds_messages)
+    await nodes[1].place.calls.call(nodes.node(0), "module", ["offline", "flush", [JULIET]])  # as after a split
+    await coming
+    await say(romeo, "3")
+    await asyncio.sleep(0.1)
+    assert juliet.bodies == []
+    away = False
+    await nodes.net.until(lambda: len(juliet.bodies) >= 3)
+
+    assert juliet.bodies == ["1", "2", "3"]

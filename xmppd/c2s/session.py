@@ -354,9 +354,11 @@ class Session:
 
     def deliver(self, stanza: Stanza) -> Outcome:
         """A stanza the session manager chose this session for. Raises StanzaError."""
-        if self._arriving is not None and not stanza.moved:
-            return self._hold(self._arriving, stanza)
-        held = self._held
+        held, arriving = self._held, self._arriving
+        if (held is not None or arriving is not None) and stanza.type == "error" and stanza.kind == "message":
+            return self._deliver(stanza)  # what it answers is acknowledged: it must not be lost with the session
+        if arriving is not None and not stanza.moved:
+            return self._hold(arriving, stanza)
         if held is not None and stanza.kind == "message" and (not stanza.moved or stanza.behind):
             return self._hold(held, stanza)
         return self._deliver(stanza)
