@@ -374,6 +374,10 @@ class Spool:
         self.taken += len(rows)
         return rows
 
+    def is_giving_back(self, host: str, username: str) -> bool:
+        """Whether what a take that failed may have got is not free again yet."""
+        return (host, username) in self._untakes
+
     def _check_lease(self) -> None:
         if not self.standing.holds_lease():
             raise StorageUnavailable("this node could not renew its lease: others may have taken over what it holds")

@@ -75,6 +75,7 @@ _PARTED: Final = 100_000  # users with messages of a split, the most that are lo
 _HELD: Final = 10.0  # seconds that messages wait for older ones to be stored, free, or delivered by another node
 _HELD_BACK: Final = 50.0  # seconds that they do while the database cannot give these
 _SILENT: Final = 8.0  # seconds for what a silent node holds to be taken over: its lease, and a look or two
+_STORED_LOOK: Final = 0.02
 _SILENT_LOOK: Final = 0.25  # seconds between two looks
 _FETCH: Final = f"{{{ns.OFFLINE}}}fetch"
 _PURGE: Final = f"{{{ns.OFFLINE}}}purge"
@@ -311,16 +312,29 @@ class Offline(Module[Config]):
 
     async def _go_on(self, session: Session, node: bytes, flushed: "asyncio.Future[None]") -> None:
         try:
-            await self.nodes.call(node, "stored", session.user.bare, timeout=_HELD)
+            await self.nodes.call(node, "stored", session.jid.full, timeout=_HELD)
         except (NodeUnreachable, CallRefused) as exc:
             self.log.debug("messages that are being stored not waited for", error=exc)
         await self._flush_woken(session, flushed)
 
     @from_node("stored")
-    async def until_stored(self, node: bytes, user: str) -> None:
-        """Answer when what is being stored here for a user, or freed, is there for others."""
-        if storing := self._storing.get(user):
-            await asyncio.wait(storing, timeout=_HELD)
+    async def until_stored(self, node: bytes, jid: str) -> None:
+        """A session has gone there: answer when what is being stored here for its user, or freed, is there for others,
+        and its row no longer says that it is here."""
+        session, give_up = parse(jid), time.monotonic() + _HELD
+        storing = self._is_storing(session)
+        while storing and time.monotonic() < give_up:
+            await asyncio.sleep(_STORED_LOOK)
+            storing = self._is_storing(session)
+
+    def _is_storing(self, jid: JID) -> bool:
+        user = jid.bare
+        return (
+            user in self._storing
+            or self.spool.is_giving_back(jid.domain, jid.local)
+            or any(session.user.bare == user and not flush.takes for session, flush in self._flushes.items())
+            or any(session.jid == jid for session in self.sessions.sessions(jid))
+        )
 
     async def _flush(self, session: Session) -> bool:
         """Send what is kept for the user; False when the database could not give it."""
