@@ -8,7 +8,7 @@ from lxml.etree import QName, _Element
 from sqlalchemy import Column, and_, delete, select
 
 from xmppd.errors import StanzaError
-from xmppd.events import UserDeleted
+from xmppd.events import HANDLED, Handled, UserDeleted, UserExporting, UserImporting
 from xmppd.module_api import (
     IqRequest,
     Module,
@@ -115,21 +115,53 @@ class Private(Module[Config]):
     def _parts(self, request: IqRequest) -> list[Part]:
         if not request.is_own:
             raise StanzaError("forbidden", "private data belong to their user")
-        parts = []
-        for element in request.payload.iterchildren(etree.Element):
-            name = QName(element)
-            if not name.namespace or name.namespace == ns.PRIVATE:
-                raise StanzaError("not-acceptable", "an element needs a namespace of its own")
-            if len(name.namespace) > NAME_LENGTH or len(name.localname) > NAME_LENGTH:
-                raise StanzaError("policy-violation", f"a name may have at most {NAME_LENGTH} characters")
-            parts.append(Part(name.namespace, name.localname, serialize(element)))
+        parts = [self._part(element) for element in request.payload.iterchildren(etree.Element)]
         if not parts:
             raise StanzaError("bad-request", "which element?")
         if len(parts) > AT_ONCE:
             raise StanzaError("policy-violation", f"at most {AT_ONCE} elements at once")
-        if any(len(part.xml) > self.config.max_size for part in parts):
-            raise StanzaError("policy-violation", f"an element may have at most {self.config.max_size} bytes")
         return parts
+
+    def _part(self, element: _Element) -> Part:
+        name = QName(element)
+        if not name.namespace or name.namespace == ns.PRIVATE:
+            raise StanzaError("not-acceptable", "an element needs a namespace of its own")
+        if len(name.namespace) > NAME_LENGTH or len(name.localname) > NAME_LENGTH:
+            raise StanzaError("policy-violation", f"a name may have at most {NAME_LENGTH} characters")
+        xml = serialize(element)
+        if len(xml) > self.config.max_size:
+            raise StanzaError("policy-violation", f"an element may have at most {self.config.max_size} bytes")
+        return Part(name.namespace, name.localname, xml)
+
+    # -- moving between servers
+
+    @hook(UserExporting)
+    async def write_out(self, event: UserExporting) -> None:
+        columns = private_xml.c
+        host, name = _user(event.user)
+        query = select(columns.xml).where(columns.server_host == host, columns.username == name)
+        query = query.order_by(columns.namespace_hash)
+
+        async def work(connection: "AsyncConnection") -> list[bytes]:
+            return list((await connection.execute(query)).scalars())
+
+        if found := await self.storage.read(work):
+            event.parts.append(f'<query xmlns="{ns.PRIVATE}">'.encode() + b"".join(found) + b"</query>")
+
+    @hook(UserImporting)
+    async def take_up(self, event: UserImporting) -> Handled | None:
+        if event.element.tag != f"{{{ns.PRIVATE}}}query":
+            return None
+        parts = []
+        for element in event.element.iterchildren(etree.Element):
+            try:
+                parts.append(self._part(element))
+            except StanzaError as error:
+                event.problems.append(f"private element left out: {error.text}")
+        if parts:
+            await self.storage.batcher.submit(KIND, Change(_user(event.user), tuple(parts), self.config.max_elements))
+        event.count = len(parts)
+        return HANDLED
 
     @hook(UserDeleted)
     async def forget(self, event: UserDeleted) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 from sqlalchemy import Column
 
 from xmppd.errors import StanzaError
-from xmppd.events import UserDeleted
+from xmppd.events import HANDLED, Handled, UserDeleted, UserExporting, UserImporting
 from xmppd.module_api import (
     IqRequest,
     Module,
@@ -24,6 +24,7 @@ from xmppd.module_api import (
     write_per_user,
 )
 from xmppd.protocol import ns
+from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import serialize
 
 if TYPE_CHECKING:
@@ -85,11 +86,26 @@ class VCard(Module[Config]):
         """Replace one's own vCard."""
         if not request.is_own:
             raise StanzaError("forbidden", "a vCard belongs to its user")
-        xml = serialize(request.payload)
+        await self._store(request.target, serialize(request.payload))
+
+    async def _store(self, user: JID, xml: bytes) -> None:
         if len(xml) > self.config.max_size:
             raise StanzaError("policy-violation", f"a vCard may have at most {self.config.max_size} bytes")
-        user = request.target
         await self.storage.batcher.submit(KIND, Change((user.domain, user.local), xml, self.clock()))
+
+    @hook(UserExporting)
+    async def write_out(self, event: UserExporting) -> None:
+        found: bytes | None = await self.storage.loader.get(KIND, (event.user.domain, event.user.local))
+        if found is not None:
+            event.parts.append(found)
+
+    @hook(UserImporting)
+    async def take_up(self, event: UserImporting) -> Handled | None:
+        if event.element.tag != f"{{{ns.VCARD}}}vCard":
+            return None
+        await self._store(event.user, serialize(event.element))
+        event.count = 1
+        return HANDLED
 
     @hook(UserDeleted)
     async def forget(self, event: UserDeleted) -> None:

@@ -1,11 +1,12 @@
 """Accounts with their passwords and their sessions: what admin commands and modules work on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from xmppd.auth import Auth
 from xmppd.events import UserDeleted, UserRegistered
 from xmppd.hooks import Hooks
 from xmppd.protocol.jid import make
+from xmppd.protocol.sasl import Secret
 from xmppd.session_manager import SessionManager
 from xmppd.storage import Accounts
 
@@ -29,6 +30,13 @@ class Accountant:
     async def register(self, host: str, user: str, password: str) -> bool:
         """Make an account; False when there is one."""
         if not await self._auth.register(host, user, password):
+            return False
+        await self._tell(UserRegistered(make(user, host)))
+        return True
+
+    async def adopt(self, host: str, user: str, secrets: Mapping[str, Secret]) -> bool:
+        """Make an account that had its password elsewhere; False when there is one. `user` is that of a JID."""
+        if not await self._accounts.adopt(host, user, secrets):
             return False
         await self._tell(UserRegistered(make(user, host)))
         return True

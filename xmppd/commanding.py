@@ -1,6 +1,6 @@
 """The commands of the core, put together: of this node, of the cluster, and what carries them to other nodes."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from xmppd.access import Access
@@ -11,10 +11,12 @@ from xmppd.admin.commands import register_core
 from xmppd.admin.nodes import Nodes
 from xmppd.admin.observers import Observers
 from xmppd.admin.outbox_commands import OutboxCommands
+from xmppd.admin.piefxis_commands import PiefxisCommands
 from xmppd.admin.promise_commands import Numbers, PromiseCommands
 from xmppd.admin.puppets import Puppet, Puppets
 from xmppd.admin.registry import Registry, commands_of
 from xmppd.admin.selftest import SelfTest, SelfTestCommands
+from xmppd.admin.storage_commands import BackupCommands, OldMessageCommands
 from xmppd.admin.talk import Speaker
 from xmppd.admin.watch import Watch, WatchCommands
 from xmppd.c2s.session import Parts, Session
@@ -26,11 +28,13 @@ from xmppd.hooks import Hooks
 from xmppd.log import get_logger
 from xmppd.module_loader import ModuleLoader
 from xmppd.outbox import Outbox
+from xmppd.piefxis import Exporter, Importer
 from xmppd.protocol.jid import JID
 from xmppd.router import Router
 from xmppd.session_manager import SessionManager
 from xmppd.spool import Spool
 from xmppd.storage import Accounts, Storage
+from xmppd.storage.members import Members
 
 
 class Node(Protocol):
@@ -119,6 +123,14 @@ class Commanding:
             OutboxCommands(node.outbox, node.node),
             WatchCommands(watch),
             SelfTestCommands(selftest),
+            OldMessageCommands(node.spool, node.storage),
+            BackupCommands(node.storage, node.config.data_dir, node.sessions, _others(node), node.restart),
+            PiefxisCommands(
+                Exporter(node.accounts, node.hooks),
+                Importer(node.accountant, node.hooks, lambda: node.hosts),
+                node.config.data_dir,
+                lambda: node.hosts,
+            ),
             PromiseCommands(node.node, cluster.me.node, node.sessions, node.spool, _numbers(node)),
         ):
             node.registry.register("core", commands_of(source))
@@ -138,6 +150,16 @@ class Commanding:
 
 def _bind(node: Node) -> Callable[[JID, Puppet], Session]:
     return lambda jid, carrier: Session(jid, carrier, node.parts, get_logger("selftest"))
+
+
+def _others(node: Node) -> Callable[[], Awaitable[list[str]]]:
+    """The other nodes that run on the same database, members or not."""
+
+    async def others() -> list[str]:
+        rows = await Members(node.storage).all()
+        return [row.name for row in rows if row.running and row.node != node.cluster.me.node]
+
+    return others
 
 
 def _numbers(node: Node) -> Callable[[], Numbers]:

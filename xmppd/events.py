@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterable
 
+    from lxml.etree import _Element
+
 
 class Handled:
     """The type of HANDLED."""
@@ -408,6 +410,29 @@ class UserForgotten:
     database is the business of UserDeleted."""
 
     user: JID
+
+
+@dataclass(slots=True)
+class UserExporting:
+    """What there is of an account is about to be written into a file (XEP-0227); on the node that writes it. A module
+    appends what it keeps to `parts`, one element each, as the XEP has it, with its namespaces. StanzaError and
+    StorageError say that something is missing, which is reported. Nobody handles it: the account goes alone."""
+
+    user: JID
+    parts: list[bytes] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class UserImporting:
+    """An element of an account in such a file is about to be taken up; the account exists; on the node that reads it.
+    The module it belongs to stores it so that doing it again changes nothing, and returns HANDLED when that is
+    committed; `count` says how many things were new, `problems` what was left out. StanzaError and StorageError refuse
+    all of it, and are reported, too. Unhandled: the element is reported as unknown."""
+
+    user: JID
+    element: "_Element"
+    count: int = 0
+    problems: list[str] = field(default_factory=list)
 
 
 # -- streams

@@ -28,6 +28,7 @@ from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, last
 from xmppd.delivery import SAFE, Outcome, Pending, as_stanza_error
 from xmppd.errors import CommandError, JidError
 from xmppd.events import Handled, Session
+from xmppd.housekeeping import Delete
 from xmppd.iq import NO_REPLY, IqRequest, NoReply
 from xmppd.nodes import Nodes
 from xmppd.outbox import Answer, Event, FileSink, HttpSink, HttpTarget, Outbox, conversation, repetition, ulid
@@ -343,6 +344,7 @@ class Context:
     outbox: Outbox | None = None
     # The loader puts in its own:
     switch: Callable[[type, bool], None] = lambda event, on: None
+    retention: Callable[[str, Callable[[], float], Delete], None] = lambda name, older_than, delete: None
     notify: Callable[[object], Awaitable[None] | None] = lambda event: None
     decide: Callable[[Any], Any] = lambda event: event
 
@@ -402,6 +404,14 @@ class Module(Generic[C]):
     def switch(self, event: type, on: bool) -> None:
         """Let the module's `switched` handlers of an event listen, or not."""
         self._context.switch(event, on)
+
+    def retention(self, name: str, older_than: float, delete: Delete) -> None:
+        """Have rows of the module deleted that are older than so many seconds; 0: none. To be said in `start`.
+
+        `await delete(before, limit)` deletes at most `limit` rows from before that time (seconds since 1970), and says
+        how many it was: fewer than `limit` when no more are left. It is called now and then, again and again until that
+        is so, on one node of the cluster at a time, and may be broken off between two calls."""
+        self._context.retention(name, lambda: older_than, delete)
 
     def own_host(self, name: str) -> str:
         """One of our hosts, as an operator has written it; CommandError when it is none."""

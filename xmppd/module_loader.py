@@ -29,6 +29,7 @@ from xmppd.access import Access, AccessRules
 from xmppd.admin.registry import Registry, commands_of
 from xmppd.errors import CommandError, ConfigError, XmppdError
 from xmppd.hooks import Hooks
+from xmppd.housekeeping import Retentions
 from xmppd.iq import IqHandlers
 from xmppd.log import get_logger
 from xmppd.module_api import Context, HookMark, IqMark, Module, NodeMark
@@ -103,8 +104,10 @@ class ModuleLoader:
         access: Access,
         paths: Sequence[Path] = (),
         nodes: NodeHandlers | None = None,
+        retentions: Retentions | None = None,
     ) -> None:
         self._nodes = nodes or NodeHandlers()
+        self._retentions = retentions or Retentions()
         self._hooks = hooks
         self._iqs = iqs
         self._registry = registry
@@ -367,6 +370,7 @@ class ModuleLoader:
         context.spawn = spawn_owned
         context.notify, context.decide = self._hooks.notify, self._hooks.decide
         context.switch = functools.partial(self._switch, name)
+        context.retention = functools.partial(self._retentions.add, name)
         source = self._source(name)
         with _named(name):
             loaded = Loaded(name, source, rank, cls(context, config), tasks)
@@ -448,6 +452,7 @@ class ModuleLoader:
         self._hooks.remove(loaded.name)
         self._iqs.remove(loaded.name)
         self._nodes.remove(loaded.name)
+        self._retentions.remove(loaded.name)
         self._registry.unregister(loaded.name)
 
     # -- finding

@@ -41,6 +41,7 @@ from xmppd.errors import NodeIdTaken, StorageUnavailable, XmppdError
 from xmppd.events import ServerStarted
 from xmppd.forward import Forwarder
 from xmppd.hooks import Hooks
+from xmppd.housekeeping import Housekeeping, Retentions
 from xmppd.identity import DataFolder
 from xmppd.iq import IqDispatcher, IqHandlers
 from xmppd.local_router import LocalRouter
@@ -52,6 +53,7 @@ from xmppd.module_loader import ModuleLoader
 from xmppd.nodes import NodeHandlers, Nodes
 from xmppd.notify import Notifier
 from xmppd.outbox import Outbox, Retry, Settings
+from xmppd.outbox.rows import DEDUP_WINDOW
 from xmppd.protocol import ns
 from xmppd.reload import Plan, Reloader
 from xmppd.removals import Removals
@@ -68,6 +70,7 @@ _log = get_logger("xmppd.server")
 # With generation 0 at 700 objects, a busy node would spend its time looking for cycles it does not make.
 _DATABASE_AGAIN: Final = 1.0  # seconds between two attempts to open one that was away at the start
 _SUM_UP: Final = 10.0  # seconds between two looks at what the log has left out
+_EXPIRED: Final = 60.0  # seconds for which a message that need not be delivered any more is left alone
 _SYNC: Final = 3.0  # seconds a start waits for the tables of the other nodes
 # Messages on their way are a second old, so that on a busy node the youngest generation is never garbage: it is looked
 # at when it grows beyond what that makes, and not so late that one look takes long (some 20 ms on a slow machine).
@@ -440,6 +443,7 @@ class Server:
             access=self.access,
             paths=self.config.module_paths,
             nodes=self._node_handlers,
+            retentions=self._retentions(),
         )
         self.commanding = Commanding(self, self._info)
         try:
@@ -451,6 +455,18 @@ class Server:
         finally:
             await self.commanding.close()
             await self.loader.stop()
+
+    def _retentions(self) -> Retentions:
+        """What is deleted when it is old, the modules' own apart."""
+        retentions = Retentions()
+        spool, outbox = self.spool, self.outbox
+        retentions.add("core", "offline messages", lambda: self.config.retention.offline_messages, spool.delete_older)
+        retentions.add("core", "expired messages", lambda: _EXPIRED, spool.delete_expired)
+        retentions.add("core", "dead events", lambda: self.config.retention.dead_events, outbox.delete_dead)
+        retentions.add("core", "events that were sent", lambda: 2 * DEDUP_WINDOW, outbox.delete_done)
+        keeper = Housekeeping(self.storage, retentions, self.node, lambda: self.config.retention)
+        self.spawn_service(keeper.run(), name="housekeeping")
+        return retentions
 
     def _info(self) -> tuple[str, int, int, int]:
         """Status, sessions, tasks, seconds: what `list_cluster_detailed` shows of a node."""

@@ -33,7 +33,7 @@ from sqlalchemy.types import TypeEngine
 
 from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.log import get_logger
-from xmppd.storage import Stamp, Storage, Utf8, by_host, fixed_bytes, id_of, insert_new, new_id
+from xmppd.storage import Stamp, Storage, Utf8, by_host, first_id, fixed_bytes, id_at, id_of, insert_new, new_id
 from xmppd.storage.sql import User, db_now, limited_update
 from xmppd.storage.tables import HOST_BYTES, PART_BYTES, account, node
 from xmppd.storage.tables import spool as table
@@ -45,6 +45,7 @@ FREE: Final = "spool free"
 DELETE: Final = "spool delete"
 _CHUNK: Final = 500  # ids in one IN (…)
 _FREE_AT_ONCE: Final = 1000
+_ID_LATE: Final = 3600.0  # seconds by which a row's id may be younger than its `created_at`
 _UNTAKE_FIRST: Final = 0.2  # seconds
 _UNTAKE_LONGEST: Final = 10.0
 
@@ -471,6 +472,22 @@ class Spool:
         query = self._free_rows(host, username).order_by(table.c.id).limit(limit)
         return await self._rows(query if after is None else query.where(table.c.id > after))
 
+    async def every(self, host: str, username: str, *, after: bytes | None = None, limit: int = 100) -> list[SpoolRow]:
+        """As `look`, with what sessions hold: all that has not arrived yet."""
+        columns = (table.c.id, table.c.created_at, table.c.sender, table.c.stanza)
+        query = select(*columns).where(*_of(host, username), _lives(self._clock())).order_by(table.c.id).limit(limit)
+        return await self._rows(query if after is None else query.where(table.c.id > after))
+
+    def adopt(
+        self, host: str, username: str, sender_bare: str, stanza: bytes, created_at: float, expires_at: float | None
+    ) -> "asyncio.Future[Kept]":
+        """Stores a message that was stored elsewhere at that time, in the order of these times, whatever the quota; the
+        future raises NoAccount. Raises StorageUnavailable at once when the write queue is full."""
+        row_id = id_at(created_at)
+        return self.submit(
+            KeepItem(row_id, host, username, sender_bare, stanza, created_at, expires_at, None, None, None, True)
+        )
+
     async def find(self, host: str, username: str, ids: Iterable[bytes]) -> list[SpoolRow]:
         """Those of the ids that are offline messages of the user."""
         found: list[SpoolRow] = []
@@ -519,6 +536,29 @@ class Spool:
 
         while await self._storage.run(work) == _FREE_AT_ONCE:
             pass
+
+    async def delete_older(self, before: float, limit: int) -> int:
+        """Deletes offline messages that were stored before that time, the oldest `limit` of them; how many."""
+        # The key of the table is in the order of time; it is some seconds of patience off `created_at`.
+        old = (table.c.id < first_id(before + _ID_LATE), table.c.created_at < before, table.c.holder_member.is_(None))
+        return await self._delete_free(select(table.c.id).where(*old).order_by(table.c.id), limit)
+
+    async def delete_expired(self, before: float, limit: int) -> int:
+        """Deletes offline messages that need not be delivered any more after a time before that one; how many."""
+        # Few messages have such a time. The index `spool_user` answers alone, and no message is read; SQLite takes it
+        # when the holder is asked for in a way that suits no other one.
+        free = func.coalesce(table.c.holder_member, b"") == b""
+        query = select(table.c.id).with_hint(table, "FORCE INDEX (spool_user)", "mysql")
+        return await self._delete_free(query.where(table.c.expires_at < before, free), limit)
+
+    async def _delete_free(self, query: Select[Any], limit: int) -> int:
+        async def work(connection: AsyncConnection) -> int:
+            ids = list((await connection.execute(query.limit(limit))).scalars())
+            for some in _chunks(sorted(ids)):  # looked at once more: a session may have taken them meanwhile
+                await connection.execute(delete(table).where(table.c.id.in_(some), table.c.holder_member.is_(None)))
+            return len(ids)
+
+        return await self._storage.run(work)
 
     async def freed_since(self, when: float, *, limit: int = 10_000) -> list[User]:
         """The users with rows that were stored without holder, or released, at or after `when`, and are free now.

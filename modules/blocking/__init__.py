@@ -33,7 +33,9 @@ from xmppd.events import (
     SessionLeft,
     SubscriptionReceiving,
     UserDeleted,
+    UserExporting,
     UserForgotten,
+    UserImporting,
 )
 from xmppd.module_api import (
     SAFE,
@@ -58,6 +60,7 @@ from xmppd.protocol.jid import JID, parse
 from xmppd.protocol.stanza import Stanza, build
 
 from .lists import Lists
+from .moving import blocked_in
 from .reports import Report, notice, read_report
 from .rules import exempt, incoming, outgoing, unknown
 from .store import Change, Changed, Store, block_item, spam_report
@@ -348,6 +351,27 @@ class Blocking(Module[Config]):
         async with self._lists.turn(user):
             await self._store.change(Change((user.domain, user.local), forget=True))
             self._lists.drop(user)
+
+    # -- moving between servers
+
+    @hook(UserExporting)
+    async def write_out(self, event: UserExporting) -> None:
+        items = await self._store.load(event.user)
+        if items:
+            event.parts.append(_element("blocklist", sorted(items)))
+
+    @hook(UserImporting)
+    async def take_up(self, event: UserImporting) -> Handled | None:
+        user, found = event.user, blocked_in(event.element, event.problems)
+        if found is None:
+            return None
+        jids = [jid for jid in found if jid.bare != user.bare]
+        if jids:
+            names = tuple(jid.full for jid in jids)
+            change = Change((user.domain, user.local), add=names, limit=self.config.max_items)
+            changed = await self._change(user, change, _element("block", names))
+            event.count = len(changed.items - changed.before)
+        return HANDLED
 
     # -- what operators ask
 

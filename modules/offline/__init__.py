@@ -35,6 +35,8 @@ from xmppd.events import (
     SessionBecameAvailable,
     SessionClosed,
     SessionLeft,
+    UserExporting,
+    UserImporting,
 )
 from xmppd.module_api import (
     SAFE,
@@ -62,6 +64,7 @@ from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, make, parse
 from xmppd.protocol.stanza import Stanza, delay_element, with_child
 
+from . import moving
 from .flush import RETRY_FIRST, RETRY_LONGEST, Flush
 from .retrieval import Retrieval, count_form, nodes
 from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, repetition_key, sender_of
@@ -264,6 +267,25 @@ class Offline(Module[Config]):
         if holder is not None:
             self._release(event.user, (message.row_id,), holder)
         event.outcome.follow(SAFE)
+        return HANDLED
+
+    # -- moving between servers
+
+    @hook(UserExporting)
+    async def write_out(self, event: UserExporting) -> None:
+        if found := await moving.write_out(self.spool, event.user):
+            event.parts.append(found)
+
+    @hook(UserImporting)
+    async def take_up(self, event: UserImporting) -> Handled | None:
+        if event.element.tag != moving.MESSAGES:
+            return None
+        user = event.user
+        messages = list(moving.messages_in(event.element, user, self.clock(), event.problems))
+        event.count = await moving.take_up(self.spool, user, messages)
+        if event.count:
+            self._remember(user)
+            self._wake(user)
         return HANDLED
 
     # -- delivering

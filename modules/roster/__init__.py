@@ -24,7 +24,9 @@ from xmppd.events import (
     SubscriptionReceiving,
     SubscriptionSending,
     UserDeleted,
+    UserExporting,
     UserForgotten,
+    UserImporting,
 )
 from xmppd.module_api import (
     Arg,
@@ -49,6 +51,7 @@ from xmppd.protocol.stanza import Stanza, build
 
 from .cache import Rosters
 from .items import Item, Limits, check_texts, item_xml, query_xml, read_edit, removed_xml
+from .moving import QUERY, items_in, merged, request_in, request_xml
 from .news import heard, told
 from .store import Change, Loaded, Store, roster_item, roster_version
 from .subscriptions import Subscriptions, decided, kept_request
@@ -257,9 +260,7 @@ class Roster(Module[Config]):
         try:
             done = await change
         except (StorageError, asyncio.CancelledError):
-            self._rosters.invalidate(user)  # the answer to a COMMIT may have been lost
-            self.nodes.cast("doubt", user.full)
-            self._tell_successor(user)
+            self._doubt(user)  # the answer to a COMMIT may have been lost
             raise
         self._rosters.apply(user, done)
         if done.changed:
@@ -350,6 +351,45 @@ class Roster(Module[Config]):
     @hook(UserForgotten)
     def forget_here(self, event: UserForgotten) -> None:
         self._rosters.drop(event.user)
+
+    # -- moving between servers
+
+    @hook(UserExporting)
+    async def write_out(self, event: UserExporting) -> None:
+        user = event.user
+        items = (await self._store.load(user)).items
+        listed = [item_xml(item) for _, item in sorted(items.items()) if item.listed]
+        if listed:
+            event.parts.append(query_xml(listed, None))
+        if any(item.asks for item in items.values()):
+            requests = await self._store.requests(user)
+            event.parts += [request_xml(kept_request(requests[name], name, user)) for name in sorted(requests)]
+
+    @hook(UserImporting)
+    async def take_up(self, event: UserImporting) -> Handled | None:
+        """Whoever is logged in sees it at the next login."""
+        user = event.user
+        if event.element.tag == QUERY:
+            items = items_in(event.element, user, self._limits, event.problems)
+            async with self.turn(user):
+                try:
+                    event.count = await self._store.adopt(user, items, merged)
+                finally:
+                    self._doubt(user)
+            return HANDLED
+        request = request_in(event.element, user)
+        if request is None:
+            return None
+        contact, stanza = request
+        async with self.turn(user):
+            change = await self.write(user, self._store.move(user, contact, "subscribe", stanza))
+        event.count = int(change.changed)
+        return HANDLED
+
+    def _doubt(self, user: JID) -> None:
+        self._rosters.invalidate(user)
+        self.nodes.cast("doubt", user.full)
+        self._tell_successor(user)
 
     # -- what operators ask
 

@@ -8,7 +8,7 @@ again with an account of the same name, and a client would take its old copy for
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from sys import intern
 from typing import Any, Final
@@ -174,6 +174,34 @@ class Store:
             return None, None
 
         return await self._change(user, contact, decide)
+
+    async def adopt(self, user: JID, items: Sequence[Item], merge: Callable[[Item, Item | None], Item]) -> int:
+        """Put many items into a roster at once, each as `merge` makes it of itself and what is there; how many differ.
+        StanzaError resource-constraint when they are too many."""
+        version = secrets.token_hex(8)
+
+        async def work(connection: AsyncConnection) -> int:
+            await _lock(connection, user)
+            rows = (await connection.execute(_items(roster_item.c.request).where(*_of(roster_item, user)))).all()
+            there = {item.jid.full: (item, row.request) for row in rows if (item := _item(row)) is not None}
+            new = []
+            for item in items:
+                before, request = there.get(item.jid.full, (None, None))
+                after = merge(item, before)
+                if after != before:
+                    new.append(_row(user, after, request if after.asks else None))
+            if not new:
+                return 0
+            listed = {name for name, (item, _) in there.items() if item.listed} | {item.jid.full for item in items}
+            if len(listed) > self._limits.items:
+                raise StanzaError("resource-constraint", f"a roster holds at most {self._limits.items} contacts")
+            for start in range(0, len(new), _PAGE):
+                await connection.execute(upsert(roster_item, connection.dialect), new[start : start + _PAGE])
+            changed = {"server_host": user.domain, "username": user.local, "version": version}
+            await connection.execute(upsert(roster_version, connection.dialect), changed)
+            return len(new)
+
+        return await self._storage.run(work)
 
     async def forget(self, user: JID) -> list[Item]:
         """Remove everything of an account that is gone; what there was comes back."""

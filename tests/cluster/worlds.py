@@ -1,7 +1,7 @@
 """Several nodes without sockets on one database: the worlds of tests/modules, joined by links in memory."""
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -36,6 +36,7 @@ class Wires(Net):
         self.delay: Callable[[], float] | None = None  # seconds
         self.held: set[tuple[str, str]] = set()  # (from, to): nothing arrives until it is let go
         self._arrivals: dict[tuple[str, str], float] = {}
+        self._under_way: dict[tuple[str, str], deque[tuple[Any, ...]]] = {}
         self._waiting: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
 
     def carry(self, sender: MemoryLinks, target: Peer, kind: Kind, body: bytes) -> None:
@@ -44,14 +45,19 @@ class Wires(Net):
         if way in self.held:
             self._waiting.setdefault(way, []).append((sender, target, kind, body))
         else:
-            loop = asyncio.get_running_loop()
-            now = loop.time()
-            at = max(now + self.delay() if self.delay else now, self._arrivals.get(way, 0.0) + 1e-6)
-            if self.delay is None and at <= now:
+            under_way = self._under_way.setdefault(way, deque())
+            if self.delay is None and not under_way:  # what is due has not yet arrived while the loop is busy
                 super().carry(sender, target, kind, body)
             else:
+                loop = asyncio.get_running_loop()
+                at = max(loop.time() + (self.delay() if self.delay else 0.0), self._arrivals.get(way, 0.0))
                 self._arrivals[way] = at
-                loop.call_at(at, super().carry, sender, target, kind, body)
+                under_way.append((sender, target, kind, body))
+                loop.call_at(at, self._arrive, under_way)
+
+    def _arrive(self, under_way: deque[tuple[Any, ...]]) -> None:
+        """The first that is under way, whichever timer it was."""
+        super().carry(*under_way.popleft())
 
     def hold(self, sender: str, target: str) -> None:
         """Let nothing from one node to another arrive for now."""

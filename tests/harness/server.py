@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from tests.harness.nursery import Child, nursery
 from tests.harness.watcher import Watcher
 
 ROOT = Path(__file__).parents[2]
@@ -54,8 +55,9 @@ class Server:
         for name in [name for name in self.environment if name.startswith("XMPPD_")]:
             del self.environment[name]
         self.expects_trouble = False  # a test that provokes errors in the log says so
+        self.from_nothing = False  # a program that loads its own code
         self.clock = 0.0  # seconds by which its wall clock is ahead of the others'
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Child | None = None
         self._batch: subprocess.Popen[bytes] | None = None
         self._batch_used = 0.0
         self._watcher: Watcher | None = None
@@ -74,14 +76,18 @@ class Server:
         """Start the process and return at once."""
         assert self.process is None, "it runs already"
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*prefix, sys.executable, *self._program, "--config", str(self.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                env=self.environment,
-            )
+            if prefix or self.clock or self.from_nothing or not nursery().takes(self.environment):
+                self.process = subprocess.Popen(
+                    [*prefix, sys.executable, *self._program, "--config", str(self.path)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=self.folder,
+                    env=self.environment,
+                )
+            else:
+                how: Any = {"cwd": self.folder, "environment": self.environment, "output": log}
+                self.process = nursery().start(["--config", str(self.path)], **how)
         self._watcher = Watcher(self.process.pid)
 
     @property

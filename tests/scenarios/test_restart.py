@@ -223,6 +223,7 @@ def test_every_fault_of_the_modules_section_is_named(tmp_path):
 
 def test_a_start_that_is_interrupted_leaves_the_data_in_order(tmp_path):
     node = Server(tmp_path / "node")
+    node.from_nothing = True
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         node.launch()
         while not (node.data_dir / "lock").exists() and node.process.poll() is None:

@@ -17,7 +17,7 @@ The payload of the call is [id, user, h]; the answer has one of
 import asyncio
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,7 +27,7 @@ from xmppd.c2s.session import Parts, Session
 from xmppd.cluster.interfaces import Calls, Links, Peer
 from xmppd.delivery import SAFE, Pending, Record
 from xmppd.errors import CallRefused, NodeUnreachable, StreamError
-from xmppd.events import SessionArrived, SessionLeft
+from xmppd.events import MessagesFound, SessionArrived, SessionLeft
 from xmppd.forward import Forwarder
 from xmppd.log import get_logger
 from xmppd.protocol.jid import JID, parse
@@ -210,9 +210,17 @@ class Handover:
                     await waiting
                 # All nodes know where it is; then the old one has all that was on its way to it, and has passed it on.
                 await self._calls.barrier()
-                await self._forwarder.hand_over(node, session.jid, session.row.bound_at)
+                if not await self._forwarder.hand_over(node, session.jid, session.row.bound_at):
+                    # It still has what it should have passed on, and that is in the database: it will be free soon.
+                    found = parts.hooks.notify(MessagesFound(session.user))
+                    if found is not None:
+                        parts.spawn(_finish(found), name="messages found")
             finally:
                 session.settled_in()
 
         parts.spawn(settle_in(), name="session from another node")
         return session
+
+
+async def _finish(waiting: Awaitable[None]) -> None:
+    await waiting

@@ -4,8 +4,8 @@ When the stream is lost the session waits for up to `max` seconds to be resumed:
 it queues. Then, or when the queue is full, it ends, and what was not acknowledged goes to other sessions or is kept.
 
 An acknowledgement is asked for behind the first stanza that is not acknowledged, in the same write; the next one when
-the answer has come and something is left. So a client that is sent one message answers once, while its radio is awake
-anyway, and one that is sent many answers once a round trip.
+the answer has come and something is left, but not within `ASK_EVERY` seconds, unless much is. So a client that is sent
+one message answers once, while its radio is awake anyway, and one that is sent many answers for many at a time.
 """
 
 import asyncio
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from xmppd.c2s.connection import Connection
     from xmppd.c2s.session import Session
 
+ASK_EVERY: Final = 0.1  # seconds between two requests for an acknowledgement
+_MUCH: Final = 64 * 1024  # bytes that are not acknowledged: it is asked for at once
 WINDOW: Final = 256 * 1024  # bytes written again at once when a stream is resumed; the rest as they are acknowledged
 _WHOLE: Final = 1.5  # seconds for what came before the stream was lost to be settled, so that it is not sent again
 _SETTLING: Final = frozenset({"get", "set"})
@@ -57,6 +59,7 @@ class Managed:
     __slots__ = (
         "_ack_timeout",
         "_ack_timer",
+        "_ask_at",
         "_attempt",
         "_full",
         "_limit",
@@ -85,6 +88,7 @@ class Managed:
         self._limit_size = options.max_ack_queue_size
         self._ack_timeout = options.ack_timeout
         self._requested: float | None = None  # when an acknowledgement was asked for that has not come
+        self._ask_at = 0.0  # not before
         self._ack_timer: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None  # of a session that waits
         self._attempt = 0  # the last one to resume it
@@ -148,11 +152,32 @@ class Managed:
         """What goes out behind all else of a tick."""
         out = self.inbound.tail()
         if self._requested is None and self.outbound.written:
-            self._requested = now = time.monotonic()
+            now = time.monotonic()
+            if not self._may_ask(now):
+                return out
+            self._requested = now
+            self._ask_at = now + ASK_EVERY
             if self._ack_timer is None:
                 self._watch(now + self._ack_timeout, now)
             return out + REQUEST
         return out
+
+    def _may_ask(self, now: float) -> bool:
+        """Else the next visit to the backlog asks."""
+        outbound = self.outbound
+        if now >= self._ask_at or outbound.size >= _MUCH or not outbound.open:
+            return True
+        if not self.backlog.watched:
+            self.backlog.watch()
+        return False
+
+    def ask(self, now: float) -> float:
+        """Ask for an acknowledgement of all that was sent, if it is time to. When that is."""
+        if self._requested is None and self.outbound.written:
+            if now < self._ask_at:
+                return self._ask_at
+            self._nudge()
+        return now
 
     def _nudge(self) -> None:
         self._session.carrier.write(b"")
@@ -168,7 +193,7 @@ class Managed:
         outbound = self.outbound
         if not outbound.open and not self.waiting:
             self._pump()
-        if outbound.written:
+        if outbound.written and self._may_ask(time.monotonic()):
             self._nudge()
 
     def _settle(self, h: int) -> None:

@@ -77,8 +77,6 @@ class Spooling:
 
     def watch(self, backlog: Watched) -> None:
         """Something may become overdue."""
-        if self.spool is None:
-            return
         self._watched.append(backlog)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_TICK, self._tick)
@@ -236,20 +234,18 @@ class Backlog:
             self._retry()
         end = outbound.end
         self._examined = max(self._examined, outbound.acknowledged)
+        managed = self._session.managed
+        asked = now if managed is None or managed.waiting else managed.ask(now)
         if self._examined < end and (not marks or marks[-1][1] < end):
-            marks.append((now, end))
-        patience = self._patience_now()
+            marks.append((asked, end))
+        patience = 0.0 if managed is None or managed.waiting else self.patience
         due = 0
         while marks and marks[0][0] + patience <= now:
             due = marks.popleft()[1]
         if due > self._examined:
             self._write(due)
-        self.watched = self._examined < end or bool(self._again)
+        self.watched = self._examined < end or bool(self._again) or asked > now
         return self.watched
-
-    def _patience_now(self) -> float:
-        managed = self._session.managed
-        return 0.0 if managed is None or managed.waiting else self.patience
 
     def at_once(self) -> None:
         """There is no stream: nothing will be acknowledged soon."""

@@ -353,6 +353,14 @@ class Outbox(Options):
     dead_letter: Literal["keep", "drop"] = "keep"
 
 
+class Retention(Options):
+    """How long rows are kept; 0: until somebody deletes them."""
+
+    every: Annotated[Duration, lasting(1, 7 * 86400)] = 3600.0
+    offline_messages: Annotated[Duration, lasting(0, 100 * 365 * 86400)] = 0.0
+    dead_events: Annotated[Duration, lasting(0, 100 * 365 * 86400)] = 90 * 86400.0
+
+
 class Routing(Options):
     """Where the RFC and ejabberd's habits differ."""
 
@@ -441,6 +449,7 @@ class Schema(Options):
     cluster: Cluster = Field(default_factory=Cluster)
     routing: Routing = Field(default_factory=Routing)
     outbox: Outbox = Field(default_factory=Outbox)
+    retention: Retention = Field(default_factory=Retention)
     stream_management: StreamManagement = Field(default_factory=StreamManagement)
     acl: NamedAcls = Field(default_factory=lambda: _freeze({}))
     access_rules: NamedAccessRules = Field(default_factory=lambda: _freeze({}))

@@ -38,7 +38,7 @@ Options, before the command:
   --local                answer for this node alone
   --password-stdin       take the password from standard input; `-` in its place does so too
   -t, --no-timeout       wait for ever
-Exit codes: 0 done, 1 not done, 2 wrong usage, 3 the node cannot be reached, 10-29 see docs/exit-codes.md
+Exit codes: 0 done, 1 not done, 2 wrong usage, 3 the node cannot be reached, 10-33 see docs/exit-codes.md
 """
 
 

@@ -366,6 +366,14 @@ class Outbox:
         self._kick.set()
         return revived
 
+    async def delete_dead(self, before: float, limit: int) -> int:
+        """Events that were given up and made before that time, of all nodes; how many went, at most `limit`."""
+        return await self._rows.delete_dead(before, limit)
+
+    async def delete_done(self, before: float, limit: int) -> int:
+        """What is left of events that were taken, made before that time; how many went, at most `limit`."""
+        return await self._rows.delete_done(before, limit)
+
     async def purge(self, sink: str, state: str) -> int:
         """Events of this node are given up; how many."""
         await self._rows.take_over(self._name)  # of sinks that no module serves any more, too

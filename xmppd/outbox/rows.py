@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
 from xmppd.outbox.event import Event
-from xmppd.storage import Lease, Storage, Utf8, db_now, fixed_bytes, id_time, insert_new, new_id
+from xmppd.storage import Lease, Storage, Utf8, db_now, first_id, fixed_bytes, id_time, insert_new, new_id
 from xmppd.storage.sql import limited_update
 from xmppd.storage.tables import node
 from xmppd.storage.tables import outbox as table
@@ -250,6 +250,27 @@ class Rows:
 
         while await self._storage.run(work, repeatable=True) == _PIECE:
             pass
+
+    async def delete_dead(self, before: float, limit: int) -> int:
+        """Events of whatever run that were given up, made before that time; how many went, at most `limit`."""
+        return await self._delete_old(DEAD, before, limit)
+
+    async def delete_done(self, before: float, limit: int) -> int:
+        """The same of those that were only kept for their dedup key: of runs that are over, and of sinks that are no
+        more, nobody else does it."""
+        return await self._delete_old(DONE, before, limit)
+
+    async def _delete_old(self, state: str, before: float, limit: int) -> int:
+        # By the index alone; a revived event is younger than its id.
+        old = (table.c.state == state, table.c.id < first_id(before), table.c.created_at < before)
+
+        async def work(connection: AsyncConnection) -> int:
+            ids = sorted((await connection.execute(select(table.c.id).where(*old).limit(limit))).scalars())
+            for some in _chunks(ids):  # looked at once more: it may have been revived meanwhile
+                await connection.execute(delete(table).where(table.c.id.in_(some), *old))
+            return len(ids)
+
+        return await self._storage.run(work)
 
     # -- rows of runs that are over ----------------------------------------------------------------------------------
 

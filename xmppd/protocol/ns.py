@@ -15,6 +15,11 @@ SESSION: Final = "urn:ietf:params:xml:ns:xmpp-session"
 SM: Final = "urn:xmpp:sm:3"
 XML: Final = "http://www.w3.org/XML/1998/namespace"
 
+PIE: Final = "urn:xmpp:pie:0"
+PIE_SCRAM: Final = "urn:xmpp:pie:0#scram"
+XINCLUDE: Final = "http://www.w3.org/2001/XInclude"
+PRIVACY: Final = "jabber:iq:privacy"
+
 ROSTER: Final = "jabber:iq:roster"
 ROSTER_VERSIONING: Final = "urn:xmpp:features:rosterver"
 SUBSCRIPTION_PREAPPROVAL: Final = "urn:xmpp:features:pre-approval"

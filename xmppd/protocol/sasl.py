@@ -372,7 +372,7 @@ class _Scram(Exchange):
         if self._expects != "secret":
             return super().supply(secret)
         self._expects = "nothing"
-        if not _usable(secret, self._kind):
+        if not usable(secret, self._kind):
             raise SaslError("temporary-auth-failure", "the stored secret of this account cannot be used")
         stored = (secret.salt, secret.stored_key, secret.server_key, secret.iterations)
         try:
@@ -415,7 +415,8 @@ def _unescape(saslname: str) -> str:
     return saslname.replace("=2C", ",").replace("=3D", "=")
 
 
-def _usable(secret: Secret, kind: str) -> bool:
+def usable(secret: Secret, kind: str) -> bool:
+    """Whether a secret, wherever it comes from, lets anybody log in."""
     return (
         secret.kind == kind
         and len(secret.salt) >= MIN_SALT_SIZE

@@ -62,7 +62,8 @@ _REQUESTS: Final = frozenset(
 )
 _ACKS: Final = frozenset({b"<a xmlns='urn:xmpp:sm:3' h='", b'<a xmlns="urn:xmpp:sm:3" h="'})
 _SM_COUNT: Final = 28  # where the count begins
-_SM_START: Final = b"<r xmlns="
+_SM_STARTS: Final = (b"<r xmlns=", b"<a xmlns=", b"<a h=")
+_SM_FIRST: Final = (b"<r ", b"<a ")
 _SM_REQUEST: Final = f"{{{ns.SM}}}r"
 _SM_ACK: Final = f"{{{ns.SM}}}a"
 _NAME_LENGTH: Final = 128
@@ -224,7 +225,9 @@ class Stream:
             return []
         if not data:
             return []
-        if self._stamp is not None and data[-2:] == b"/>" and not self._held and self._depth == 1:
+        if self._stamp is None or self._held or self._depth != 1:
+            pass
+        elif data[-2:] == b"/>":
             if len(data) < _SM_LENGTH:
                 if data in _REQUESTS:
                     return [_REQUEST]
@@ -236,9 +239,12 @@ class Stream:
                     return [_acknowledging(one)]
                 if _SM_ALL.fullmatch(data) is not None:
                     return [_acknowledging(found) for found in _SM.finditer(data)]
-            cut = data.rfind(_SM_START)
-            if cut > 0 and _SM.fullmatch(data, cut):
-                return self.receive(data[:cut]) + self._receive_behind(data[cut:])
+            cut = data.rfind(b"<")
+            if cut > 0 and data.startswith(_SM_STARTS, cut) and (one := _SM.fullmatch(data, cut)) is not None:
+                return self.receive(data[:cut]) + self._receive_behind(data[cut:], one)
+        elif data.startswith(_SM_FIRST) and (first := _SM_ALL.match(data)) is not None:
+            before = [_acknowledging(found) for found in _SM.finditer(data, 0, first.end())]
+            return before + self.receive(data[first.end() :])
         if data[0] in _BLANK_BYTES and not self._held and not self._prolog and self._depth < 2:
             stripped = data.lstrip(_BLANKS)
             if (self._root is None or self._limits.total is not None) and self._blank(len(data) - len(stripped)):
@@ -259,13 +265,13 @@ class Stream:
             self._ended = True
             return [_bare(error)]
 
-    def _receive_behind(self, data: bytes) -> list[Event]:
-        """What looks like a request for an acknowledgement, and is one if it stands between stanzas."""
+    def _receive_behind(self, data: bytes, found: re.Match[bytes]) -> list[Event]:
+        """What looks like stream management, and is that if it stands between stanzas."""
         if self._ended:
             return []
         if self._held or self._depth != 1:
             return self._read(data)
-        return [_REQUEST]
+        return [_acknowledging(found)]
 
     def _blank(self, count: int) -> bool:
         """So much white space came before the header, or before authentication; is it too much?"""

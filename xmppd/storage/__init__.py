@@ -6,7 +6,7 @@ from xmppd.storage.batcher import Batcher
 from xmppd.storage.clock import clock
 from xmppd.storage.database import Storage
 from xmppd.storage.faults import Duplicate
-from xmppd.storage.ids import id_of, id_time, new_id, next_place
+from xmppd.storage.ids import first_id, id_at, id_of, id_time, new_id, next_place
 from xmppd.storage.lease import Lease
 from xmppd.storage.loader import Loader
 from xmppd.storage.settings import shared_setting
@@ -38,8 +38,10 @@ __all__ = [
     "by_host",
     "clock",
     "db_now",
+    "first_id",
     "fixed_bytes",
     "host_column",
+    "id_at",
     "id_of",
     "id_time",
     "insert_new",

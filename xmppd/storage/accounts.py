@@ -18,6 +18,7 @@ from xmppd.storage.settings import shared_setting
 from xmppd.storage.sql import by_host
 from xmppd.storage.tables import account, account_secret, spool
 
+_ADOPT: Final = "account adopt"
 _REMEMBERED: Final = 100_000  # accounts known to exist
 _REMEMBERED_FOR: Final = 60.0  # seconds; bounds what a removal on another node can leave behind here
 
@@ -40,6 +41,7 @@ class Accounts:
         self._fake_salt_key: bytes | None = None
         storage.loader.define("account", _fetch)
         storage.loader.define("account exists", _fetch_names)
+        storage.batcher.define(_ADOPT, _write_adopts, size=lambda new: 1024)
 
     async def get(self, host: str, username: str) -> Account | None:
         found: Account | None = await self._storage.loader.get("account", (host, username))
@@ -85,6 +87,11 @@ class Accounts:
         except Duplicate:
             return False
         return True
+
+    async def adopt(self, host: str, username: str, secrets: Mapping[str, Secret]) -> bool:
+        """As `create`, for many at a time: those of one moment are one transaction."""
+        made: bool = await self._storage.batcher.submit(_ADOPT, Account(username, host, secrets))
+        return made
 
     async def set_secrets(self, host: str, username: str, secrets: Mapping[str, Secret]) -> bool:
         """Replaces all of them. False when there is no such account."""
@@ -156,8 +163,35 @@ def _is(table: Any, host: str, username: str) -> tuple[Any, Any]:
     return table.c.server_host == host, table.c.username == username
 
 
+async def _write_adopts(connection: AsyncConnection, accounts: list[Account]) -> list[bool]:
+    there: set[tuple[str, str]] = set()
+    for host, names in by_host(sorted({(new.host, new.username) for new in accounts})).items():
+        # Locked, so that nobody makes one of them meanwhile.
+        query = select(account.c.username).where(account.c.server_host == host, account.c.username.in_(names))
+        there |= {(host, name) for name in (await connection.execute(query.with_for_update())).scalars()}
+    made = []
+    for new in accounts:
+        made.append((new.host, new.username) not in there)
+        there.add((new.host, new.username))
+    fresh = [new for new, is_new in zip(accounts, made, strict=True) if is_new]
+    if fresh:
+        now = time.time()
+        rows = [{"server_host": new.host, "username": new.username, "created_at": now} for new in fresh]
+        await connection.execute(insert(account), rows)
+        secrets = [row for new in fresh for row in _secret_rows(new.host, new.username, new.secrets)]
+        if secrets:
+            await connection.execute(insert(account_secret), secrets)
+    return made
+
+
 async def _insert_secrets(connection: AsyncConnection, host: str, username: str, kinds: Mapping[str, Secret]) -> None:
-    rows = [
+    rows = _secret_rows(host, username, kinds)
+    if rows:
+        await connection.execute(insert(account_secret), rows)
+
+
+def _secret_rows(host: str, username: str, kinds: Mapping[str, Secret]) -> list[dict[str, Any]]:
+    return [
         {
             "server_host": host,
             "username": username,
@@ -169,8 +203,6 @@ async def _insert_secrets(connection: AsyncConnection, host: str, username: str,
         }
         for kind, secret in kinds.items()
     ]
-    if rows:
-        await connection.execute(insert(account_secret), rows)
 
 
 async def _fetch(connection: AsyncConnection, keys: list[tuple[str, str]]) -> dict[tuple[str, str], Account]:

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.log import get_logger
+from xmppd.storage import backup
 from xmppd.storage.batcher import Batcher
 from xmppd.storage.engine import STATEMENT_TIMEOUT, create_sqlite_file, mysql_engine, sqlite_engine
 from xmppd.storage.faults import Fault, classify, translated
@@ -73,6 +74,11 @@ class Storage:
     def node_local(self) -> bool:
         """True when only processes of this machine can share it."""
         return isinstance(self._target, SqliteTarget)
+
+    @property
+    def file(self) -> Path | None:
+        """Where an embedded database is."""
+        return self._target.path if isinstance(self._target, SqliteTarget) else None
 
     @property
     def is_open(self) -> bool:
@@ -172,6 +178,41 @@ class Storage:
                 await self.read(ask)
         except TimeoutError as exc:
             raise StorageUnavailable(f"{self.where}: no answer within {self._pool_timeout:g} s") from exc
+
+    # -- copies of an embedded database ----------------------------------------------------------------------------
+
+    async def back_up(self, target: Path) -> int:
+        """A consistent, checked copy while others read and write; its bytes. Raises OSError, StorageError."""
+        return await asyncio.to_thread(backup.back_up, self._need_file(), target)
+
+    async def check_backup(self, source: Path) -> None:
+        """Raises backup.NoBackup, SchemaTooNew, OSError, StorageError where a file cannot be restored."""
+        await asyncio.to_thread(backup.check, source)
+
+    async def restore(self, source: Path) -> None:
+        """Put a backup in the place of all that is here, whatever version it was made with; the rows of the nodes and
+        of their cluster stay. Nothing has changed when it fails. Whoever remembers something of what was here has to
+        start again. Raises backup.NoBackup, SchemaTooNew, OSError, StorageError."""
+        file = self._need_file()
+        await self.check_backup(source)
+        copies = backup.working_copy(source, file)
+        copy = await asyncio.to_thread(copies.__enter__)
+        try:
+            other = Storage(f"sqlite:///{copy}", data_dir=file.parent, pool_max=1)
+            try:
+                await other.open()  # which migrates it
+            finally:
+                await other.close()
+            async with self._writer:
+                await asyncio.to_thread(backup.put_back, copy, file)
+        finally:
+            await asyncio.to_thread(copies.__exit__, None, None, None)
+
+    def _need_file(self) -> Path:
+        file = self.file
+        if file is None:
+            raise StorageError(f"{self.where} is no file")
+        return file
 
     # -- one attempt -------------------------------------------------------------------------------------------------
 

@@ -75,6 +75,16 @@ def id_of(place: int) -> bytes:
     return (place << _ID_BITS - _PLACE_BITS).to_bytes(9, "big") + secrets.token_bytes(7)
 
 
+def id_at(when: float) -> bytes:
+    """An id as if it were made at that time, of which no two should be given the same millisecond."""
+    return max(0, int(when * 1000)).to_bytes(6, "big") + secrets.token_bytes(ID_BYTES - 6)
+
+
 def id_time(row_id: bytes) -> float:
     """When the id was made, in seconds since 1970 by the clock of the cluster."""
     return int.from_bytes(row_id[:6], "big") / 1000
+
+
+def first_id(when: float) -> bytes:
+    """What sorts in front of every id that is made from then on, and behind all that were made before."""
+    return max(0, int(when * 1000)).to_bytes(6, "big") + bytes(ID_BYTES - 6)
