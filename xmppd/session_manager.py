@@ -221,10 +221,12 @@ class SessionManager:
         self.freeing: Mapping[str, set[asyncio.Future[None]]] = {}  # what ended sessions leave in the spool
         self._owed_to: dict[str, _Owed] = {}  # bare JIDs: new messages wait for older ones
         self._keeping: dict[str, deque[Pending]] = {}  # by bare JID: being stored
+        self._taking: set[tuple[str, int, bytes]] = set()  # full JIDs, bound here when, on other nodes
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         table.on_conflict.append(self._lost)
         table.on_appeared.append(self._appeared)
         table.on_left.append(self._left)
+        table.on_displacing.append(self._displaces)
         table.on_vanished.append(self._vanished)
 
     def connect(self, remote: Remote) -> None:
@@ -252,12 +254,30 @@ class SessionManager:
         node = self._displacing.pop(row.jid.full, None) if self._displacing else None
         if node is None or self._remote is None or row.session is None:
             return None
+        taken_back = self._take_over(self._remote, node, row, row.session)
+        return None if taken_back is None else self._soon(taken_back)
+
+    def _displaces(self, row: SessionRow, owner: Owner) -> None:
+        """After a split: the other node's session ends, and what it leaves is older than what comes from here on."""
+        if self._remote is not None and row.session is not None and row.jid.full not in self._displacing:
+            self._take_over(self._remote, owner.member, row, row.session)
+
+    def _take_over(
+        self, remote: Remote, node: bytes, row: SessionRow, session: LiveSession
+    ) -> "asyncio.Future[None] | None":
+        """Done when a node has given up what it had for this full JID; None: that is waited for already."""
+        key = (row.jid.full, row.bound_at, node)
+        if key in self._taking:
+            return None
+        self._taking.add(key)
         taken_back: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        row.session.hold_messages(taken_back)
+        taken_back.add_done_callback(lambda done: self._taking.discard(key))
+        session.hold_messages(taken_back)
         waiting = self._hooks.notify(MessagesFreeing(bare(row.jid), taken_back))
-        assert waiting is None
-        self._spawn(self._take_back(self._remote, node, row, taken_back), name="session of another node taken back")
-        return self._soon(taken_back)
+        if waiting is not None:
+            self._spawn(_finish(waiting), name="messages freeing")
+        self._spawn(self._take_back(remote, node, row, taken_back), name="session of another node taken back")
+        return taken_back
 
     @staticmethod
     async def _soon(taken_back: "asyncio.Future[None]") -> None:

@@ -163,6 +163,38 @@ async def test_what_a_frozen_node_holds_comes_before_what_is_sent_to_the_new_ses
     assert juliet.ended is not None
 
 
+async def test_after_a_split_what_the_older_session_has_comes_before_what_is_new(nodes):
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[1].online("romeo")
+    managed(juliet)
+    await nodes.calm()
+    nodes.net.cut("one", "two")
+    nodes.net.cut("three", "two")
+    await nodes.net.until(lambda: not nodes[0].table.rows(JULIET))
+    again, elsewhere = await nodes[0].online("juliet"), await nodes[0].online("romeo", "elsewhere")
+    freed, release = asyncio.Event(), nodes[1].spool.release
+    for outcome in await say(romeo, "1", "2"):
+        await nodes[1].stored(outcome)
+
+    def later(ids, holder):
+        async def free():
+            await freed.wait()
+            await release(ids, holder)
+
+        return asyncio.ensure_future(free())
+
+    nodes[1].spool.release = later
+    nodes.net.heal()
+    await nodes.net.until(lambda: juliet.ended is not None)
+    saying = asyncio.create_task(say(elsewhere, "3"))
+    await asyncio.sleep(0.1)
+    assert again.bodies == []
+    freed.set()
+    await nodes.net.until(lambda: len(again.bodies) >= 3)
+    await saying
+
+    assert again.bodies == ["1", "2", "3"]
+
+
 async def test_what_a_session_leaves_that_has_just_ended_elsewhere_is_waited_for(nodes):
     """Its row is in the database, and free a little later."""
     juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
