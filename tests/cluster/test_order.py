@@ -17,6 +17,8 @@ from xmppd.c2s.spooling import Spooling
 from xmppd.delivery import ERROR, SAFE
 from xmppd.errors import StorageUnavailable
 from xmppd.protocol.jid import parse
+from xmppd.protocol.stanza import Stanza
+from xmppd.storage import next_place
 
 JULIET = f"juliet@{HOST}"
 ENABLE = etree.fromstring("<enable xmlns='urn:xmpp:sm:3' resume='true'/>")
@@ -273,6 +275,22 @@ async def test_an_error_waits_for_nothing(nodes):
 
     assert await nodes[0].settled(outcome) is ERROR
     assert [stanza.type for stanza in romeo.received if stanza.kind == "message"] == ["error"]
+
+
+async def test_what_has_waited_comes_in_its_order_whichever_way_it_came(nodes):
+    juliet, romeo = await nodes[0].online("juliet"), await nodes[0].online("romeo", "elsewhere")
+    done = asyncio.get_running_loop().create_future()
+    first = next_place()
+    juliet.session.hold_messages(done)
+    await say(romeo, "2")
+    rerouted = Stanza.from_bytes(message(JULIET, "1").encode())
+    rerouted.place = first
+    juliet.session.deliver(rerouted)
+
+    done.set_result(None)
+    await nodes.net.until(lambda: len(juliet.bodies) >= 2)
+
+    assert juliet.bodies == ["1", "2"]
 
 
 async def test_what_waits_for_a_session_that_ends_is_stored_at_once(nodes):

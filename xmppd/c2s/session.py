@@ -321,7 +321,7 @@ class Session:
 
     def _release_held(self) -> None:
         held, self._held = self._held or [], None
-        self._release(held)
+        self._release(_in_place(held))
 
     def _release(self, held: list[tuple[Stanza, Pending]]) -> None:
         for stanza, pending in held:
@@ -426,7 +426,7 @@ class Session:
     def leave(self, event: SessionLeft) -> list[tuple[Stanza, Pending | None]]:
         """It goes on on another node: until it shows up there, what comes for it waits. What was not acknowledged."""
         self.closed = True
-        self._leaving = [*(self._held or ()), *(self._arriving or ())]
+        self._leaving = [*_in_place([*(self._held or ()), *(self._arriving or ())])]
         self._held = self._arriving = None
         managed, self.managed = self.managed, None
         entries: list[tuple[Stanza, Pending | None]] = []
@@ -461,6 +461,7 @@ class Session:
         """All that was on its way through the old node has come."""
         arriving, self._arriving = self._arriving or [], None
         held = self._held
+        arriving = _in_place(arriving)
         if held is None:
             self._release(arriving)
             return
@@ -509,7 +510,8 @@ class Session:
             self.parts.resumption.leave(managed, self.user.bare)
             left += managed.close()
         # What waited comes behind, and waits no longer: whoever comes next is to find all in its order.
-        waiting, self._held, self._arriving = [*(self._held or ()), *(self._arriving or ())], None, None
+        waiting = _in_place([*(self._held or ()), *(self._arriving or ())])
+        self._held = self._arriving = None
         for stanza, pending in waiting:
             if stanza.kind == "presence":
                 pending.settle(ERROR)
@@ -595,6 +597,17 @@ class Session:
             show,
             text,
         )
+
+
+def _in_place(waiting: list[tuple[Stanza, Pending]]) -> list[tuple[Stanza, Pending]]:
+    """What has waited, in the order of places, which is not that in which it came when some took a longer way. What has
+    none stays behind what it came behind."""
+    places, last = [], 0
+    for stanza, _ in waiting:
+        last = stanza.place or last
+        places.append(last)
+    order = sorted(range(len(waiting)), key=places.__getitem__)
+    return [waiting[index] for index in order]
 
 
 async def _both(told: Awaitable[None] | None, undisputed: Awaitable[None]) -> None:
