@@ -292,8 +292,8 @@ class Turns:
         if turn.done is not None:
             turn.done.set_result(None)
 
-    def ahead(self, user: str, stanza: Stanza) -> "asyncio.Future[None] | None":
-        """What a message for that user has to wait for; None when it is the one whose turn it is."""
+    def ahead(self, user: str, stanza: Stanza | None) -> "asyncio.Future[None] | None":
+        """What a message for that user has to wait for; None when nothing is, or it is its turn."""
         turn = self._users.get(user)
         if turn is None or turn.stanza is stanza:
             return None

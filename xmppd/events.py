@@ -54,6 +54,11 @@ class Session(Protocol):
         ...
 
     @property
+    def holds_messages(self) -> bool:
+        """Whether messages for it wait; of one that has left for another node: whether they did."""
+        ...
+
+    @property
     def idle_seconds(self) -> float:
         """How long nothing has come from its client."""
         ...
@@ -167,7 +172,8 @@ class MessageSpooling:
 @dataclass(frozen=True, slots=True)
 class MessagesFreeing:
     """A session has ended whose client had not acknowledged messages that are in the spool: when `done` is, they are
-    offline messages; on its node."""
+    offline messages; on its node. Or a resource was bound that another node had a session of: when `done` is, that node
+    has given up what it had; on the new node."""
 
     user: JID  # bare
     done: "asyncio.Future[None]"

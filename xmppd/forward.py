@@ -2,10 +2,10 @@
 
 Bodies of the frames (integers big-endian, texts UTF-8 and separated by NUL, XML neutral as in protocol/stanza.py):
 
-    STANZA    flags u8, number u32, lengths of way and id u32; way: type, to, from, resource...; id; XML
+    STANZA    flags u8, number u32, lengths of way and id u32, place u64; way: type, to, from, resource...; id; XML
               flags: 0x03 kind (0 message, 1 presence, 2 iq), 0x0c nodes it has come from, 0x10 a copy (with number
               0: for sessions that wait for resumption, while others have got it), 0x20 passed on by the node where
-              the session was before
+              the session was before, 0x40 behind what is stored. The place is Stanza.place
     PRESENCE  length of the texts u32; type, id, from, bare JID...; XML without `to`
     OUTCOMES  how many are safe u32, went wrong u32, found nobody u32; their numbers u32 each; JSON list of the
               copies that were refused: [number, condition, type, text, application]
@@ -43,8 +43,9 @@ _HOP_SHIFT: Final = 2
 _HOP_BITS: Final = 0x03
 _COPY: Final = 0x10
 _MOVED: Final = 0x20
+_BEHIND_STORED: Final = 0x40
 _NUL: Final = "\0"
-_HEAD: Final = Struct("!BIII")  # of STANZA
+_HEAD: Final = Struct("!BIIIQ")  # of STANZA
 _WAYS: Final = 4096  # that are kept decoded
 _WAY_LENGTH: Final = 512  # bytes; longer ones are not kept
 _LENGTH: Final = Struct("!I")
@@ -52,7 +53,9 @@ _COUNTS: Final = Struct("!III")  # of OUTCOMES
 _USERS: Final = 500  # in one PRESENCE frame
 _LAST_NUMBER: Final = 0xFFFFFFFF
 _BEHIND: Final = 10_000  # stanzas of one sender that wait for an earlier one; more are refused
-_HANDOVER: Final = 2.0  # seconds for another node to end a session whose resource was bound here
+_HANDOVER: Final = 2.0  # seconds for all nodes to know that a session was ended whose resource was bound elsewhere
+_LOOK: Final = 0.02  # seconds between two looks at what still waits
+_OWED: Final = 20.0  # seconds for the other node to say so
 
 _log = get_logger("cluster")
 
@@ -97,17 +100,19 @@ class Users(Protocol):
 class Forwarded(Stanza):
     """A stanza that has come from another node: `hops` links it has crossed."""
 
-    __slots__ = ("hops", "moved")
+    __slots__ = ("behind", "hops", "moved")
 
     hops: int  # type: ignore[misc]
     moved: bool  # type: ignore[misc]
+    behind: bool  # type: ignore[misc]
 
     @classmethod
     def again(cls, stanza: Stanza) -> "Forwarded":
         """The stanza as if it had crossed one more link."""
         made = cls(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
+        made.place = stanza.place
         made.hops = stanza.hops + 1
-        made.moved = stanza.moved
+        made.moved, made.behind = stanza.moved, stanza.behind
         return made
 
 
@@ -125,7 +130,7 @@ class Copy(Unsettled):
 class Channel:
     """One life of the link to a node: what waits for an outcome from there, and the outcomes that are to go there."""
 
-    __slots__ = ("error", "gone", "last", "node", "refused", "safe", "scheduled", "sent")
+    __slots__ = ("_owed", "_owed_at", "error", "gone", "last", "node", "refused", "safe", "scheduled", "sent")
 
     def __init__(self, node: bytes) -> None:
         self.node = node
@@ -136,6 +141,22 @@ class Channel:
         self.gone: list[int] = []
         self.refused: list[tuple[int, StanzaError]] = []
         self.scheduled = False
+        self._owed: dict[str, list[Unsettled]] = {}
+        self._owed_at = -1
+
+    def owed(self, user: str) -> "list[Unsettled]":
+        """Messages for a user (a bare JID) of which nothing is known yet. Many are asked for at a time."""
+        if self._owed_at != self.last:
+            self._owed, self._owed_at = {}, self.last
+            for sent in self.sent.values():
+                stanza = sent.stanza
+                if stanza.kind == "message" and stanza.to is not None:
+                    self._owed.setdefault(stanza.to.bare, []).append(sent)
+            asyncio.get_running_loop().call_soon(self._forget_owed)
+        return [sent for sent in self._owed.get(user, ()) if sent.result is None]
+
+    def _forget_owed(self) -> None:
+        self._owed, self._owed_at = {}, -1
 
 
 class Answer:
@@ -177,6 +198,7 @@ class Forwarder:
         self._channels = {node: Channel(node) for node in links.peers}
         self._ways: dict[bytes, Way] = {}
         self._behind: dict[str, deque[Arrival]] = {}  # by sender: what waits for an earlier stanza to be decided
+        self._deciding: dict[str, JID | None] = {}  # by sender: whom that one is for
         self.frames_sent = 0  # STANZA and PRESENCE frames since the start
         self.frames_received = 0
         self.rerouted = 0  # stanzas whose node went down before their outcome was known
@@ -198,11 +220,27 @@ class Forwarder:
         return node in self._channels
 
     def owes(self, node: bytes, user: str) -> bool:
-        """Whether something was sent to a node for a user (a bare JID) of which nothing is known yet."""
+        """Whether a message was sent to a node for a user (a bare JID) of which nothing is known yet."""
         channel = self._channels.get(node)
-        return channel is not None and any(
-            sent.stanza.to is not None and sent.stanza.to.bare == user for sent in channel.sent.values()
-        )
+        return channel is not None and bool(channel.sent) and bool(channel.owed(user))
+
+    def owing(self, node: bytes, user: str) -> "asyncio.Future[None] | None":
+        """Done when it is known what became of these; None when there are none."""
+        channel = self._channels.get(node)
+        if channel is None or not channel.sent or not (owed := channel.owed(user)):
+            return None
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        left = len(owed)
+
+        def one(result: Settled) -> None:
+            nonlocal left
+            left -= 1
+            if not left and not done.done():
+                done.set_result(None)
+
+        for sent in owed:
+            sent.then(one)
+        return done
 
     def _up(self, peer: Peer) -> None:
         self._channels[peer.node] = Channel(peer.node)
@@ -226,9 +264,10 @@ class Forwarder:
         """Send a copy to sessions that wait for resumption; what becomes of it is nobody's business."""
         self.send(node, stanza, resources, extra=True)
 
-    def pass_on(self, node: bytes, stanza: Stanza, resource: str) -> Outcome | None:
-        """Send what waited for a session that was here and is there now; None when that node is not up."""
-        return self.send(node, stanza, (resource,), extra=stanza.copy, moved=True)
+    def pass_on(self, node: bytes, stanza: Stanza, resource: str, *, behind: bool = False) -> Outcome | None:
+        """Send what waited for a session that was here and is there now; None when that node is not up. `behind`: what
+        is stored for the user is older."""
+        return self.send(node, stanza, (resource,), extra=stanza.copy, moved=True, behind=behind)
 
     def send(
         self,
@@ -239,13 +278,14 @@ class Forwarder:
         copy: bool = False,
         extra: bool = False,
         moved: bool = False,
+        behind: bool = False,
     ) -> Outcome | None:
         """Send a stanza to some resources of its recipient, all of them on one node; None when that node is not up."""
         channel = self._channels.get(node)
         if channel is None:
             return None
         kind, type = stanza.kind, stanza.type
-        flags = min(stanza.hops + 1, HOPS) << _HOP_SHIFT | (moved or stanza.moved) * _MOVED
+        flags = min(stanza.hops + 1, HOPS) << _HOP_SHIFT | (moved or stanza.moved) * _MOVED | behind * _BEHIND_STORED
         if kind == "message":
             wanted = type not in ("headline", "error")
         elif kind == "iq":
@@ -266,7 +306,7 @@ class Forwarder:
         sender = "" if from_ is None else from_.full
         way = f"{type}\0{to.full}\0{sender}\0{_NUL.join(resources)}".encode()
         id = stanza.id.encode()
-        body = b"%b%b%b%b" % (_HEAD.pack(flags, number, len(way), len(id)), way, id, stanza.xml)
+        body = b"%b%b%b%b" % (_HEAD.pack(flags, number, len(way), len(id), stanza.place), way, id, stanza.xml)
         if not self._links.send(node, Kind.STANZA, body):
             return None
         self.frames_sent += 1
@@ -288,23 +328,28 @@ class Forwarder:
         """End sessions on other nodes with a stream error: the one of a full JID, or all of a bare one."""
         self._calls.cast(_KICK, [jid.full, reason, condition], nodes)
 
-    async def hand_over(self, node: bytes, jid: JID, bound_at: int) -> None:
-        """Wait until a node has ended its session of a full JID that was bound here, and every node has heard of it, so
-        that what is said of the new one comes behind. Where that node does not answer nothing is waited for."""
-        with suppress(NodeUnreachable, CallRefused):
-            await self._calls.call(node, _HAND_OVER, [jid.full, bound_at], timeout=_HANDOVER)
+    async def hand_over(self, node: bytes, jid: JID, bound_at: int) -> bool:
+        """Wait until a node has ended its session of a full JID that was bound elsewhere at that time (0: it is known
+        to have ended), and every node has heard of it, so that what is said of the new one comes behind; and until what
+        that node had for the user is where it belongs. False when it is down, or does not answer in 20 s."""
+        try:
+            await self._calls.call(node, _HAND_OVER, [jid.full, bound_at], timeout=_OWED)
+        except (NodeUnreachable, CallRefused):
+            return False
+        return True
 
     # -- from other nodes
 
     def _stanza(self, peer: Peer, body: bytes) -> None:
-        flags, number, way_length, id_length = _HEAD.unpack_from(body)
+        flags, number, way_length, id_length, place = _HEAD.unpack_from(body)
         at = _HEAD.size + way_length
         end = at + id_length
         way = body[_HEAD.size : at]
         type, to, from_, sender, resources = self._ways.get(way) or self._decode(way)
         stanza = Forwarded(_KINDS[flags & _KIND_BITS], type, body[at:end].decode(), to, from_, body[end:])
+        stanza.place = place
         stanza.hops = flags >> _HOP_SHIFT & _HOP_BITS
-        stanza.moved = bool(flags & _MOVED)
+        stanza.moved, stanza.behind = bool(flags & _MOVED), bool(flags & _BEHIND_STORED)
         self.frames_received += 1
         channel = self._channels[peer.owner.member]
         if self._behind and sender in self._behind:
@@ -313,6 +358,7 @@ class Forwarder:
         outcome = self._take(channel, stanza, resources, number, flags & _COPY)
         if isinstance(outcome, Pending) and not outcome.decided:
             self._behind[sender] = deque()
+            self._deciding[sender] = stanza.to
             outcome.when_decided(partial(self._go_on, sender))
 
     def _decode(self, way: bytes) -> "Way":
@@ -337,11 +383,21 @@ class Forwarder:
         """The stanza that held back the others of this sender is decided."""
         waiting = self._behind[sender]
         while waiting:
-            outcome = self._take(*waiting.popleft())
+            arrival = waiting.popleft()
+            outcome = self._take(*arrival)
             if isinstance(outcome, Pending) and not outcome.decided:
+                self._deciding[sender] = arrival[1].to
                 outcome.when_decided(partial(self._go_on, sender))
                 return
-        del self._behind[sender]
+        del self._behind[sender], self._deciding[sender]
+
+    def _undecided(self, user: str) -> bool:
+        """Whether something for a user (a bare JID) has come that waits to be decided."""
+        return any(to is not None and to.bare == user for to in self._deciding.values()) or any(
+            arrival[1].to is not None and arrival[1].to.bare == user
+            for waiting in self._behind.values()
+            for arrival in waiting
+        )
 
     def _take(
         self, channel: Channel, stanza: Forwarded, resources: list[str], number: int, copy: int
@@ -446,7 +502,11 @@ class Forwarder:
         user = parse(jid)
         self._users.yield_to(user, bound_at)
         with suppress(TimeoutError):  # the caller waits no longer
-            async with asyncio.timeout(_HANDOVER / 2):
+            async with asyncio.timeout(_OWED - _HANDOVER):
+                waits = self._undecided(user.bare)
+                while waits:
+                    await asyncio.sleep(_LOOK)
+                    waits = self._undecided(user.bare)
                 await self._users.settled_here(user)
         await self._calls.barrier(timeout=_HANDOVER)
 

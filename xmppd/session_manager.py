@@ -6,9 +6,11 @@ negative; NONNEG all that are not negative; OFF means MessageUndeliverable, wher
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Final, Protocol
 
 from xmppd.cluster.tables import Lost, Owner, SessionRow, SessionTable
@@ -30,6 +32,7 @@ from xmppd.errors import StanzaError
 from xmppd.events import (
     DirectedPresenceArrived,
     LostSession,
+    MessagesFreeing,
     MessageUndeliverable,
     PresenceBounced,
     ProbeReceiving,
@@ -41,12 +44,14 @@ from xmppd.events import (
 from xmppd.forward import HOPS, Copy, Forwarded
 from xmppd.hooks import Hooks
 from xmppd.iq import IqDispatcher
-from xmppd.protocol.jid import JID, bare
+from xmppd.protocol.jid import JID, bare, parse
 from xmppd.protocol.stanza import Stanza
 
 Rows = Mapping[str, SessionRow]
 _OWED: Final = 10.0  # seconds for a node to take back its row of a full JID that is bound elsewhere, or to be seen dead
 _OWED_LOOK: Final = 0.02
+_OWED_MESSAGES: Final = 10_000  # for one user that wait; more are refused
+_UNDISPUTED: Final = 2.0  # seconds a client waits for that when it binds
 SUBSCRIPTIONS = frozenset({"subscribe", "subscribed", "unsubscribe", "unsubscribed"})
 
 
@@ -58,6 +63,10 @@ class LiveSession(Protocol):
 
     def deliver(self, stanza: Stanza) -> Outcome:
         """Write to its client, behind what was stored for it. Raises StanzaError."""
+        ...
+
+    def hold_messages(self, until: "asyncio.Future[None]") -> None:
+        """Have messages for it wait until that is done."""
         ...
 
     def replaced(self) -> None:
@@ -99,12 +108,16 @@ class Remote(Protocol):
     def spread(self, node: bytes, stanza: Stanza, users: Sequence[str]) -> None: ...
 
     def owes(self, node: bytes, user: str) -> bool:
-        """Whether something was sent there for a bare JID of which nothing is known yet."""
+        """Whether a message was sent there for a bare JID of which nothing is known yet."""
+        ...
+
+    def owing(self, node: bytes, user: str) -> "asyncio.Future[None] | None":
+        """Done when it is known what became of these; None when there are none."""
         ...
 
     def kick(self, nodes: Sequence[bytes], jid: JID, reason: str, condition: str) -> None: ...
 
-    def hand_over(self, node: bytes, jid: JID, bound_at: int) -> Coroutine[object, object, None]: ...
+    def hand_over(self, node: bytes, jid: JID, bound_at: int) -> Coroutine[object, object, bool]: ...
 
 
 class ExtraCopy(Stanza):
@@ -115,7 +128,19 @@ class ExtraCopy(Stanza):
 
     @classmethod
     def of(cls, stanza: Stanza) -> "ExtraCopy":
-        return cls(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
+        copy = cls(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
+        copy.place = stanza.place
+        return copy
+
+
+class _Owed:
+    """Messages for a user that other nodes have, and those that wait for them."""
+
+    __slots__ = ("behind", "futures")
+
+    def __init__(self) -> None:
+        self.futures: list[asyncio.Future[None]] = []
+        self.behind: list[Record] = []
 
 
 class _Unreachable(Exception):
@@ -194,9 +219,14 @@ class SessionManager:
         self._remote: Remote | None = None
         self._held: dict[str, asyncio.Future[None]] = {}  # messages for these bare JIDs wait
         self.freeing: Mapping[str, set[asyncio.Future[None]]] = {}  # what ended sessions leave in the spool
+        self._owed_to: dict[str, _Owed] = {}  # bare JIDs: new messages wait for older ones
+        self._keeping: dict[str, deque[Pending]] = {}  # by bare JID: being stored
+        self._taking: set[tuple[str, int, bytes]] = set()  # full JIDs, bound here when, on other nodes
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         table.on_conflict.append(self._lost)
         table.on_appeared.append(self._appeared)
+        table.on_left.append(self._left)
+        table.on_displacing.append(self._displaces)
         table.on_vanished.append(self._vanished)
 
     def connect(self, remote: Remote) -> None:
@@ -219,11 +249,73 @@ class SessionManager:
 
     def undisputed(self, row: SessionRow) -> Awaitable[None] | None:
         """What must be awaited before the client is told that it is bound: another node takes back what it has said of
-        the session that was displaced there."""
+        the session that was displaced there. Where that node does not answer soon the client is told, but gets no
+        messages before it has answered, or is known to be dead: what waited there comes first."""
         node = self._displacing.pop(row.jid.full, None) if self._displacing else None
-        if node is None or self._remote is None:
+        if node is None or self._remote is None or row.session is None:
             return None
-        return self._remote.hand_over(node, row.jid, row.bound_at)
+        taken_back = self._take_over(self._remote, node, row, row.session)
+        return None if taken_back is None else self._soon(taken_back)
+
+    def _displaces(self, row: SessionRow, owner: Owner) -> None:
+        """After a split: the other node's session ends, and what it leaves is older than what comes from here on."""
+        if self._remote is not None and row.session is not None and row.jid.full not in self._displacing:
+            self._take_over(self._remote, owner.member, row, row.session)
+
+    def _take_over(
+        self, remote: Remote, node: bytes, row: SessionRow, session: LiveSession
+    ) -> "asyncio.Future[None] | None":
+        """Done when a node has given up what it had for this full JID; None: that is waited for already."""
+        key = (row.jid.full, row.bound_at, node)
+        if key in self._taking:
+            return None
+        self._taking.add(key)
+        taken_back: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        taken_back.add_done_callback(lambda done: self._taking.discard(key))
+        session.hold_messages(taken_back)
+        waiting = self._hooks.notify(MessagesFreeing(bare(row.jid), taken_back))
+        if waiting is not None:
+            self._spawn(_finish(waiting), name="messages freeing")
+        self._spawn(self._take_back(remote, node, row, taken_back), name="session of another node taken back")
+        return taken_back
+
+    @staticmethod
+    async def _soon(taken_back: "asyncio.Future[None]") -> None:
+        await asyncio.wait((taken_back,), timeout=_UNDISPUTED)
+
+    @staticmethod
+    async def _take_back(remote: Remote, node: bytes, row: SessionRow, taken_back: "asyncio.Future[None]") -> None:
+        try:
+            await remote.hand_over(node, row.jid, row.bound_at)
+        finally:
+            if not taken_back.done():
+                taken_back.set_result(None)
+
+    def _left(self, owner: Owner, user: str, resource: str) -> None:
+        """A session has gone from another node. What is on its way to it is stored there, or sent on; what is new waits
+        until it is where it belongs, or known to have arrived."""
+        remote = self._remote
+        if remote is None or (owing := remote.owing(owner.member, user)) is None:
+            return
+        self._owed_to.setdefault(user, _Owed()).futures.append(owing)
+
+        async def until_settled() -> None:
+            try:
+                await remote.hand_over(owner.member, parse(f"{user}/{resource}"), 0)
+            finally:
+                if not owing.done():
+                    owing.set_result(None)
+
+        def done(owing: "asyncio.Future[None]") -> None:
+            owed = self._owed_to[user]
+            owed.futures.remove(owing)
+            if not owed.futures:
+                del self._owed_to[user]
+                for record in owed.behind:
+                    self._turns.add(user, record)
+
+        owing.add_done_callback(done)
+        self._spawn(until_settled(), name="messages for a session that has ended")
 
     def yield_to(self, jid: JID, bound_at: int) -> None:
         """A session of that full JID was bound at that time on another node: end ours, if it is older."""
@@ -306,9 +398,29 @@ class SessionManager:
         return bool(_not_negative(_here(self._table.rows(user.bare))))
 
     async def settled_here(self, user: JID) -> None:
-        """Wait until what sessions of a user have left in the spool here is free for others."""
-        if freeing := self.freeing.get(user.bare):
-            await asyncio.wait(freeing)
+        """Wait until what sessions of a user have left here is in the spool and free for others, or on its way to
+        where the user is."""
+        while waiting := [*self.freeing.get(user.bare, ()), *self._unfinished(user.bare)]:
+            await asyncio.wait(waiting)
+
+    def _unfinished(self, user: str) -> "Iterator[asyncio.Future[None]]":
+        if (turn := self._turns.ahead(user, None)) is not None:
+            yield turn
+        if keeping := self._keeping.get(user):
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+            def end(result: Settled) -> None:
+                if not done.done():
+                    done.set_result(None)
+
+            keeping[-1].then(end)
+            yield done
+
+    def _kept(self, user: str, pending: Pending, result: Settled) -> None:
+        keeping = self._keeping[user]
+        keeping.remove(pending)
+        if not keeping:
+            del self._keeping[user]
 
     def is_anonymous(self, user: JID) -> bool:
         """Whether this account exists for its session alone: nothing is kept for it, here or on any node."""
@@ -545,6 +657,14 @@ class SessionManager:
         await asyncio.wait((until,))
         return self.route(stanza)
 
+    def _wait_behind(self, stanza: Stanza, owed: "_Owed") -> Outcome:
+        """The stream goes on: others are not to wait for this one's recipient."""
+        if len(owed.behind) >= _OWED_MESSAGES:
+            raise StanzaError("resource-constraint", "too many messages wait for this recipient")
+        pending = Pending(failed=lambda error: self._bounce(stanza, error))
+        owed.behind.append(Record(stanza, pending))
+        return pending
+
     def _owed(self, row: SessionRow) -> bool:
         """Whether the node where this session's full JID was bound before has something for the user of which nothing
         is known yet. As a rule it takes its row back within milliseconds; when it does not it is dead, perhaps, and
@@ -563,12 +683,17 @@ class SessionManager:
         return self.route(stanza)
 
     def _message(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
-        if self._turns and to.bare in self._turns and (ahead := self._turns.ahead(to.bare, stanza)) is not None:
-            return self._gate.wait(stanza, self._message_held(stanza, ahead))
+        if stanza.type == "error":
+            pass  # what it answers is acknowledged: it must not be lost while it waits
+        elif self._turns and to.bare in self._turns:
+            if (ahead := self._turns.ahead(to.bare, stanza)) is not None:
+                return self._gate.wait(stanza, self._message_held(stanza, ahead))
+        elif self._owed_to and to.bare in self._owed_to and not _waits_for_nobody(stanza):
+            return self._wait_behind(stanza, self._owed_to[to.bare])
         for one in rows.values():
-            if one.hides is not None and self._owed(one) and not stanza.hops and not stanza.kept:
+            if one.hides is not None and self._owed(one) and not _waits_for_nobody(stanza):
                 return self._gate.wait(stanza, self._message_behind(stanza))
-        if self._held and to.bare in self._held and not stanza.hops and not stanza.kept:
+        if self._held and to.bare in self._held and not _waits_for_nobody(stanza):
             return self._gate.wait(stanza, self._message_held(stanza, self._held[to.bare]))
         if to.resource:
             row = rows.get(to.resource)
@@ -638,7 +763,11 @@ class SessionManager:
         def nobody(event: MessageUndeliverable) -> Outcome:
             raise StanzaError("service-unavailable")
 
-        return self._gate.ask(MessageUndeliverable(bare(to), stanza, pending), stanza, nobody, handled=pending)
+        outcome = self._gate.ask(MessageUndeliverable(bare(to), stanza, pending), stanza, nobody, handled=pending)
+        if outcome is pending and pending.result is None:
+            self._keeping.setdefault(to.bare, deque()).append(pending)
+            pending.then(partial(self._kept, to.bare, pending))
+        return outcome
 
     def _iq(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
         request = stanza.type in ("get", "set")
@@ -739,6 +868,10 @@ class _LostSessions:
 
     def __iter__(self) -> Iterator[LostSession]:
         return (LostSession(row.jid, row.guarded) for row in self._rows if row.priority is not None)
+
+
+def _waits_for_nobody(stanza: Stanza) -> bool:
+    return bool(stanza.hops) or stanza.kept or stanza.type == "error"
 
 
 async def _finish(waiting: Awaitable[None]) -> None:

@@ -33,7 +33,7 @@ from sqlalchemy.types import TypeEngine
 
 from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.log import get_logger
-from xmppd.storage import Stamp, Storage, Utf8, by_host, first_id, fixed_bytes, id_at, insert_new, new_id
+from xmppd.storage import Stamp, Storage, Utf8, by_host, first_id, fixed_bytes, id_at, id_of, insert_new, new_id
 from xmppd.storage.sql import User, db_now, limited_update
 from xmppd.storage.tables import HOST_BYTES, PART_BYTES, account, node
 from xmppd.storage.tables import spool as table
@@ -140,6 +140,9 @@ class KeepOptions(TypedDict, total=False):
     expires_at: float | None
     holder: Holder | None
     row_id: bytes | None  # from `new_id()`, made just now, for a caller that will have to delete or release the row
+    # Where it stands among all messages (Stanza.place), which is the order in which `take` gives rows back; None, or 0:
+    # behind those that are there.
+    place: int | None
     # The future raises NoAccount when the user is not registered (any more), else an account made anew with that name
     # would get the message.
     for_account: bool
@@ -203,7 +206,8 @@ class Spool:
         self, host: str, username: str, sender_bare: str, stanza: bytes, **options: Unpack[KeepOptions]
     ) -> "asyncio.Future[Kept]":
         """Stores one message; the future is resolved when it is committed, or raises QuotaReached or NoAccount. `take`
-        gives rows back in the order of these calls. Raises StorageUnavailable at once when the write queue is full.
+        gives rows back in the order of their places, those without one in the order of these calls. Raises
+        StorageUnavailable at once when the write queue is full.
         """
         kind, item = self.keep_item(host, username, sender_bare, stanza, **options)
         also = options.get("also")
@@ -225,7 +229,7 @@ class Spool:
         if dedup is not None:  # the column is unique in the whole table, so the user has to be part of it
             dedup = hashlib.sha256(b"\0".join((host.encode(), username.encode(), dedup))).digest()
         item = KeepItem(
-            options.get("row_id") or new_id(),
+            options.get("row_id") or (id_of(place) if (place := options.get("place")) else new_id()),
             host,
             username,
             sender_bare,
@@ -398,6 +402,10 @@ class Spool:
             raise
         self.taken += len(rows)
         return rows
+
+    def is_giving_back(self, host: str, username: str) -> bool:
+        """Whether what a take that failed may have got is not free again yet."""
+        return (host, username) in self._untakes
 
     def _check_lease(self) -> None:
         if not self.standing.holds_lease():

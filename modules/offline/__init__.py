@@ -80,7 +80,9 @@ _SAW_LATER: Final = 60.0  # seconds by which another node may have lost sight of
 _RETRIEVES: Final = "offline"  # in a session's state: it looks through the messages by itself
 _PARTED: Final = 100_000  # users with messages of a split, the most that are looked at
 _HELD: Final = 10.0  # seconds that messages wait for older ones to be stored, free, or delivered by another node
+_HELD_BACK: Final = 50.0  # seconds that they do while the database cannot give these
 _SILENT: Final = 8.0  # seconds for what a silent node holds to be taken over: its lease, and a look or two
+_STORED_LOOK: Final = 0.02
 _SILENT_LOOK: Final = 0.25  # seconds between two looks
 _FETCH: Final = f"{{{ns.OFFLINE}}}fetch"
 _PURGE: Final = f"{{{ns.OFFLINE}}}purge"
@@ -101,6 +103,9 @@ class Offline(Module[Config]):
         super().__init__(context, config)
         self._chores = Chores(self.spool, self.log)
         self._flushes: dict[Session, Flush] = {}
+        self._retries: dict[
+            Session, asyncio.Future[None]
+        ] = {}  # done when one has succeeded, or is not wanted any more
         self._retrieval = Retrieval(self.spool, self._blocklist, self._is_here)
         # Messages that are being stored, by bare JID: a login waits for them, or a later message would overtake them.
         self._storing: dict[str, set[asyncio.Future[None]]] = {}
@@ -179,6 +184,7 @@ class Offline(Module[Config]):
             dedup=key,
             quota=self._quota(user),
             expires_at=storing.expires_at,
+            place=message.place,
             for_account=True,
             also=storing.rows,
         )
@@ -315,29 +321,63 @@ class Offline(Module[Config]):
 
     @hook(SessionLeft)
     def pass_on(self, event: SessionLeft) -> None:
-        event.luggage[self.name] = _RETRIEVES in event.session.state
+        session = event.session
+        luggage = {"retrieves": _RETRIEVES in session.state, "node": self.owner.member.hex()}
+        event.luggage[self.name] = {**luggage, "behind": session.holds_messages or session in self._flushes}
         self.session_closed(SessionClosed(event.session, last=False))
 
     @hook(SessionArrived)
     def take(self, event: SessionArrived) -> None:
-        session = event.session
-        if event.luggage.get(self.name):
+        session, luggage = event.session, event.luggage.get(self.name, {})
+        if luggage.get("retrieves"):
             session.state[_RETRIEVES] = True
             self.nodes.cast("retrieves", [session.user.bare, True])
         elif session.priority is not None and session.priority >= 0 and not self._is_retrieving(session.user):
-            self._retry(session, hold=False)  # the other node may have been in the midst of it
+            if luggage.get("behind"):
+                # The other node was in the midst of it. What it has sent to the client comes first, then what is left.
+                flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                session.hold_messages(_at_most(flushed, _HELD_BACK))
+                self.spawn(self._go_on(session, bytes.fromhex(luggage["node"]), flushed), name="offline flush goes on")
+            else:
+                self._retry(session, hold=False)
+
+    async def _go_on(self, session: Session, node: bytes, flushed: "asyncio.Future[None]") -> None:
+        try:
+            await self.nodes.call(node, "stored", session.jid.full, timeout=_HELD)
+        except (NodeUnreachable, CallRefused) as exc:
+            self.log.debug("messages that are being stored not waited for", error=exc)
+        await self._flush_woken(session, flushed)
+
+    @from_node("stored")
+    async def until_stored(self, node: bytes, jid: str) -> None:
+        """A session has gone there: answer when what is being stored here for its user, or freed, is there for others,
+        and its row no longer says that it is here."""
+        session, give_up = parse(jid), time.monotonic() + _HELD
+        storing = self._is_storing(session)
+        while storing and time.monotonic() < give_up:
+            await asyncio.sleep(_STORED_LOOK)
+            storing = self._is_storing(session)
+
+    def _is_storing(self, jid: JID) -> bool:
+        user = jid.bare
+        return (
+            user in self._storing
+            or self.spool.is_giving_back(jid.domain, jid.local)
+            or any(session.user.bare == user and not flush.takes for session, flush in self._flushes.items())
+            or any(session.jid == jid for session in self.sessions.sessions(jid))
+        )
 
     async def _flush(self, session: Session) -> bool:
         """Send what is kept for the user; False when the database could not give it."""
         flush = self._flushes.get(session)
         if flush is not None:
             flush.again = True
-            await asyncio.wait((flush.ended,))  # what comes from here on is behind all of it
-            return True
+            return await asyncio.shield(flush.ended)  # what comes from here on is behind all of it
         holder = Holder(self.owner.member, self.owner.incarnation, secrets.token_hex(8))
         self._flushes[session] = flush = Flush(
             session, holder, self.spool, self._chores, self.log, self._blocklist, partial(self._release, session.user)
         )
+        done = False
         try:
             while flush.again and flush.takes:
                 flush.again = False
@@ -346,26 +386,33 @@ class Offline(Module[Config]):
                     if late:
                         raise StorageUnavailable("older messages are not stored or free yet")
                 await flush.run(await self._until_taken_over(flush, session.user))
+            done = True
         except StorageError as exc:
             self.log.warning("offline messages wait", user=session.user, error=exc)
-            return False
         finally:
             del self._flushes[session]
-            flush.ended.set_result(None)
-        return True
+            flush.ended.set_result(done)
+        return done
 
     async def _until_taken_over(self, flush: Flush, user: JID) -> frozenset[bytes | None] | None:
         """The holders of what there is; None where that is out of date.
 
         What a node holds that has died comes before what is stored now, and will be free when its lease has ended:
-        seconds in which new messages wait too. One that is only cut off keeps it, and is not waited for any longer."""
+        seconds in which new messages wait too; likewise what another one holds of a session that has ended there. One
+        that is only cut off keeps it, and is not waited for any longer."""
         give_up = time.monotonic() + _SILENT
         while flush.takes and time.monotonic() < give_up:
             holders = await self.spool.holders(user.domain, user.local)
-            if not any(holder is not None and self.spool.standing.is_silent(holder) for holder in holders):
+            if not any(holder is not None and self._is_leaving(holder, user) for holder in holders):
                 return holders
             await asyncio.sleep(_SILENT_LOOK)
         return None
+
+    def _is_leaving(self, holder: bytes, user: JID) -> bool:
+        """Whether what a node holds will be free soon: it has died, or has no session of the user any more."""
+        if holder == self.owner.member:
+            return False
+        return self.spool.standing.is_silent(holder) or holder not in self.nodes.of(user)
 
     def _wake(self, user: JID) -> None:
         """No message waits in the spool while its recipient is available: it may have become so meanwhile."""
@@ -467,7 +514,8 @@ class Offline(Module[Config]):
         if not takers or self._is_retrieving(user):
             return
         session = max(takers, key=lambda taker: taker.priority or 0)
-        await self._flush(session)
+        if not await self._flush(session):
+            self._retry(session)
 
     @hook(NodeDown)
     def note_parting(self, event: NodeDown) -> None:
@@ -520,9 +568,14 @@ class Offline(Module[Config]):
 
     def _retry(self, session: Session, *, hold: bool = True) -> None:
         """Again and again until the database can. What is written to them meanwhile waits, for a while."""
-        flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        running = self._retries.get(session)
+        flushed: asyncio.Future[None] = running or asyncio.get_running_loop().create_future()
         if hold:
-            session.hold_messages(_at_most(flushed))
+            session.hold_messages(_at_most(flushed, _HELD_BACK))
+
+        if running is not None:
+            return
+        self._retries[session] = flushed
 
         async def retry() -> None:
             wait = RETRY_FIRST
@@ -535,6 +588,7 @@ class Offline(Module[Config]):
                         return
                     wait = min(wait * 2, RETRY_LONGEST)
             finally:
+                del self._retries[session]
                 if not flushed.done():
                     flushed.set_result(None)
 
@@ -644,7 +698,7 @@ class Offline(Module[Config]):
         return await self.spool.count(jid.domain, jid.local)
 
 
-def _at_most(done: "asyncio.Future[None]") -> "asyncio.Future[None]":
+def _at_most(done: "asyncio.Future[None]", seconds: float = _HELD) -> "asyncio.Future[None]":
     """Done when that is, or after a while: people who are online chat on while the database is away."""
     loop = asyncio.get_running_loop()
     until: asyncio.Future[None] = loop.create_future()
@@ -653,7 +707,7 @@ def _at_most(done: "asyncio.Future[None]") -> "asyncio.Future[None]":
         if not until.done():
             until.set_result(None)
 
-    timer = loop.call_later(_HELD, end)
+    timer = loop.call_later(seconds, end)
 
     def is_done(done: "asyncio.Future[None]") -> None:
         timer.cancel()

@@ -61,7 +61,8 @@ class Flush:
         self._log = log
         self._bytes = 0  # on their way
         self._room = asyncio.Event()
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # True: all is written; False: the database could not give it.
+        self.ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.again = True  # something was stored meanwhile
 
     async def run(self, holders: frozenset[bytes | None] | None) -> None:

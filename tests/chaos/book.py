@@ -24,9 +24,12 @@ class Account:
         self.acked_at = array("d", [0.0])
         self.acked_by = array("b", [-1])  # number of the node
         self.streams = [0]  # the first number that each stream of a client without stream management wrote
+        self._again: dict[int, int] = {}  # by number: the last session in which it was written again, without an `h`
+        self._sessions = 0
         self._highest: dict[int, tuple[int, str]] = {}  # by stream: the number, and how it came
         self.repeated = 0
         self.disorder: list[dict[str, Any]] = []
+        self.excused = 0
         self.wrong: list[dict[str, Any]] = []
 
     def id(self, number: int) -> str:
@@ -43,6 +46,20 @@ class Account:
         """Without stream management nothing is sent again, and order holds within a stream (RFC 6120 10.1)."""
         if not self.managed:
             self.streams.append(len(self.state))
+
+    def write_again(self, numbers: list[int], *, forgotten: bool) -> None:
+        """In a new session. `forgotten`: nobody could say how much of the old one had arrived, its node being dead: it
+        may have stored a later one of these, and not an earlier one, which then comes with its second copy."""
+        self._sessions += 1
+        for number in numbers:
+            if forgotten:
+                self._again[number] = self._sessions
+            else:
+                self._again.pop(number, None)
+
+    def _is_second_copy(self, number: int, highest: int) -> bool:
+        session = self._again.get(number)
+        return session is not None and session == self._again.get(highest)
 
     def acknowledge(self, number: int, node: int) -> None:
         if not self.state[number] & ACKED:
@@ -68,7 +85,9 @@ class Account:
         stream = bisect(self.streams, number)
         how = f"{time.time():.3f} on {node + 1}{' from the spool' if stored else ''}"
         highest, before = self._highest.get(stream, (0, ""))
-        if number < highest:
+        if number < highest and self._is_second_copy(number, highest):
+            self.excused += 1
+        elif number < highest:
             self.disorder.append({**self.about(number), "arrived": how, "after": highest, "which_arrived": before})
         else:
             self._highest[stream] = (number, how)
@@ -138,6 +157,7 @@ class Book:
             "never_acknowledged": sum(account.count(SENT) - account.count(ACKED) for account in managed),
             "lost": len(lost),
             "out_of_order": len(disorder),
+            "second_copies_behind": sum(account.excused for account in accounts),
             "wrong": len(wrong),
             "named": {"lost": lost[:_NAMED], "out_of_order": disorder[:_NAMED], "wrong": wrong[:_NAMED]},
         }

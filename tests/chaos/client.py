@@ -86,6 +86,7 @@ class Client:
         self._gone = asyncio.Event()
         self._id = ""  # of the session that can be resumed
         self._id_node = -1
+        self._forgotten = False  # the node that had the last session is dead: nobody knows what had arrived
         self._pending: deque[int] = deque()  # numbers (0: another stanza) that no <a/> covers
         self._base = 0  # how many it covers
         self._received: deque[tuple[str, int, str, bool] | None] = deque()  # and not handled
@@ -127,6 +128,7 @@ class Client:
         if answer.name == "failed":
             self.counts["resumptions that failed"] += 1
             self._id = ""
+            self._forgotten = "h" not in answer.attributes
             if "h" in answer.attributes:
                 self._acknowledged(int(answer.attributes["h"]))
             return False
@@ -146,6 +148,8 @@ class Client:
         self._pending.clear()
         self._base = self._handled = 0
         self.account.new_stream()
+        self.account.write_again(again, forgotten=self._forgotten)
+        self._forgotten = False
         if enabled is not None:
             self._id, self._id_node = enabled.attributes.get("id", ""), self.node
             self._counting = True

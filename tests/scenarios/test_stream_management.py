@@ -123,9 +123,17 @@ async def test_it_is_refused_at_the_wrong_time(server):
     romeo.send_raw(f"<enable xmlns='{SM}' max='soon'/>")
     assert await failure(romeo) == "bad-request"
     assert (await romeo.enable()).name == "enabled"
-    romeo.send_raw(f"<enable xmlns='{SM}'/>")
-    assert await failure(romeo) == "unexpected-request"
     await romeo.sync()
+
+
+async def test_who_asks_for_it_twice_loses_the_stream(enter):
+    romeo = await enter("romeo")
+
+    romeo.send_raw(f"<enable xmlns='{SM}'/>")
+
+    assert await failure(romeo) == "unexpected-request"
+    await romeo.assert_stream_error("policy-violation")
+    assert condition(await come_back(romeo)) == "item-not-found"
 
 
 @pytest.mark.parametrize("h", ["7", "4294967295"])

@@ -2,7 +2,8 @@
 
 import asyncio
 
-from xmppd.storage.ids import IdMaker, id_time
+from xmppd.storage.clock import Clock
+from xmppd.storage.ids import IdMaker, Places, id_of, id_time
 
 
 def test_ids_rise_strictly_even_when_the_clock_stands_or_goes_back():
@@ -34,3 +35,39 @@ async def test_threads_get_different_ids():
     made = await asyncio.gather(*(asyncio.to_thread(lambda: [maker() for _ in range(2000)]) for _ in range(4)))
 
     assert len({one for some in made for one in some}) == 8000
+
+
+def test_places_rise_strictly_even_when_the_clock_stands_or_goes_back():
+    now = 5.0
+    clock = Clock(lambda: 1000.0, lambda: now)
+    next_place = Places(clock)
+    places = []
+    for step in (0, 0, 0.0004, 0.002, 0.5):
+        now += step
+        places += [next_place(), next_place()]
+    clock._base -= 0.3
+    now += 0.1
+    places += [next_place(), next_place()]
+
+    assert places == sorted(set(places))
+
+
+def test_ids_of_places_sort_by_these_and_among_all_ids_of_their_time():
+    now = 5.0
+    clock = Clock(lambda: 1000.0, lambda: now)
+    next_place, new_id = Places(clock), IdMaker(clock)
+    places, others = [], []
+    for _ in range(5):
+        places += [next_place(), next_place()]
+        now += 0.01
+        others.append(new_id())
+        now += 0.01
+    ids = [id_of(place) for place in places]
+
+    late = list(reversed([id_of(place) for place in reversed(places)]))  # made in another order
+    assert ids == sorted(ids)
+    assert late == sorted(late)
+    assert set(ids).isdisjoint(late)
+    assert {len(one) for one in ids} == {16}
+    assert sorted(ids + others) == [one for n in range(5) for one in (ids[2 * n], ids[2 * n + 1], others[n])]
+    assert abs(id_time(ids[-1]) - 1000.08) < 0.001

@@ -11,7 +11,7 @@ from sqlalchemy import func, select, update
 
 from xmppd.errors import StorageUnavailable
 from xmppd.spool import FREE, Alone, Holder, Kept, NoAccount, NotToTell, QuotaReached, Spool
-from xmppd.storage import Accounts, Storage, new_id
+from xmppd.storage import Accounts, Storage, new_id, next_place
 from xmppd.storage.members import Members, Registration
 from xmppd.storage.tables import spool as spool_table
 
@@ -62,6 +62,20 @@ async def stanzas(spool: Spool, holder: Holder = BALCONY, **options) -> list[byt
 async def rows_in(storage: Storage) -> int:
     async with storage.connect() as connection:
         return (await connection.execute(select(func.count()).select_from(spool_table))).scalar_one()
+
+
+async def test_rows_come_back_in_the_order_of_their_places_whenever_they_were_stored(spool):
+    first, second, third = next_place(), next_place(), next_place()
+    await keep(spool, b"<third/>", place=third)
+    await keep(spool, b"<first/>", place=first)
+    await keep(spool, b"<second/>", place=second, holder=CHAMBER)
+    await keep(spool, b"<fourth/>")
+    (held,) = await spool.take(HOST, "juliet", BALCONY, limit=1)
+    assert held.stanza == b"<first/>"
+
+    await spool.free_stale(CHAMBER.member, CHAMBER.incarnation + 1)
+
+    assert await stanzas(spool) == [b"<second/>", b"<third/>", b"<fourth/>"]
 
 
 async def test_offline_message_waits_and_comes_back_byte_by_byte(spool, clock):

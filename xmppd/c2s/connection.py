@@ -322,6 +322,8 @@ class Connection(asyncio.Protocol):
             self.end(StreamError("bad-format", "an acknowledgement has a count"))
         elif managed is None or isinstance(event, Nonza):
             self.write(failed("unexpected-request"))
+            if isinstance(event, Nonza) and event.element.tag == _ENABLE and managed is not None:  # XEP-0198 3
+                self.end(StreamError("policy-violation", "stream management is on already"))
         elif isinstance(event, Acknowledgement):
             try:
                 managed.acknowledged(event.h)

@@ -17,7 +17,7 @@ The payload of the call is [id, user, h]; the answer has one of
 import asyncio
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,7 +27,7 @@ from xmppd.c2s.session import Parts, Session
 from xmppd.cluster.interfaces import Calls, Links, Peer
 from xmppd.delivery import SAFE, Pending, Record
 from xmppd.errors import CallRefused, NodeUnreachable, StreamError
-from xmppd.events import SessionArrived, SessionLeft
+from xmppd.events import MessagesFound, SessionArrived, SessionLeft
 from xmppd.forward import Forwarder
 from xmppd.log import get_logger
 from xmppd.protocol.jid import JID, parse
@@ -105,13 +105,16 @@ class Handover:
         leaving.timer.cancel()
         resources = self._parts().manager.resources(session.user)
         there = any(each.jid == session.jid and each.node == leaving.node for each in resources)
-        for stanza, pending in self._all(leaving):
-            self._pass_on(session, stanza, pending, leaving.node if there else None)
+        node = leaving.node if there else None
+        for stanza, pending in leaving.entries:
+            self._pass_on(session, stanza, pending, node)
+        for stanza, pending in session.left():
+            self._pass_on(session, stanza, pending, node, behind=True)
 
-    def _all(self, leaving: _Leaving) -> list[tuple[Stanza, Pending | None]]:
-        return leaving.entries + leaving.session.left()
-
-    def _pass_on(self, session: Session, stanza: Stanza, pending: Pending | None, node: bytes | None) -> None:
+    def _pass_on(
+        self, session: Session, stanza: Stanza, pending: Pending | None, node: bytes | None, *, behind: bool = False
+    ) -> None:
+        """`behind`: it has not been written to the client, and what is stored comes before it."""
         if pending is not None and pending.result is not None:
             return
         if stanza.copy and pending is not None:
@@ -120,7 +123,7 @@ class Handover:
             to = stanza.to
             if to is None or to.bare != session.user.bare:
                 stanza = stanza.replace(to=session.jid.full)
-            outcome = self._forwarder.pass_on(node, stanza, session.jid.resource)
+            outcome = self._forwarder.pass_on(node, stanza, session.jid.resource, behind=behind)
             if outcome is not None:
                 if pending is not None:
                     pending.follow(outcome)
@@ -134,7 +137,7 @@ class Handover:
         if leaving is not None:
             log.info("session closed", jid=session.jid.full, reason="lost on its way to another node")
             session.priority, session.presence = leaving.priority, leaving.presence
-            left = self._all(leaving)
+            left = leaving.entries + session.left()
             session.end_leaving()
             for stanza, pending in left:
                 self._pass_on(session, stanza, pending, None)
@@ -207,9 +210,17 @@ class Handover:
                     await waiting
                 # All nodes know where it is; then the old one has all that was on its way to it, and has passed it on.
                 await self._calls.barrier()
-                await self._forwarder.hand_over(node, session.jid, session.row.bound_at)
+                if not await self._forwarder.hand_over(node, session.jid, session.row.bound_at):
+                    # It still has what it should have passed on, and that is in the database: it will be free soon.
+                    found = parts.hooks.notify(MessagesFound(session.user))
+                    if found is not None:
+                        parts.spawn(_finish(found), name="messages found")
             finally:
                 session.settled_in()
 
         parts.spawn(settle_in(), name="session from another node")
         return session
+
+
+async def _finish(waiting: Awaitable[None]) -> None:
+    await waiting

@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 from xmppd.c2s.managed import Managed, Nobody
 from xmppd.c2s.resumption import Resumption
 from xmppd.c2s.spooling import Spooling
-from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Records, Settled, Spawn, as_stanza_error
+from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Record, Records, Settled, Spawn, as_stanza_error
 from xmppd.errors import JidError, StanzaError, StreamError
 from xmppd.events import (
     DirectedPresenceSending,
@@ -40,6 +40,7 @@ from xmppd.protocol.jid import JID, bare, parse
 from xmppd.protocol.stanza import Stanza, build, error_reply
 from xmppd.router import Router
 from xmppd.session_manager import SUBSCRIPTIONS, SessionInfo, SessionManager, Waiting
+from xmppd.storage.ids import next_place
 
 _PRIORITY: Final = f"{{{ns.CLIENT}}}priority"
 _SHOW: Final = f"{{{ns.CLIENT}}}show"
@@ -164,6 +165,8 @@ class Session:
         parts = self.parts
         if stanza.from_ is not self.jid:
             stanza = self._stamp(stanza)
+        if stanza.kind == "message":
+            stanza.place = next_place()
         try:
             if stanza.malformed:
                 raise StanzaError("jid-malformed")
@@ -315,9 +318,16 @@ class Session:
 
     def hold_messages(self, until: "asyncio.Future[Any]") -> None:
         """Have messages for it wait, behind those that wait already, until that is done."""
+        if self.closed:
+            return
         self._held = self._held or []
         self._flushes += 1
         until.add_done_callback(lambda done: self._flushed())
+
+    @property
+    def holds_messages(self) -> bool:
+        """Whether messages for it wait; of one that has left: whether they did."""
+        return self._flushes > 0
 
     def _flushed(self) -> None:
         self._flushes -= 1
@@ -326,7 +336,7 @@ class Session:
 
     def _release_held(self) -> None:
         held, self._held = self._held or [], None
-        self._release(held)
+        self._release(_in_place(held))
 
     def _release(self, held: list[tuple[Stanza, Pending]]) -> None:
         for stanza, pending in held:
@@ -359,10 +369,12 @@ class Session:
 
     def deliver(self, stanza: Stanza) -> Outcome:
         """A stanza the session manager chose this session for. Raises StanzaError."""
-        if self._arriving is not None and not stanza.moved:
-            return self._hold(self._arriving, stanza)
-        held = self._held
-        if held is not None and stanza.kind == "message" and not stanza.moved:
+        held, arriving = self._held, self._arriving
+        if (held is not None or arriving is not None) and stanza.type == "error" and stanza.kind == "message":
+            return self._deliver(stanza)  # what it answers is acknowledged: it must not be lost with the session
+        if arriving is not None and not stanza.moved:
+            return self._hold(arriving, stanza)
+        if held is not None and stanza.kind == "message" and (not stanza.moved or stanza.behind):
             return self._hold(held, stanza)
         return self._deliver(stanza)
 
@@ -431,7 +443,7 @@ class Session:
     def leave(self, event: SessionLeft) -> list[tuple[Stanza, Pending | None]]:
         """It goes on on another node: until it shows up there, what comes for it waits. What was not acknowledged."""
         self.closed = True
-        self._leaving = [*(self._held or ()), *(self._arriving or ())]
+        self._leaving = [*_in_place([*(self._held or ()), *(self._arriving or ())])]
         self._held = self._arriving = None
         managed, self.managed = self.managed, None
         entries: list[tuple[Stanza, Pending | None]] = []
@@ -466,6 +478,7 @@ class Session:
         """All that was on its way through the old node has come."""
         arriving, self._arriving = self._arriving or [], None
         held = self._held
+        arriving = _in_place(arriving)
         if held is None:
             self._release(arriving)
             return
@@ -513,6 +526,14 @@ class Session:
         if managed is not None:
             self.parts.resumption.leave(managed, self.user.bare)
             left += managed.close()
+        # What waited comes behind, and waits no longer: whoever comes next is to find all in its order.
+        waiting = _in_place([*(self._held or ()), *(self._arriving or ())])
+        self._held = self._arriving = None
+        for stanza, pending in waiting:
+            if stanza.kind == "presence":
+                pending.settle(ERROR)
+            else:
+                left.append(Record(stanza, pending))
         self.parts.manager.reroute(left)
 
     def replaced(self) -> None:
@@ -593,6 +614,17 @@ class Session:
             show,
             text,
         )
+
+
+def _in_place(waiting: list[tuple[Stanza, Pending]]) -> list[tuple[Stanza, Pending]]:
+    """What has waited, in the order of places, which is not that in which it came when some took a longer way. What has
+    none stays behind what it came behind."""
+    places, last = [], 0
+    for stanza, _ in waiting:
+        last = stanza.place or last
+        places.append(last)
+    order = sorted(range(len(waiting)), key=places.__getitem__)
+    return [waiting[index] for index in order]
 
 
 async def _both(told: Awaitable[None] | None, undisputed: Awaitable[None]) -> None:

@@ -26,7 +26,7 @@ from xmppd.hooks import Hooks
 from xmppd.log import get_logger
 from xmppd.protocol.stanza import Stanza
 from xmppd.spool import Holder, KeepItem, Kept, Spool
-from xmppd.storage.ids import new_id
+from xmppd.storage.ids import id_of, new_id
 
 if TYPE_CHECKING:
     from xmppd.c2s.session import Session
@@ -132,7 +132,7 @@ class Spooling:
             quota=None,
             expires_at=event.expires_at,
             holder=holder,
-            row_id=new_id(),
+            row_id=id_of(stanza.place) if stanza.place else new_id(),
             for_account=True,
         )
         return item
@@ -412,6 +412,7 @@ class Backlog:
         if not _is_row(entry.row):
             return stanza, outcome
         moved = KeptMessage(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
+        moved.place = stanza.place
         moved.row_id, moved.holder = entry.row, self.holder
         self._moved[entry.row] = moved
         outcome.then(partial(self._arrived, entry, moved))

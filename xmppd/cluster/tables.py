@@ -95,6 +95,10 @@ class SessionTable(SharedTable):
         self.on_conflict: list[Callable[[SessionRow], None]] = []
         # (bare JID, row): a row of another node is available now, or no longer negative.
         self.on_appeared: list[Callable[[str, SessionRow], None]] = []
+        # (row of ours, owner): another node has an older row of the same full JID, as after a split; it will go.
+        self.on_displacing: list[Callable[[SessionRow, Owner], None]] = []
+        # (owner, bare JID, resource): a row of another node has been taken out.
+        self.on_left: list[Callable[[Owner, str, str], None]] = []
         # (owner, its rows): they went without being taken out one by one. To be read in pieces, at any later time; a
         # full JID that is bound again by then, and available if it was, is not among them.
         self.on_vanished: list[Callable[[Owner, Lost], None]] = []
@@ -264,6 +268,8 @@ class SessionTable(SharedTable):
     def _changed(self, held: Held, group: str, item: bytes, old: bytes | None, new: bytes | None) -> None:
         self._forget(group)
         if new is None:
+            if self.on_left:
+                tell(self.on_left, held.owner, group, item.decode())
             return
         own = self._rows.pop(group, None)
         if own is not None:
@@ -278,10 +284,14 @@ class SessionTable(SharedTable):
     def _settle(self, owner: Owner, own: dict[str, SessionRow], bare: str, item: bytes, value: bytes) -> None:
         """A row of ours with the same full JID goes if it is the older one; if not, the other's owner does the same."""
         mine = own.get(item.decode())
-        if mine is not None and _later(unpack_session(owner, bare, item, value), mine):
+        if mine is None:
+            return
+        if _later(unpack_session(owner, bare, item, value), mine):
             self.remove(mine)
             self.conflicts += 1
             tell(self.on_conflict, mine)
+        elif self.on_displacing:
+            tell(self.on_displacing, mine, owner)
 
     def _tell_appeared(self, owner: Owner, bare: str, item: bytes, old: bytes | None, new: bytes) -> None:
         before, now = _priority(old), _priority(new)

@@ -51,14 +51,16 @@ class Stanza:
     """One message, presence or IQ. Treat it as immutable: `replace` gives a changed copy.
 
     kind: "message", "presence" or "iq"; type: the attribute, with the default of RFC 6121 for messages ("normal"),
-    "available" for a presence without one; id: "" when there is none; to, from_: JIDs, or None.
+    "available" for a presence without one; id: "" when there is none; to, from_: JIDs, or None. place: where a message
+    stands among all that were received from clients, on whatever node; 0 where that does not matter. Copies keep it.
     """
 
-    __slots__ = ("_element", "_xml", "from_", "id", "kind", "malformed", "to", "type")
+    __slots__ = ("_element", "_xml", "from_", "id", "kind", "malformed", "place", "to", "type")
 
     kept: ClassVar[bool] = False  # it is a row of the spool, and stays one until it has arrived
     hops: ClassVar[int] = 0  # links between nodes that it has crossed
     moved: ClassVar[bool] = False  # it waited for a session on another node, which has come here
+    behind: ClassVar[bool] = False  # so did what is stored for its user, and that comes first
     copy: ClassVar[bool] = False  # of what stays where it is: not sent again when it is lost with its connection
 
     def __init__(
@@ -79,6 +81,7 @@ class Stanza:
         self._xml = xml
         self._element = element
         self.malformed = False  # its `to` could not be parsed (jid-malformed)
+        self.place = 0
 
     @classmethod
     def from_bytes(cls, xml: bytes) -> "Stanza":
@@ -161,7 +164,11 @@ class Stanza:
 
     def edited(self, element: _Element) -> "Stanza":
         """The stanza made of an element that came from `editable`."""
-        return Stanza.from_element(element)
+        return self._placed(Stanza.from_element(element))
+
+    def _placed(self, copy: "Stanza") -> "Stanza":
+        copy.place = self.place
+        return copy
 
     def replace(self, **attributes: str | None) -> "Stanza":
         """A copy with other attributes (`to`, `from_`, `id`, `type`); None removes one."""
@@ -172,13 +179,13 @@ class Stanza:
                 element.attrib.pop(name, "")
             else:
                 element.set(name, value)
-        return Stanza.from_element(element)
+        return self._placed(Stanza.from_element(element))
 
     def addressed(self, to: JID) -> "Stanza":
         """A copy of a stanza that has no `to`, sent to somebody; cheap, for broadcasts."""
         tag = len(self.kind) + 1
         xml = self._xml[:tag] + attributes({"to": to.full}).encode() + self._xml[tag:]
-        return Stanza(self.kind, self.type, self.id, to, self.from_, xml)
+        return self._placed(Stanza(self.kind, self.type, self.id, to, self.from_, xml))
 
     def __repr__(self) -> str:
         # The opening tag only: bodies stay out of logs.
@@ -295,4 +302,6 @@ def with_child(stanza: Stanza, child: bytes) -> Stanza:
     else:
         end = xml.rindex(b"</")
         changed = xml[:end] + child + xml[end:]
-    return Stanza(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, changed)
+    copy = Stanza(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, changed)
+    copy.place = stanza.place
+    return copy

@@ -7,7 +7,7 @@ from xmppd.storage.clock import clock
 from xmppd.storage.database import Storage
 from xmppd.storage.endpoint import Endpoint
 from xmppd.storage.faults import BadValue, Duplicate
-from xmppd.storage.ids import first_id, id_at, id_time, new_id
+from xmppd.storage.ids import first_id, id_at, id_of, id_time, new_id, next_place
 from xmppd.storage.lease import Lease
 from xmppd.storage.loader import Loader
 from xmppd.storage.settings import shared_setting
@@ -45,6 +45,7 @@ __all__ = [
     "fixed_bytes",
     "host_column",
     "id_at",
+    "id_of",
     "id_time",
     "insert_new",
     "key_hash",
@@ -52,6 +53,7 @@ __all__ = [
     "long_text",
     "module_table",
     "new_id",
+    "next_place",
     "shared_setting",
     "short_bytes",
     "upsert",

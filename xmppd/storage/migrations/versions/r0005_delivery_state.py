@@ -7,6 +7,7 @@ from xmppd.storage.tables import BARE_BYTES, PART_BYTES, Stamp, Utf8, fixed_byte
 
 revision = "0005"
 down_revision = "0004"
+expands = True
 
 
 def upgrade() -> None:

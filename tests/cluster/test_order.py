@@ -1,0 +1,336 @@
+"""What one client sends to another arrives in the order in which it was sent, whatever sessions and nodes do."""
+
+import asyncio
+import time
+from dataclasses import replace
+
+import pytest
+from lxml import etree
+
+from tests.cluster import worlds
+from tests.modules.world import HOST, Client, message
+from xmppd import session_manager
+from xmppd.c2s.handover import Handover
+from xmppd.c2s.resumption import Resumption
+from xmppd.c2s.session import Session
+from xmppd.c2s.spooling import Spooling
+from xmppd.delivery import ERROR, SAFE
+from xmppd.errors import StorageUnavailable
+from xmppd.protocol.jid import parse
+from xmppd.protocol.stanza import Stanza
+from xmppd.storage import next_place
+
+JULIET = f"juliet@{HOST}"
+ENABLE = etree.fromstring("<enable xmlns='urn:xmpp:sm:3' resume='true'/>")
+
+
+def equip(world):
+    """With stream management, and sessions that go from node to node."""
+    parts = replace(
+        world.parts,
+        resumption=Resumption(node=world.owner.member),
+        spooling=Spooling(world.spool, world.hooks, world.owner, reroute=world.manager.reroute),
+    )
+    world.parts = parts
+    world.manager.freeing = parts.spooling.freeing
+    parts.resumption.handover = Handover(world.place.links, world.place.calls, world.forwarder, lambda: parts)
+
+
+@pytest.fixture
+async def nodes(databases, tmp_path):
+    async with worlds.cluster(3, await databases.migrated("sqlite", tmp_path), tmp_path) as made:
+        for world in made.worlds:
+            equip(world)
+        await made.load(offline={})
+        await made[0].account("juliet", "romeo", "nurse")
+        yield made
+        for world in made.worlds:
+            world.parts.spooling.stop()
+
+
+class Resumed(Client):
+    """A connection on which a session goes on."""
+
+    def __init__(self, session):
+        self.received, self.stalled, self.last_heard, self.session = [], False, time.monotonic(), session
+
+    def carry(self, session): ...
+
+    def write(self, data):
+        if data.startswith(b"<message"):
+            super().write(data)
+
+
+async def say(client, *bodies, to=JULIET):
+    return [await client.send(message(to, body, id=f"id-{body}")) for body in bodies]
+
+
+def managed(client):
+    """Its stream management, which is on from now on; it acknowledges nothing by itself."""
+    client.write = lambda data: Client.write(client, data) if data.startswith(b"<message") else None
+    client.session.parts.resumption.enable(client.session, ENABLE)
+    return client.session.managed
+
+
+def freeze(nodes, name):
+    for other in worlds.NAMES:
+        if other != name:
+            nodes.net.hold(name, other)
+            nodes.net.hold(other, name)
+
+
+def thaw(nodes, name):
+    for other in worlds.NAMES:
+        if other != name:
+            nodes.net.let_go(name, other)
+            nodes.net.let_go(other, name)
+
+
+async def test_what_is_on_its_way_to_a_session_that_ends_comes_before_what_is_sent_then(nodes):
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
+    await nodes.calm()
+    nodes.net.hold("one", "two")
+    await say(romeo, "1", "2", "3")
+    juliet.session.close(clean=True)
+    await nodes.net.until(lambda: not nodes[0].table.rows(JULIET))
+    again = await nodes[0].online("juliet", "chamber")
+
+    await say(romeo, "4", "5")
+    await asyncio.sleep(0.05)
+    assert again.bodies == []
+    nodes.net.let_go("one", "two")
+    await nodes.net.until(lambda: len(again.bodies) >= 5)
+
+    assert again.bodies == ["1", "2", "3", "4", "5"]
+
+
+async def test_they_are_stored_in_that_order_too(nodes):
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
+    await nodes.calm()
+    nodes.net.hold("one", "two")
+    first = await say(romeo, "1", "2")
+    juliet.session.close(clean=True)
+    await nodes.net.until(lambda: not nodes[0].table.rows(JULIET))
+    then = await say(romeo, "3")
+    nodes.net.let_go("one", "two")
+    for outcome in [*first, *then]:
+        await nodes[0].stored(outcome)
+
+    again = await nodes[2].online("juliet")
+    await nodes.net.until(lambda: len(again.bodies) >= 3)
+
+    assert again.bodies == ["1", "2", "3"]
+
+
+async def test_the_place_of_a_message_is_that_at_which_it_was_received_not_stored(nodes):
+    await nodes[1].online("juliet")
+    romeo, nurse = await nodes[0].online("romeo"), await nodes[2].online("nurse")
+    await nodes.calm()
+    nodes.net.hold("one", "two")
+    first = await say(romeo, "first")
+    second = await say(nurse, "second")
+    await nodes.net.until(lambda: nodes[1].forwarder.frames_received > 0)
+    for session in list(nodes[1].manager.local()):
+        session.close(clean=False)
+    await nodes[2].stored(second[0])
+
+    nodes.net.let_go("one", "two")
+    await nodes[0].stored(first[0])
+
+    assert [b"first" in stanza for _, stanza in await nodes[0].rows()] == [True, False]
+
+
+async def test_what_a_frozen_node_holds_comes_before_what_is_sent_to_the_new_session(nodes, monkeypatch):
+    monkeypatch.setattr(session_manager, "_UNDISPUTED", 0.05)
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
+    managed(juliet)
+    await nodes.calm()
+    held = await say(romeo, "1", "2")
+    for outcome in held:
+        await nodes[0].stored(outcome)  # in the database, held by her session
+    freeze(nodes, "two")
+
+    again = nodes[0].login("juliet")
+    await again.session.bound()  # does not wait for ever
+    coming = asyncio.create_task(again.available())
+    await nodes.net.until(lambda: nodes[0].manager.is_available(parse(JULIET)))
+    await say(romeo, "3")
+    await asyncio.sleep(0.05)
+    assert again.bodies == []
+    thaw(nodes, "two")
+    await nodes.net.until(lambda: len(again.bodies) >= 3)
+    await coming
+
+    assert again.bodies == ["1", "2", "3"]
+    assert juliet.ended is not None
+
+
+async def test_after_a_split_what_the_older_session_has_comes_before_what_is_new(nodes):
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[1].online("romeo")
+    managed(juliet)
+    await nodes.calm()
+    nodes.net.cut("one", "two")
+    nodes.net.cut("three", "two")
+    await nodes.net.until(lambda: not nodes[0].table.rows(JULIET))
+    again, elsewhere = await nodes[0].online("juliet"), await nodes[0].online("romeo", "elsewhere")
+    freed, release = asyncio.Event(), nodes[1].spool.release
+    for outcome in await say(romeo, "1", "2"):
+        await nodes[1].stored(outcome)
+
+    def later(ids, holder):
+        async def free():
+            await freed.wait()
+            await release(ids, holder)
+
+        return asyncio.ensure_future(free())
+
+    nodes[1].spool.release = later
+    nodes.net.heal()
+    await nodes.net.until(lambda: juliet.ended is not None)
+    saying = asyncio.create_task(say(elsewhere, "3"))
+    await asyncio.sleep(0.1)
+    assert again.bodies == []
+    freed.set()
+    await nodes.net.until(lambda: len(again.bodies) >= 3)
+    await saying
+
+    assert again.bodies == ["1", "2", "3"]
+
+
+async def test_what_a_session_leaves_that_has_just_ended_elsewhere_is_waited_for(nodes):
+    """Its row is in the database, and free a little later."""
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
+    managed(juliet)
+    await nodes.calm()
+    for outcome in await say(romeo, "1", "2"):
+        await nodes[0].stored(outcome)
+    freed = asyncio.Event()
+    release = nodes[1].spool.release
+
+    def later(ids, holder):
+        async def free():
+            await freed.wait()
+            await release(ids, holder)
+
+        return asyncio.ensure_future(free())
+
+    nodes[1].spool.release = later
+    juliet.session.close(clean=False)
+    await nodes.net.until(lambda: not nodes[2].table.rows(JULIET) and not nodes[0].table.rows(JULIET))
+
+    coming = asyncio.create_task(nodes[2].online("juliet", "chamber"))
+    await nodes.net.until(lambda: nodes[0].manager.is_available(parse(JULIET)))
+    await say(romeo, "3")
+    await asyncio.sleep(0.05)
+    freed.set()
+    again = await coming
+    await nodes.net.until(lambda: len(again.bodies) >= 3)
+
+    assert again.bodies == ["1", "2", "3"]
+
+
+async def test_a_session_that_moves_gets_what_is_being_stored_before_what_it_was_sent_since(nodes):
+    committed = asyncio.Event()
+    keep = nodes[0].spool.keep
+
+    def later(*args, **options):
+        async def store():
+            await committed.wait()
+            return await keep(*args, **options)
+
+        return asyncio.ensure_future(store())
+
+    romeo = await nodes[0].online("romeo")
+    nodes[0].spool.keep = later
+    await say(romeo, "1", "2")
+    juliet = nodes[0].login("juliet")
+    state = managed(juliet)
+    arriving = asyncio.create_task(juliet.available())
+    await nodes.net.until(lambda: juliet.session.holds_messages)
+    await say(romeo, "3")
+    juliet.session.lost(clean=False, resumable=True)
+    await nodes.net.until(lambda: nodes[1].manager.is_bound(juliet.session.jid))
+
+    moved = await nodes[1].parts.resumption.handover.fetch(state.id, parse(JULIET), 0)
+    assert isinstance(moved, Session)
+    there = Resumed(moved)
+    moved.managed.resume(there)
+    saying = asyncio.create_task(say(romeo, "4"))
+    await asyncio.sleep(0.05)
+    assert there.bodies == []
+    committed.set()
+    await nodes.net.until(lambda: len(there.bodies) >= 4)
+    await asyncio.gather(arriving, saying)
+
+    assert there.bodies == ["1", "2", "3", "4"]
+
+
+async def test_an_error_waits_for_nothing(nodes):
+    """Its sender has been told by an acknowledgement that all is well, or that the error has come before it."""
+    romeo = await nodes[0].online("romeo")
+    romeo.session.hold_messages(asyncio.get_running_loop().create_future())
+    nodes[0].manager.hold_messages(romeo.session.user, asyncio.get_running_loop().create_future())
+
+    (outcome,) = await say(romeo, "O", to=f"nobody@{HOST}")
+
+    assert await nodes[0].settled(outcome) is ERROR
+    assert [stanza.type for stanza in romeo.received if stanza.kind == "message"] == ["error"]
+
+
+async def test_what_has_waited_comes_in_its_order_whichever_way_it_came(nodes):
+    juliet, romeo = await nodes[0].online("juliet"), await nodes[0].online("romeo", "elsewhere")
+    done = asyncio.get_running_loop().create_future()
+    first = next_place()
+    juliet.session.hold_messages(done)
+    await say(romeo, "2")
+    rerouted = Stanza.from_bytes(message(JULIET, "1").encode())
+    rerouted.place = first
+    juliet.session.deliver(rerouted)
+
+    done.set_result(None)
+    await nodes.net.until(lambda: len(juliet.bodies) >= 2)
+
+    assert juliet.bodies == ["1", "2"]
+
+
+async def test_what_waits_for_a_session_that_ends_is_stored_at_once(nodes):
+    juliet, romeo = await nodes[0].online("juliet"), await nodes[0].online("romeo")
+    juliet.session.hold_messages(asyncio.get_running_loop().create_future())
+    outcomes = await say(romeo, "1", "2")
+    assert juliet.bodies == []
+
+    juliet.session.close(clean=False)
+
+    for outcome in outcomes:
+        await nodes[0].stored(outcome)
+    again = await nodes[1].online("juliet")
+    await nodes.net.until(lambda: len(again.bodies) >= 2)
+    assert again.bodies == ["1", "2"]
+    assert outcomes[0].result is SAFE
+
+
+async def test_who_joins_a_flush_that_fails_does_not_let_later_messages_pass(nodes):
+    romeo = await nodes[0].online("romeo")
+    for outcome in await say(romeo, "1", "2"):
+        await nodes[0].stored(outcome)
+    take, away = nodes[0].spool.take, True
+
+    async def sometimes(*args, **options):
+        await asyncio.sleep(0.02)
+        if away:
+            raise StorageUnavailable("away")
+        return await take(*args, **options)
+
+    nodes[0].spool.take = sometimes
+    juliet = nodes[0].login("juliet")
+    coming = asyncio.create_task(juliet.available())
+    await nodes.net.until(lambda: juliet.session.holds_messages)
+    await nodes[1].place.calls.call(nodes.node(0), "module", ["offline", "flush", [JULIET]])  # as after a split
+    await coming
+    await say(romeo, "3")
+    await asyncio.sleep(0.1)
+    assert juliet.bodies == []
+    away = False
+    await nodes.net.until(lambda: len(juliet.bodies) >= 3)
+
+    assert juliet.bodies == ["1", "2", "3"]
