@@ -73,6 +73,7 @@ async def test_an_older_node_goes_on_beside_a_newer_one_and_says_so(
     assert "revision=9999 knows=" in caplog.text
 
 
+@pytest.mark.long
 async def test_an_older_node_does_not_start_where_something_was_taken_away(
     database, storage, make_storage, next_version
 ):
@@ -115,6 +116,7 @@ async def test_a_dry_run_tells_only_what_is_missing(database, storage, make_stor
     assert (await later.plan_migration()).steps == ()
 
 
+@pytest.mark.long
 def test_the_program_tells_of_a_migration_does_it_and_has_nothing_more_to_do(tmp_path):
     (tmp_path / "xmppd.yml").write_text(f"data_dir: {tmp_path}\n")
 
