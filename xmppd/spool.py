@@ -615,9 +615,11 @@ class Spool:
     async def _delete_free(self, query: Select[Any], limit: int) -> int:
         async def work(connection: AsyncConnection) -> int:
             ids = list((await connection.execute(query.limit(limit))).scalars())
+            count = 0
             for some in _chunks(sorted(ids)):  # looked at once more: a session may have taken them meanwhile
-                await connection.execute(delete(table).where(table.c.id.in_(some), table.c.holder_member.is_(None)))
-            return len(ids)
+                gone = delete(table).where(table.c.id.in_(some), table.c.holder_member.is_(None))
+                count += (await connection.execute(gone)).rowcount
+            return count
 
         return await self._storage.run(work)
 

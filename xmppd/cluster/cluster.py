@@ -357,7 +357,7 @@ class Cluster:
 
     def _database(self, *, away: bool, error: BaseException | None = None) -> None:
         if away and not self._database_away:
-            log.warning("members not readable", error=error or "")
+            log.warning("members not readable", error=str(error or "") or "no answer in time")
         elif self._database_away and not away:
             log.info("members readable again")
         self._database_away = away

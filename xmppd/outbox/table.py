@@ -48,9 +48,9 @@ class TableSink:
         if "{data_dir}" in url:
             return "expected the whole path of a file"
         try:
-            target = parse_url(url, Path())
-            if isinstance(target, MysqlTarget):
-                target.ssl_context()
+            for target in parse_url(url, Path()):
+                if isinstance(target, MysqlTarget):
+                    target.ssl_context()
         except ConfigError as exc:
             return "; ".join(problem.removeprefix("database.url: ") for problem in exc.problems)
         return ""
