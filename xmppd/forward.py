@@ -173,7 +173,7 @@ class Answer:
         self.forwarder.settled(self.channel, self.number, result)
 
 
-Way = tuple[str, JID, JID | None, str, list[str]]  # type, to, from, from as text, resources
+Way = tuple[str, JID, JID | None, list[str]]  # type, to, from, resources
 Arrival = tuple[Channel, Forwarded, list[str], int, int]  # with its resources, number, and whether it is a copy
 
 
@@ -198,6 +198,7 @@ class Forwarder:
         self._channels = {node: Channel(node) for node in links.peers}
         self._ways: dict[bytes, Way] = {}
         self._behind: dict[str, deque[Arrival]] = {}  # by sender: what waits for an earlier stanza to be decided
+        self._held: dict[bytes, deque[Arrival]] = {}  # by node: messages from there that wait
         self._deciding: dict[str, JID | None] = {}  # by sender: whom that one is for
         self.frames_sent = 0  # STANZA and PRESENCE frames since the start
         self.frames_received = 0
@@ -245,7 +246,21 @@ class Forwarder:
     def _up(self, peer: Peer) -> None:
         self._channels[peer.node] = Channel(peer.node)
 
+    def hold(self, node: bytes, until: "asyncio.Future[None]") -> None:
+        """Have messages that come from a node wait until that is done, or there are too many. When it goes down before
+        they are forgotten: it routes them again."""
+        waiting = self._held.setdefault(node, deque())
+        until.add_done_callback(lambda done: self._let_go(node, waiting))
+
+    def _let_go(self, node: bytes, waiting: "deque[Arrival]") -> None:
+        if self._held.get(node) is waiting:
+            del self._held[node]
+        while waiting:
+            self._arrive(waiting.popleft())
+
     def _down(self, peer: Peer, reason: str) -> None:
+        if (waiting := self._held.pop(peer.node, None)) is not None:
+            waiting.clear()
         channel = self._channels.pop(peer.node, None)
         if channel is None:
             return
@@ -345,17 +360,29 @@ class Forwarder:
         at = _HEAD.size + way_length
         end = at + id_length
         way = body[_HEAD.size : at]
-        type, to, from_, sender, resources = self._ways.get(way) or self._decode(way)
+        type, to, from_, resources = self._ways.get(way) or self._decode(way)
         stanza = Forwarded(_KINDS[flags & _KIND_BITS], type, body[at:end].decode(), to, from_, body[end:])
         stanza.place = place
         stanza.hops = flags >> _HOP_SHIFT & _HOP_BITS
         stanza.moved, stanza.behind = bool(flags & _MOVED), bool(flags & _BEHIND_STORED)
         self.frames_received += 1
-        channel = self._channels[peer.owner.member]
+        arrival = (self._channels[peer.owner.member], stanza, resources, number, flags & _COPY)
+        if self._held and number and not flags & (_KIND_BITS | _MOVED):  # a message that somebody answers for
+            waiting = self._held.get(peer.owner.member)
+            if waiting is not None:
+                waiting.append(arrival)
+                if len(waiting) >= _BEHIND:
+                    self._let_go(peer.owner.member, waiting)
+                return
+        self._arrive(arrival)
+
+    def _arrive(self, arrival: Arrival) -> None:
+        stanza = arrival[1]
+        sender = "" if stanza.from_ is None else stanza.from_.full
         if self._behind and sender in self._behind:
-            self._queue(self._behind[sender], (channel, stanza, resources, number, flags & _COPY))
+            self._queue(self._behind[sender], arrival)
             return
-        outcome = self._take(channel, stanza, resources, number, flags & _COPY)
+        outcome = self._take(*arrival)
         if isinstance(outcome, Pending) and not outcome.decided:
             self._behind[sender] = deque()
             self._deciding[sender] = stanza.to
@@ -364,7 +391,7 @@ class Forwarder:
     def _decode(self, way: bytes) -> "Way":
         """Those who talk to each other do so for a while."""
         type, to, sender, *resources = way.decode().split(_NUL)
-        decoded = (type, parse(to), parse(sender) if sender else None, sender, resources)
+        decoded = (type, parse(to), parse(sender) if sender else None, resources)
         if len(way) <= _WAY_LENGTH:
             if len(self._ways) >= _WAYS:
                 self._ways.clear()
@@ -395,7 +422,7 @@ class Forwarder:
         """Whether something for a user (a bare JID) has come that waits to be decided."""
         return any(to is not None and to.bare == user for to in self._deciding.values()) or any(
             arrival[1].to is not None and arrival[1].to.bare == user
-            for waiting in self._behind.values()
+            for waiting in (*self._behind.values(), *self._held.values())
             for arrival in waiting
         )
 

@@ -302,6 +302,10 @@ class Sessions(Protocol):
         """Have messages for a user that are routed on this node wait, each with its stream, until that is done."""
         ...
 
+    def hold_arrivals(self, node: bytes, until: "asyncio.Future[None]") -> None:
+        """Have messages that come from another node wait until that is done."""
+        ...
+
     def count(self, host: str | None = None) -> int: ...
 
 

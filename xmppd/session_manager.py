@@ -115,6 +115,8 @@ class Remote(Protocol):
         """Done when it is known what became of these; None when there are none."""
         ...
 
+    def hold(self, node: bytes, until: "asyncio.Future[None]") -> None: ...
+
     def kick(self, nodes: Sequence[bytes], jid: JID, reason: str, condition: str) -> None: ...
 
     def hand_over(self, node: bytes, jid: JID, bound_at: int) -> Coroutine[object, object, bool]: ...
@@ -652,6 +654,11 @@ class SessionManager:
                 del self._held[user.bare]
 
         until.add_done_callback(let_go)
+
+    def hold_arrivals(self, node: bytes, until: "asyncio.Future[None]") -> None:
+        """Have messages that come from another node wait until that is done."""
+        if self._remote is not None:
+            self._remote.hold(node, until)
 
     async def _message_held(self, stanza: Stanza, until: "asyncio.Future[None]") -> Outcome:
         await asyncio.wait((until,))

@@ -33,6 +33,7 @@ from xmppd.events import (
     MessageUndeliverable,
     NodeDown,
     NodeSynced,
+    NodeUp,
     SessionAppeared,
     SessionArrived,
     SessionBecameAvailable,
@@ -111,6 +112,7 @@ class Offline(Module[Config]):
         self._storing: dict[str, set[asyncio.Future[None]]] = {}
         self._stopped = False
         self._listens = False  # to sessions that appear
+        self._looking: dict[bytes, asyncio.Future[None]] = {}  # nodes that are back: done when users were looked for
         self._parted: set[str] = set()  # users for whom something was stored while a node was down
         self._returning: dict[bytes, dict[str, asyncio.Future[None]]] = {}  # by node: users whose messages wait
         self._apart_since: dict[bytes, float] = {}  # nodes that are down, or not in step again
@@ -131,6 +133,8 @@ class Offline(Module[Config]):
 
     async def stop(self) -> None:
         self._stopped = True
+        for node in list(self._looking):
+            self._end_look(node)
         for users in self._returning.values():
             for held in users.values():
                 if not held.done():
@@ -520,6 +524,20 @@ class Offline(Module[Config]):
     @hook(NodeDown)
     def note_parting(self, event: NodeDown) -> None:
         self._apart_since.setdefault(event.node, self.clock())
+        self._end_look(event.node)
+
+    @hook(NodeUp)
+    def hold_back(self, event: NodeUp) -> None:
+        """Whoever sends from there may have been elsewhere before: what was stored there while this node was not seen
+        comes first, so users are woken before anything arrives."""
+        if event.node in self._apart_since:
+            self._looking[event.node] = looked = asyncio.get_running_loop().create_future()
+            self.sessions.hold_arrivals(event.node, _at_most(looked, _HELD))
+
+    def _end_look(self, node: bytes) -> None:
+        looked = self._looking.pop(node, None)
+        if looked is not None and not looked.done():
+            looked.set_result(None)
 
     @hook(NodeSynced)
     def look_for_stored(self, event: NodeSynced) -> None:
@@ -528,7 +546,15 @@ class Offline(Module[Config]):
         since = self._apart_since.pop(event.node, self.server.started_at) - _SAW_LATER
         if not self._apart_since:
             self._parted.clear()  # those that were not back yet have gone
-        self.spawn(self._wake_all(since), name="offline messages of a split")
+        self.spawn(self._look(event.node, since), name="offline messages of a split")
+
+    async def _look(self, node: bytes, since: float) -> None:
+        looked = self._looking.get(node)
+        try:
+            await self._wake_all(since)
+        finally:
+            if self._looking.get(node) is looked:
+                self._end_look(node)
 
     async def _wake_all(self, since: float) -> None:
         pause = RETRY_FIRST

@@ -334,3 +334,35 @@ async def test_who_joins_a_flush_that_fails_does_not_let_later_messages_pass(nod
     await nodes.net.until(lambda: len(juliet.bodies) >= 3)
 
     assert juliet.bodies == ["1", "2", "3"]
+
+
+async def test_what_was_stored_for_a_node_that_was_away_comes_before_what_others_send_it(nodes, monkeypatch):
+    """The sender was on another node then, so its own knows nothing of what is stored."""
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
+    await nodes.calm()
+    nodes.net.cut("one", "two")
+    nodes.net.cut("three", "two")
+    await nodes.net.until(lambda: not nodes[0].table.rows(JULIET) and not nodes[2].table.rows(JULIET))
+    for outcome in await say(romeo, "1", "2"):
+        await nodes[0].stored(outcome)
+    romeo.session.close(clean=True)
+    romeo = await nodes[2].online("romeo")
+    look, begun, go_on = nodes[1].spool.freed_since, asyncio.Event(), asyncio.Event()
+
+    async def slow_look(*args, **options):
+        begun.set()
+        await go_on.wait()
+        return await look(*args, **options)
+
+    monkeypatch.setattr(nodes[1].spool, "freed_since", slow_look)
+    nodes.net.heal()
+    await nodes.net.until(lambda: nodes[2].table.rows(JULIET))
+    await say(romeo, "3")
+    await begun.wait()
+    for _ in range(50):
+        await asyncio.sleep(0.001)
+    assert juliet.bodies == []
+    go_on.set()
+    await nodes.net.until(lambda: len(juliet.bodies) >= 3)
+
+    assert juliet.bodies == ["1", "2", "3"]

@@ -13,7 +13,7 @@ from tests.modules.world import Place
 from xmppd.cluster.interfaces import Kind, Links, Peer
 from xmppd.cluster.replica import Replica
 from xmppd.cluster.tables import Owner, SessionTable
-from xmppd.events import NodeSynced
+from xmppd.events import NodeDown, NodeSynced, NodeUp
 from xmppd.storage import Storage
 
 NAMES = ("one", "two", "three")
@@ -91,6 +91,8 @@ class Cluster:
         links, calls = self.net.add(name)
         world = Friends(storage, Place(f"xmppd@{name}", self.net.owner(name), links, calls), strict=strict)
         replica = replicate(world.table, links, self.net.owner(name))
+        links.on_up(lambda peer: world.hooks.notify(NodeUp(peer.name, peer.node)) and None)
+        links.on_down(lambda peer, reason: world.hooks.notify(NodeDown(peer.name, peer.node, reason)) and None)
         replica.on_exchanged.append(lambda peer: world.hooks.notify(NodeSynced(peer.name, peer.node)) and None)
         self.replicas.append(replica)
         self.worlds.append(world)

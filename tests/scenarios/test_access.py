@@ -370,7 +370,6 @@ async def test_check_looks_at_everything_and_starts_nothing(fresh, tmp_path):
         scene,
         certfiles=[str(tmp_path / "no.pem")],
         modules={"offline": {"access_max_user_messages": "x"}, "prsence": {}, "register": {"acess": "y"}},
-        database={"read": "mysql://u:p@h/x"},
     )
     code, out, err = run(scene, "--check")
     assert (code, out) == (10, "")

@@ -20,6 +20,7 @@ import asyncio
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any, Final
 
 from xmppd.cluster.frames import FrameError, read_varint, varint
@@ -92,6 +93,7 @@ class NodeCalls:
         self._barriers: dict[int, tuple[bytes, asyncio.Future[None]]] = {}
         self._long: dict[tuple[bytes, int], _LongAnswer] = {}
         self._tasks: dict[asyncio.Task[None], bytes] = {}
+        self._closed = False
         self._running: dict[bytes, int] = {}
         links.on(Kind.CALL, self._called)
         links.on(Kind.REPLY, self._replied)
@@ -173,7 +175,8 @@ class NodeCalls:
                 self._barriers.pop(number, None)
 
     async def close(self) -> None:
-        """End the handlers that still run; calls that wait fail."""
+        """End the handlers that still run; calls that wait fail, and new ones are not heard."""
+        self._closed = True
         for call in self._calls.values():
             _fail(call.answer, NodeUnreachable(f"{call.name}: this node stops"))
         for _, passed in self._barriers.values():
@@ -186,6 +189,8 @@ class NodeCalls:
     # What others ask of us
 
     def _called(self, peer: Peer, body: bytes) -> None:
+        if self._closed:
+            return
         try:
             number, at = read_varint(body, 0)
         except FrameError:
@@ -212,7 +217,7 @@ class NodeCalls:
         task.set_name(f"call {name}")
         self._running[peer.node] = self._running.get(peer.node, 0) + 1
         self._tasks[task] = peer.node
-        task.add_done_callback(self._ended)
+        task.add_done_callback(partial(self._ended, answer))
 
     async def _await(self, node: bytes, number: int, name: str, answer: Awaitable[Any]) -> None:
         try:
@@ -222,7 +227,9 @@ class NodeCalls:
         else:
             self._answer(node, number, name, result)
 
-    def _ended(self, task: "asyncio.Task[None]") -> None:
+    def _ended(self, answer: Awaitable[Any], task: "asyncio.Task[None]") -> None:
+        if inspect.iscoroutine(answer):
+            answer.close()  # of a task that was cancelled before it began
         node = self._tasks.pop(task)
         self._running[node] -= 1
         if not self._running[node]:
