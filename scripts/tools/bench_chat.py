@@ -13,7 +13,7 @@ from typing import Any
 from bench_own import COST, Failed, Own, middle, own_nodes
 
 HERE = Path(__file__).resolve().parent
-ACKS = {"plain": -1.0, "prompt": 0.0, "stored": 0.3}  # seconds the clients take; -1: no stream management
+ACKS = {"plain": -1.0, "prompt": 0.0, "stored": 1.5}  # seconds the clients take; -1: no stream management
 
 IN_MEMORY = {"durability": "none", "memory": {"max_events": 10_000_000, "max_bytes": "4GiB"}}
 
