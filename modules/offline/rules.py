@@ -97,7 +97,7 @@ def sender_of(message: Stanza) -> str:
 
 def bears_our_stamp(message: Stanza) -> bool:
     """Whether it seems to come out of the offline storage; a sender may have written that too."""
-    return any(
+    return message.names(ns.DELAY) and any(
         child.get("from") == (message.to.domain if message.to else None) and child.text == REASON
         for child in message.element.iterchildren(f"{{{ns.DELAY}}}delay")
     )

@@ -230,3 +230,24 @@ def test_an_error_declares_the_prefixes_of_what_it_carries(start):
     stanza = Stanza.from_bytes(b"<message" + start + b"><x:a/></message>")
     reply = error_reply(stanza, StanzaError("service-unavailable"))
     assert inside_a_stream(reply.xml)[2][0] == ("urn:x a", (), ())
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        b"<no-store xmlns='urn:xmpp:hints'/>",
+        b"<h:no-store xmlns:h='urn:xmpp:hints'/>",
+        b"<no-store xmlns='urn&#58;xmpp:hints'/>",
+        b"<no-store xmlns='urn:xmpp:hint&#x73;'/>",
+    ],
+)
+def test_a_child_is_found_however_its_namespace_is_written(inner):
+    stanza = Stanza.from_bytes(b"<message>" + inner + b"</message>")
+    assert stanza.child("urn:xmpp:hints", "no-store") is not None
+    assert stanza.child("urn:xmpp:hints", "store") is None
+    assert stanza.child("urn:xmpp:receipts") is None
+
+
+def test_a_child_in_the_namespace_of_the_stream_is_found():
+    stanza = Stanza.from_bytes(b"<message><body>x</body></message>")
+    assert stanza.child("jabber:client", "body") is not None

@@ -33,6 +33,7 @@ _PREFIXES: Final[tuple[bytes, ...]] = tuple(
 )
 _START_TAG: Final = re.compile(rb"""<(?:[^<>"']++|"[^"]*+"|'[^']*+')*+>""")
 _WRAP: Final = b"<w" + _DECLARED + _DECLARED_STREAM + b">%b</w>"
+_UNDECLARED: Final = frozenset({ns.CLIENT, ns.STREAMS, "http://www.w3.org/XML/1998/namespace"})  # in neutral bytes
 _PARSER: Final = etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=False)
 
 
@@ -128,8 +129,16 @@ class Stanza:
 
     def child(self, namespace: str, name: str | None = None) -> _Element | None:
         """The first direct child in that namespace (and of that name)."""
+        if not self.names(namespace):
+            return None
         wanted = f"{{{namespace}}}{name or '*'}"
         return self.element.find(wanted)
+
+    def names(self, namespace: str) -> bool:
+        """Whether there may be something in that namespace. Where there is not, nothing has to be parsed to say so."""
+        xml = self._xml
+        # Its name stands there as it is, or with characters written as numbers.
+        return namespace.encode() in xml or namespace in _UNDECLARED or b"&#" in xml
 
     @property
     def payload(self) -> _Element | None:
