@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from xmppd.protocol.jid import JID
@@ -43,8 +44,12 @@ def ulid(row_id: bytes) -> str:
 def conversation(sender: JID, recipient: JID, *, room: bool = False) -> bytes:
     """The partition of a message: both users, whoever writes; or the room."""
     one, other = ("", recipient.bare) if room else (sender.bare, recipient.bare)
-    pair = f"{one}\0{other}" if one < other else f"{other}\0{one}"
-    return hashlib.sha256(pair.encode()).digest()
+    return _pair(one, other) if one < other else _pair(other, one)
+
+
+@lru_cache(maxsize=4096)  # those who talk do so for a while
+def _pair(one: str, other: str) -> bytes:
+    return hashlib.sha256(f"{one}\0{other}".encode()).digest()
 
 
 def repetition(*parts: str) -> bytes:
