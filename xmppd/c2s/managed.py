@@ -4,8 +4,9 @@ When the stream is lost the session waits for up to `max` seconds to be resumed:
 it queues. Then, or when the queue is full, it ends, and what was not acknowledged goes to other sessions or is kept.
 
 An acknowledgement is asked for behind the first stanza that is not acknowledged, in the same write; the next one when
-the answer has come and something is left, but not within `ASK_EVERY` seconds, unless much is. So a client that is sent
-one message answers once, while its radio is awake anyway, and one that is sent many answers for many at a time.
+the answer has come and something is left, but in the long run no more than one every `ASK_EVERY` seconds, unless much
+is. So a client that is sent one message answers once, while its radio is awake anyway, and one that is sent many
+answers for many at a time.
 """
 
 import asyncio
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from xmppd.c2s.connection import Connection
     from xmppd.c2s.session import Session
 
-ASK_EVERY: Final = 0.1  # seconds between two requests for an acknowledgement
+ASK_EVERY: Final = 0.25  # seconds between two requests for an acknowledgement, in the long run
+ASK_BURST: Final = 8  # that may be sent before this counts: who sends one message after the other does not wait
+_AHEAD: Final = ASK_EVERY * (ASK_BURST - 1)
 _MUCH: Final = 64 * 1024  # bytes that are not acknowledged: it is asked for at once
 WINDOW: Final = 256 * 1024  # bytes written again at once when a stream is resumed; the rest as they are acknowledged
 _WHOLE: Final = 1.5  # seconds for what came before the stream was lost to be settled, so that it is not sent again
@@ -89,7 +92,7 @@ class Managed:
         self._limit_size = options.max_ack_queue_size
         self._ack_timeout = options.ack_timeout
         self._requested: float | None = None  # when an acknowledgement was asked for that has not come
-        self._ask_at = 0.0  # not before
+        self._ask_at = 0.0  # seconds of `_AHEAD` before that it may be asked
         self._ack_timer: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None  # of a session that waits
         self._attempt = 0  # the last one to resume it
@@ -164,7 +167,7 @@ class Managed:
             if not self._may_ask(now):
                 return out
             self._requested = now
-            self._ask_at = now + ASK_EVERY
+            self._ask_at = max(self._ask_at, now) + ASK_EVERY
             if self._ack_timer is None:
                 self._watch(now + self._ack_timeout, now)
             return out + REQUEST
@@ -173,7 +176,7 @@ class Managed:
     def _may_ask(self, now: float) -> bool:
         """Else the next visit to the backlog asks."""
         outbound = self.outbound
-        if now >= self._ask_at or outbound.size >= _MUCH or not outbound.open:
+        if now >= self._ask_at - _AHEAD or outbound.size >= _MUCH or not outbound.open:
             return True
         if not self.backlog.watched:
             self.backlog.watch()
@@ -182,8 +185,8 @@ class Managed:
     def ask(self, now: float) -> float:
         """Ask for an acknowledgement of all that was sent, if it is time to. When that is."""
         if self._requested is None and self.outbound.written:
-            if now < self._ask_at:
-                return self._ask_at
+            if now < self._ask_at - _AHEAD:
+                return self._ask_at - _AHEAD
             self._nudge()
         return now
 
