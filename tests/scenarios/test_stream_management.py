@@ -367,6 +367,41 @@ async def test_in_the_end_what_it_had_not_acknowledged_is_kept_once(enter):
     assert (condition(answer), answer.xml.get("h")) == ("item-not-found", "0")
 
 
+async def test_a_session_that_ended_with_an_error_on_its_way_does_not_say_how_much_it_had(enter):
+    """The count would say that the message is safe, and nobody would ever have heard of the error."""
+    romeo = await enter("romeo", prompt=False, resume_timeout="1s")
+    watcher = await enter("romeo", "hall", resume_timeout="1s")
+    say(romeo, "nobody@localhost", "refused")
+    error = await romeo.next_stanza("message")
+    assert error.type == "error"
+    watcher.forget()
+    await romeo.cut()
+    gone = await watcher.next_presence()
+    assert (gone.sender, gone.type) == (romeo.jid, "unavailable")
+
+    answer = await come_back(romeo)
+
+    assert (condition(answer), answer.xml.get("h")) == ("item-not-found", None)
+
+
+async def test_errors_that_it_has_acknowledged_do_not_matter(enter):
+    romeo, watcher = await enter("romeo", resume_timeout="1s"), await enter("romeo", "hall", resume_timeout="1s")
+    say(romeo, "nobody@localhost", "refused")
+    assert (await romeo.next_stanza("message")).type == "error"
+    await romeo.sync()
+    romeo.acknowledge()
+    await watcher.sync()
+    watcher.forget()
+    await romeo.cut()
+    gone = await watcher.next_presence()
+    assert (gone.sender, gone.type) == (romeo.jid, "unavailable")
+
+    answer = await come_back(romeo)
+
+    assert condition(answer) == "item-not-found"
+    assert answer.xml.get("h") is not None
+
+
 async def test_a_second_session_takes_over_what_the_first_leaves(enter):
     juliet, other = await enter("juliet", "a", prompt=False, resume_timeout="1s"), None
     romeo = await enter("romeo", resume_timeout="1s")

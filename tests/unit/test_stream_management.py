@@ -36,6 +36,17 @@ def message(number, size=0):
 # -- what comes in
 
 
+def test_what_was_refused_is_known():
+    for outcome in (ERROR, Pending()):
+        inbound = Inbound(lambda: None)
+        inbound.add(SAFE, message(1))
+        inbound.add(outcome, message(2))
+        if isinstance(outcome, Pending):
+            assert not inbound.refused
+            outcome.settle(ERROR)
+        assert (inbound.handled, inbound.refused) == (2, True)
+
+
 @given(start=NEAR_THE_END, fates=st.lists(st.sampled_from(["safe", "error", "later"]), max_size=30), data=st.data())
 def test_h_is_the_settled_prefix(start, fates, data):
     inbound = Inbound(lambda: None)

@@ -9,7 +9,8 @@ sender hears what becomes of it, and when that node dies it is routed again. Wha
 is held back there until all nodes have heard of the move and the old one has passed on all it had.
 
 The payload of the call is [id, user, h]; the answer has one of
-    session   {jid, bound_at (ns), since (s), name, handled, acknowledged, max, presence, luggage {module: ...}}
+    session   {jid, bound_at (ns), since (s), name, handled, acknowledged, refused, max, presence,
+               luggage {module: ...}}
     error     [condition, text, element]: the stream error for the client
     h         what had arrived of a session that has ended, or null
 """
@@ -86,6 +87,7 @@ class Handover:
             "name": session.carrier.name,
             "handled": managed.inbound.handled,
             "acknowledged": managed.outbound.acknowledged,
+            "refused": managed.inbound.refused,
             "max": managed.max,
             "presence": None if presence is None else presence.xml.decode(),
         }

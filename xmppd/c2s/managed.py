@@ -104,6 +104,7 @@ class Managed:
         self = cls(session)
         self.id, self.max = id, state["max"]
         self.inbound.handled = state["handled"]
+        self.inbound.refused = state["refused"]
         self.inbound.rewind()
         self.outbound.acknowledged = state["acknowledged"]
         self.outbound.shut()
@@ -215,6 +216,8 @@ class Managed:
         except HandledTooHigh as exc:
             raise StreamError("undefined-condition", str(exc), application=exc.xml) from None
         self._spooling.unacknowledged -= before - len(outbound)
+        if not outbound:
+            self.inbound.refused = False  # it has all errors
         for entry in done:
             entry.settle(SAFE)
             if type(entry) is Sent and entry.row is not None:

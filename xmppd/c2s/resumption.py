@@ -67,9 +67,12 @@ class Resumption:
         return session if session is not None and session.user.full == user.bare else None
 
     def handled(self, id: str, user: JID) -> int | None:
-        """What had arrived of a session of the user that has ended, modulo 2^32."""
+        """What had arrived of a session of the user that has ended, modulo 2^32. None where some of that was refused
+        and the error may have been lost with the session: the client is to send again what it knows nothing of."""
         bare, inbound = self._ended.get(id, ("", None))
-        return inbound.handled % MODULO if inbound is not None and bare == user.bare else None
+        if inbound is None or bare != user.bare or inbound.refused:
+            return None
+        return inbound.handled % MODULO
 
     def take(self, session: "Session", managed: Managed) -> None:
         """A session has come from another node."""

@@ -12,7 +12,7 @@ from xml.sax.saxutils import quoteattr
 
 from lxml import etree
 
-from xmppd.delivery import Outcome, Pending, Settled, Unsettled
+from xmppd.delivery import ERROR, Outcome, Pending, Settled, Unsettled
 from xmppd.protocol import ns
 from xmppd.protocol.stanza import Stanza
 
@@ -62,13 +62,15 @@ class HandledTooHigh(Exception):
 class Inbound:
     """What the client has sent, and how much of it is settled, in order.
 
-    `moved` is called when an answer to an <r/> would be a higher one now: `tail` gives it.
+    `moved` is called when an answer to an <r/> would be a higher one now: `tail` gives it. `refused`: of some of it the
+    client was sent an error which it has not acknowledged, so `h` means something only together with that.
     """
 
-    __slots__ = ("_emptied", "_moved", "_resent", "_told", "_unsettled", "_wanted", "handled")
+    __slots__ = ("_emptied", "_moved", "_resent", "_told", "_unsettled", "_wanted", "handled", "refused")
 
     def __init__(self, moved: Callable[[], None]) -> None:
         self.handled = 0
+        self.refused = False
         self._moved: Callable[[], None] | None = moved
         self._told = 0  # the last `h` the client got
         self._wanted = 0  # what it was to be for the last <r/> to be satisfied
@@ -87,6 +89,8 @@ class Inbound:
         unsettled = self._unsettled
         if not unsettled and type(outcome) is Settled:
             self.handled += 1
+            if outcome is ERROR:
+                self.refused = True
             if self._told < self._wanted and self._moved is not None:
                 self._moved()
             return
@@ -101,8 +105,11 @@ class Inbound:
         before = self.handled
         while unsettled:
             first = unsettled[0][0]
-            if isinstance(first, Pending) and first.result is None:
+            found = first.result if isinstance(first, Pending) else first
+            if found is None:
                 break
+            if found is ERROR:
+                self.refused = True
             unsettled.popleft()
             self.handled += 1
         if self.handled > before and self._told < self._wanted and self._moved is not None:
