@@ -92,7 +92,7 @@ class Managed:
         self._limit_size = options.max_ack_queue_size
         self._ack_timeout = options.ack_timeout
         self._requested: float | None = None  # when an acknowledgement was asked for that has not come
-        self._ask_at = 0.0  # seconds of `_AHEAD` before that it may be asked
+        self._ask_at = 0.0  # not before
         self._ack_timer: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None  # of a session that waits
         self._attempt = 0  # the last one to resume it
@@ -135,8 +135,7 @@ class Managed:
         outbound = self.outbound
         if outbound.add(entry, len(xml)):
             self._session.carrier.write(xml)
-            if kind == "message":
-                self._sent(stanza)
+            self._sent(stanza)
         self._spooling.unacknowledged += 1
         if outcome is not SAFE:
             if self._timer is not None:
@@ -168,7 +167,7 @@ class Managed:
             if not self._may_ask(now):
                 return out
             self._requested = now
-            self._ask_at = max(self._ask_at, now) + ASK_EVERY
+            self._ask_at = max(self._ask_at, now - _AHEAD) + ASK_EVERY
             if self._ack_timer is None:
                 self._watch(now + self._ack_timeout, now)
             return out + REQUEST
@@ -177,7 +176,7 @@ class Managed:
     def _may_ask(self, now: float) -> bool:
         """Else the next visit to the backlog asks."""
         outbound = self.outbound
-        if now >= self._ask_at - _AHEAD or outbound.size >= _MUCH or not outbound.open:
+        if now >= self._ask_at or outbound.size >= _MUCH or not outbound.open:
             return True
         if not self.backlog.watched:
             self.backlog.watch()
@@ -186,8 +185,8 @@ class Managed:
     def ask(self, now: float) -> float:
         """Ask for an acknowledgement of all that was sent, if it is time to. When that is."""
         if self._requested is None and self.outbound.written:
-            if now < self._ask_at - _AHEAD:
-                return self._ask_at - _AHEAD
+            if now < self._ask_at:
+                return self._ask_at
             self._nudge()
         return now
 
