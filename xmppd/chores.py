@@ -54,6 +54,16 @@ class Chores:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._write_deletes)
 
+    def delete_all(self, ids: list[bytes]) -> None:
+        """The same for those that somebody has gathered already."""
+
+        def again() -> None:
+            for row_id in ids:
+                self.delete(row_id)
+
+        if ids:
+            self._attempt(lambda: self._spool.delete(ids), again, lambda: None)
+
     def release(self, ids: Iterable[bytes], holder: Holder, done: Callable[[], None] = lambda: None) -> None:
         """They did not arrive: somebody else may take them; `done` is called when that is committed."""
         ids = tuple(ids)
@@ -64,13 +74,7 @@ class Chores:
     def _write_deletes(self) -> None:
         self._scheduled = False
         ids, self._delete = self._delete, []
-
-        def again() -> None:
-            for row_id in ids:
-                self.delete(row_id)
-
-        if ids:
-            self._attempt(lambda: self._spool.delete(ids), again, lambda: None)
+        self.delete_all(ids)
 
     def _attempt(
         self, write: "Callable[[], asyncio.Future[None]]", again: Callable[[], None], done: Callable[[], None]

@@ -23,17 +23,21 @@ from sqlalchemy import (
     delete,
     exists,
     func,
+    insert,
     null,
     or_,
     select,
+    text,
     update,
 )
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
 from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.log import get_logger
 from xmppd.storage import Stamp, Storage, Utf8, by_host, first_id, fixed_bytes, id_at, id_of, insert_new, new_id
+from xmppd.storage.literals import among, hex_or_null, in_statements, millis_or_null, rows_param
 from xmppd.storage.sql import User, db_now, limited_update
 from xmppd.storage.tables import HOST_BYTES, PART_BYTES, account, node
 from xmppd.storage.tables import spool as table
@@ -149,7 +153,7 @@ class KeepOptions(TypedDict, total=False):
     also: Sequence[tuple[str, Any]]  # `keep` alone: (kind, item) pairs that commit with the row, or not at all
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which costs: there may be one for each message
 class KeepItem:
     """One row to be stored; `Spool.keep_item` makes it."""
 
@@ -221,6 +225,11 @@ class Spool:
         """As `keep`, of what `keep_item` has made; to be told again what became of it, it may be submitted again."""
         return self._storage.batcher.submit(KEEP, item)
 
+    def submit_all(self, items: Sequence[KeepItem]) -> "asyncio.Future[list[Kept | Exception]]":
+        """As `submit` of each, with one future for all of them, which gives what their own would have given or raised.
+        Raises StorageUnavailable at once when the write queue has no room for all."""
+        return self._storage.batcher.submit_all(KEEP, items)
+
     def keep_item(
         self, host: str, username: str, sender_bare: str, stanza: bytes, **options: Unpack[KeepOptions]
     ) -> tuple[str, KeepItem]:
@@ -257,6 +266,8 @@ class Spool:
     async def _write_keeps(self, connection: AsyncConnection, items: list[KeepItem]) -> list[Kept | StorageError]:
         now = self._clock()
         gone = await self._find_gone(connection, items)
+        if not gone and await _insert_all(connection, items, now):
+            return [Kept.STORED] * len(items)
         repeated = await self._find_repeated(connection, items, now)
         free = await self._count_free(connection, items, now)
         results: dict[bytes, Kept | StorageError] = {}
@@ -285,11 +296,12 @@ class Spool:
         """Users without an account; those that are there stay until this transaction ends."""
         gone = {(item.host, item.username) for item in items if item.for_account}
         for host, names in by_host(sorted(gone)).items():
-            query = (
-                select(account.c.username)
-                .where(account.c.server_host == host, account.c.username.in_(names))
-                .with_for_update(read=True)
-            )
+            there = (account.c.server_host == host, among(account.c.username, names, connection.dialect))
+            count = select(func.count()).select_from(account).where(*there).with_for_update(read=True)
+            if (await connection.execute(count)).scalar_one() == len(names):  # one row to be read instead of many
+                gone -= {(host, name) for name in names}
+                continue
+            query = select(account.c.username).where(*there).with_for_update(read=True)
             gone -= {(host, name) for name in (await connection.execute(query)).scalars()}
         return gone
 
@@ -302,7 +314,8 @@ class Spool:
         stale = []
         columns = (table.c.id, table.c.dedup_key, table.c.created_at, table.c.expires_at)
         for some in _chunks(sorted({item.dedup for item in items if item.dedup is not None})):
-            for row in await connection.execute(select(*columns).where(table.c.dedup_key.in_(some))):
+            query = select(*columns).where(among(table.c.dedup_key, some, connection.dialect))
+            for row in await connection.execute(query):
                 recent = row.created_at > now - self._dedup_window
                 if row.id in own or (recent and (row.expires_at is None or row.expires_at > now)):
                     found[row.dedup_key] = row.id
@@ -338,11 +351,12 @@ class Spool:
     ) -> None:
         if not items:
             return
-        await connection.execute(insert_new(table, connection.dialect), [_row(item, now) for item in items])
+        await _insert_rows(connection, items, now, new=True)
         # Another node may have stored the same message a moment ago: its key then kept ours out.
         doubtful = [item.id for item in items if item.dedup is not None]
         for some in _chunks(doubtful):
-            there = set((await connection.execute(select(table.c.id).where(table.c.id.in_(some)))).scalars())
+            query = select(table.c.id).where(among(table.c.id, some, connection.dialect))
+            there = set((await connection.execute(query)).scalars())
             results.update({row_id: Kept.DUPLICATE for row_id in some if row_id not in there})
 
     # -- taking and giving back --------------------------------------------------------------------------------------
@@ -727,9 +741,46 @@ def _row(item: KeepItem, now: float) -> dict[str, Any]:
     }
 
 
+async def _insert_all(connection: AsyncConnection, items: list[KeepItem], now: float) -> bool:
+    """Nearly always none of them is there, in one form or another, and no quota stands in the way: then one statement
+    does it. False: one of them needs a closer look; what is written already is theirs."""
+    if any(item.holder is None and item.quota is not None for item in items):
+        return False
+    try:
+        await _insert_rows(connection, items, now, new=False)
+    except IntegrityError:  # which has undone this statement alone
+        return False
+    return True
+
+
+async def _insert_rows(connection: AsyncConnection, items: list[KeepItem], now: float, *, new: bool) -> None:
+    """`new`: those that are there already are left alone, else they raise IntegrityError."""
+    if connection.dialect.name == "mysql":
+        for rows in in_statements(_literals(item, now) for item in items):
+            await connection.execute(_INSERT_NEW if new else _INSERT, {"rows": rows})
+    else:
+        statement = insert_new(table, connection.dialect) if new else insert(table)
+        await connection.execute(statement, [_row(item, now) for item in items])
+
+
+def _literals(item: KeepItem, now: float) -> str:
+    """The same in the order of `_INSERT`."""
+    holder = item.holder
+    held = (
+        f"NULL,NULL,NULL,{millis_or_null(now)},NULL"
+        if holder is None
+        else f"x'{holder.member.hex()}',{holder.incarnation},x'{holder.session.encode().hex()}',NULL,x'{_UNTOLD.hex()}'"
+    )
+    return (
+        f"(x'{item.id.hex()}',x'{item.host.encode().hex()}',x'{item.username.encode().hex()}',"
+        f"{millis_or_null(item.created_at)},{millis_or_null(item.expires_at)},{hex_or_null(item.dedup)},"
+        f"x'{item.sender.encode().hex()}',x'{item.stanza.hex()}',{held})"
+    )
+
+
 async def _write_deletes(connection: AsyncConnection, items: list[tuple[bytes, ...]]) -> list[None]:
     for some in _chunks(sorted({row_id for ids in items for row_id in ids})):
-        await connection.execute(delete(table).where(table.c.id.in_(some)))
+        await connection.execute(delete(table).where(among(table.c.id, some, connection.dialect)))
     return [None] * len(items)
 
 
@@ -770,6 +821,13 @@ def _chunks(ids: Sequence[bytes]) -> list[Sequence[bytes]]:
     return [ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK)]
 
 
+# `insert(table)` and `insert_new` for MySQL, with the rows as one value.
+_VALUES: Final = (
+    "INSERT INTO spool (id, server_host, username, created_at, expires_at, dedup_key, sender, stanza,"
+    " holder_member, holder_incarnation, holder_session, free_since, told) VALUES :rows"
+)
+_INSERT: Final = text(_VALUES).bindparams(rows_param("rows"))
+_INSERT_NEW: Final = text(f"{_VALUES} ON DUPLICATE KEY UPDATE id = spool.id").bindparams(rows_param("rows"))
 _TYPES: Final[dict[str, TypeEngine[Any]]] = {
     "host": Utf8(HOST_BYTES),
     "username": Utf8(PART_BYTES),

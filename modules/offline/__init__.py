@@ -67,12 +67,12 @@ from xmppd.module_api import (
 )
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, make, parse
-from xmppd.protocol.stanza import Stanza, delay_element, with_child
+from xmppd.protocol.stanza import Stanza, xml_with_child
 
 from . import moving
 from .flush import RETRY_FIRST, RETRY_LONGEST, Flush
 from .retrieval import Retrieval, count_form, nodes
-from .rules import REASON, EmptyBody, Verdict, bears_our_stamp, expiry, judge, repetition_key, sender_of
+from .rules import EmptyBody, Verdict, bears_our_stamp, delay_in, expiry, judge, repetition_key, sender_of
 
 DEFAULT_QUOTA: Final = 100  # where no rule counts, as in ejabberd
 _AT_ONCE: Final = 200  # sessions looked up together
@@ -200,8 +200,8 @@ class Offline(Module[Config]):
 
     @staticmethod
     def _stamped(message: Stanza, user: JID, now: float) -> bytes:
-        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
-        return with_child(message, delay_element(stamp, user.domain, REASON)).xml
+        second, millis = divmod(int(now * 1000), 1000)
+        return xml_with_child(message, delay_in(second, user.domain) % millis)
 
     def _no_longer_storing(self, user: JID, kept: "asyncio.Future[None]") -> None:
         waiting = self._storing[user.bare]

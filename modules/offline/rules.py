@@ -4,14 +4,16 @@ The rules are O-1 to O-13 of the delivery rules, in their order.
 """
 
 import hashlib
+import time
 from enum import Enum
+from functools import lru_cache
 from typing import Final, Literal
 
 from lxml.etree import QName
 
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID
-from xmppd.protocol.stanza import Stanza
+from xmppd.protocol.stanza import Stanza, delay_element
 
 REASON: Final = "Offline Storage"
 LONGEST: Final = 10 * 365 * 86400  # seconds; whoever asks for more asks for "never"
@@ -37,10 +39,11 @@ def judge(message: Stanza, store_empty_body: EmptyBody) -> Verdict:
         return Verdict.REFUSE
     if message.child(ns.OFFLINE) is not None:
         return Verdict.REFUSE
-    if message.child(ns.HINTS, "store") is not None:
-        return Verdict.KEEP
-    if message.child(ns.HINTS, "no-store") is not None or message.child(ns.HINTS, "no-storage") is not None:
-        return _not_kept(message)
+    if message.names(ns.HINTS):
+        if message.child(ns.HINTS, "store") is not None:
+            return Verdict.KEEP
+        if message.child(ns.HINTS, "no-store") is not None or message.child(ns.HINTS, "no-storage") is not None:
+            return _not_kept(message)
     if message.has_body:
         return Verdict.KEEP
     event = message.child(ns.MESSAGE_EVENTS)
@@ -83,16 +86,21 @@ def repetition_key(message: Stanza, user: JID) -> bytes | None:
     sent_as = (origin.get("id") if origin is not None else None) or message.id
     if not sent_as:
         return None
-    key = hashlib.sha256()
-    for part in (sender_of(message), user.bare, sent_as):
-        key.update(part.encode() + b"\0")
-    key.update(hashlib.sha256(message.inner).digest())
-    return key.digest()
+    told = f"{sender_of(message)}\0{user.bare}\0{sent_as}\0".encode()
+    return hashlib.sha256(told + message.inner).digest()
 
 
 def sender_of(message: Stanza) -> str:
     """The bare JID of the sender."""
     return message.from_.bare if message.from_ is not None else ""
+
+
+@lru_cache(maxsize=64)
+def delay_in(second: int, host: str) -> bytes:
+    """The stamp of what is stored in that second, with %03d for the milliseconds: many are stored in each."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+    before, _, behind = delay_element(f"{stamp}.000Z", host, REASON).rpartition(b"000Z")
+    return before.replace(b"%", b"%%") + b"%03dZ" + behind.replace(b"%", b"%%")
 
 
 def bears_our_stamp(message: Stanza) -> bool:

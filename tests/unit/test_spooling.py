@@ -44,6 +44,10 @@ class Spool:
         self.writes.append((item, future))
         return future
 
+    def submit_all(self, items):
+        """One future for all, as the batcher has it: what each of them gives, or raises."""
+        return asyncio.gather(*(self.submit(item) for item in items), return_exceptions=True)
+
     def delete(self, ids):
         self.deleted += ids
         return self._done()
@@ -64,7 +68,8 @@ class Spool:
                 future.set_exception(result)
             else:
                 future.set_result(result)
-        await asyncio.sleep(0)
+        for _ in range(3):  # those who are told of it tell others
+            await asyncio.sleep(0)
 
 
 class Play:
@@ -150,7 +155,8 @@ async def test_what_is_late_is_written_in_order_and_safe_with_the_commit(play):
     await play.spool.commit()
     assert [outcome.result for outcome in outcomes] == [SAFE, SAFE]
     play.managed.acknowledged(2)
-    await asyncio.sleep(0.01)
+    assert play.spool.deleted == []  # not at once: many together
+    play.spooling._tick()
     assert play.spool.deleted == ids
 
 
@@ -160,7 +166,7 @@ async def test_what_is_acknowledged_while_it_is_written_is_deleted(play):
     play.managed.acknowledged(1)
     assert outcome.result is SAFE
     await play.spool.commit()
-    await asyncio.sleep(0.01)
+    play.spooling._tick()
     assert len(play.spool.deleted) == 1
     assert play.backlog.rows == 0
 
@@ -259,11 +265,11 @@ async def test_what_moves_keeps_its_row_until_it_is_safe_elsewhere(play):
     (one, first), (other, second) = play.managed.leave()
     assert (one.kept, other.kept) == (True, True)
     first.settle(SAFE)
-    await asyncio.sleep(0.01)
+    play.spooling._tick()
     assert play.spool.deleted == [one.row_id]
     other.holder = None  # it has come back, and was set free
     second.settle(SAFE)
-    await asyncio.sleep(0.01)
+    play.spooling._tick()
     assert play.spool.deleted == [one.row_id]
 
 

@@ -36,8 +36,13 @@ SOON: Final = 0.1  # seconds an acknowledgement may take, at least
 LATE: Final = 1.0  # and at most
 _ROUND_TRIPS: Final = 3  # one for a request that is under way already, one for the next, and some air
 _AGAIN: Final = 0.5  # seconds until what could not be written is tried again
+_TOGETHER: Final = 250  # rows that are written as one lot
+_TOGETHER_SIZE: Final = 512 * 1024  # bytes of them
 _PARTS: Final = 8  # of the measured round trip, of which the last measurement is two
 log = get_logger("c2s")
+
+
+_Flight = asyncio.Future[list[Kept | Exception]]
 
 
 class Watched(Protocol):
@@ -65,6 +70,8 @@ class Spooling:
         self._watched: list[Watched] = []
         self._timer: asyncio.TimerHandle | None = None
         self._unpromised: list[Sent] = []  # committed while this node had no lease
+        self._overdue: list[_Overdue] | None = None  # of a round of visits that goes on
+        self._deleted: list[bytes] = []  # rows that the next tick deletes
         self.freeing: dict[str, set[asyncio.Future[None]]] = {}  # by bare JID: rows on their way to be free
         self.unacknowledged = 0  # stanzas that clients have not acknowledged yet
         self.spooled = 0  # written because of that
@@ -77,18 +84,28 @@ class Spooling:
     def watch(self, backlog: Watched) -> None:
         """Something may become overdue."""
         self._watched.append(backlog)
+        self._wind_up()
+
+    def _wind_up(self) -> None:
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_TICK, self._tick)
 
     def _tick(self) -> None:
         watched, self._watched = self._watched, []
         now = time.monotonic()
-        self._watched += [backlog for backlog in watched if backlog.visit(now)]
+        overdue: list[_Overdue] = []
+        self._overdue = overdue
+        try:
+            self._watched += [backlog for backlog in watched if backlog.visit(now)]
+        finally:
+            self._overdue = None
+            self._submit_all(overdue)
+        self.write_deletes()  # behind what is stored: as a rule that is one transaction
         if self._unpromised and self.holds_lease():
             unpromised, self._unpromised = self._unpromised, []
             for entry in unpromised:
                 entry.settle(SAFE)
-        again = self._watched or self._unpromised
+        again = self._watched or self._unpromised or self._deleted
         self._timer = asyncio.get_running_loop().call_later(_TICK, self._tick) if again else None
 
     def holds_lease(self) -> bool:
@@ -100,8 +117,7 @@ class Spooling:
             entry.settle(SAFE)
             return
         self._unpromised.append(entry)
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_TICK, self._tick)
+        self._wind_up()
 
     def stop(self) -> None:
         """No more visits."""
@@ -109,8 +125,42 @@ class Spooling:
             self._timer.cancel()
             self._timer = None
         self._watched.clear()
+        self.write_deletes()
 
     # -- rows
+
+    def submit(self, backlog: "Backlog", entry: Sent, item: KeepItem) -> None:
+        """Have a row written, and its backlog told. All that is overdue in a round of visits is written as one lot,
+        which takes less than half the time."""
+        one = _Overdue(backlog, entry, item)
+        if self._overdue is not None:
+            self._overdue.append(one)
+        else:
+            self._submit_all([one])
+
+    def _submit_all(self, overdue: "list[_Overdue]") -> None:
+        some: list[_Overdue] = []
+        size = 0
+        for one in overdue:
+            some.append(one)
+            size += len(one.item.stanza)
+            if len(some) >= _TOGETHER or size >= _TOGETHER_SIZE:
+                self._submit_some(some)
+                some, size = [], 0
+        if some:
+            self._submit_some(some)
+
+    def _submit_some(self, some: "list[_Overdue]") -> None:
+        assert self.spool is not None
+        try:
+            future = self.spool.submit_all([one.item for one in some])
+        except StorageUnavailable as exc:
+            for one in some:
+                one.backlog.not_written(one.entry, one.item, exc)
+            return
+        for one in some:
+            one.backlog.flies(future)
+        future.add_done_callback(partial(_landed, some))
 
     def item(self, session: "Session", stanza: Stanza, holder: Holder) -> KeepItem | bool | None:
         """The row a message would be; False when it may not be kept, None when nobody can tell."""
@@ -138,8 +188,16 @@ class Spooling:
         return item
 
     def delete(self, row: bytes) -> None:
-        assert self._chores is not None
-        self._chores.delete(row)
+        """Its client has it: there is no hurry, and many together take less time."""
+        self._deleted.append(row)
+        self._wind_up()
+
+    def write_deletes(self) -> None:
+        """What was to be deleted is, now."""
+        if self._deleted:
+            assert self._chores is not None
+            deleted, self._deleted = self._deleted, []
+            self._chores.delete_all(deleted)
 
     def release(self, session: "Session", rows: Mapping[Holder, list[bytes]]) -> None:
         """They are offline messages from now on."""
@@ -206,7 +264,7 @@ class Backlog:
         self._again_at = 0.0
         self._over = False
         self._left = False  # it is on another node
-        self._flying: set[asyncio.Future[Kept]] = set()
+        self._flying: set[_Flight] = set()
         self._moved: dict[bytes, KeptMessage] = {}  # by row: on their way to where the session is now
 
     def watch(self) -> None:
@@ -270,7 +328,7 @@ class Backlog:
         if isinstance(item, KeepItem):
             entry.row = item.id
             self.rows += 1
-            self._submit(entry, item)
+            self._spooling.submit(self, entry, item)
         elif self._spooling.spool is not None:
             entry.row = ROUTED
             entry.settle(SAFE)
@@ -283,33 +341,22 @@ class Backlog:
             self._holder = Holder(owner.member, owner.incarnation, token_hex(8))
         return self._holder
 
-    def _submit(self, entry: Sent, item: KeepItem) -> None:
-        spool = self._spooling.spool
-        assert spool is not None
-        try:
-            future = spool.submit(item)
-        except StorageUnavailable as exc:
-            self._not_written(entry, item, exc)
-        else:
-            self._flying.add(future)
-            future.add_done_callback(partial(self._written, entry, item))
-
-    def flying(self) -> "set[asyncio.Future[Kept]]":
+    def flying(self) -> "set[_Flight]":
         """Rows on their way to the database."""
         return set(self._flying)
 
-    def _written(self, entry: Sent, item: KeepItem, future: "asyncio.Future[Kept]") -> None:
+    def flies(self, future: "_Flight") -> None:
+        self._flying.add(future)
+
+    def landed(self, future: "_Flight") -> None:
         self._flying.discard(future)
-        if future.cancelled():
-            return
-        error = future.exception()
-        if error is not None:
-            self._not_written(entry, item, error)
-            return
+
+    def written(self, entry: Sent, item: KeepItem, kept: Kept) -> None:
+        """It is in the database, in one form or another."""
         self._spooling.spooled += 1
         if entry.row != item.id:
             return  # acknowledged meanwhile, and deleted
-        if future.result() is Kept.DUPLICATE:
+        if kept is Kept.DUPLICATE:
             self._spooling.duplicates += 1
             entry.row = ELSEWHERE
             self.rows -= 1
@@ -318,7 +365,8 @@ class Backlog:
             return
         self._spooling.promise(entry)
 
-    def _not_written(self, entry: Sent, item: KeepItem, error: BaseException) -> None:
+    def not_written(self, entry: Sent, item: KeepItem, error: Exception) -> None:
+        """It is not, as far as anybody knows."""
         if entry.row != item.id:
             return
         if self._left:
@@ -345,7 +393,7 @@ class Backlog:
         again, self._again = self._again, []
         for entry, item in again:
             if entry.result is None and entry.row == item.id:
-                self._submit(entry, item)
+                self._spooling.submit(self, entry, item)
 
     def _forget(self, entry: Sent) -> None:
         row, entry.row = entry.row, None
@@ -366,6 +414,7 @@ class Backlog:
         kept goes along where some of it is there, or nobody else is: now, since what is stored from here on, on
         whatever node, must not come before it."""
         self._over = True
+        self._spooling.write_deletes()  # whoever comes next need not wait for that
         session = self._session
         spooled = not session.parts.manager.is_available(session.user) or any(
             isinstance(entry.stanza, KeptMessage) or _is_row(_row_of(entry)) for entry in left
@@ -388,7 +437,7 @@ class Backlog:
             self._spooling.release(self._session, rows)
         for entry, item in self._again:
             if entry.result is None and entry.row == item.id:
-                self._submit(entry, item)  # the last attempt
+                self._spooling.submit(self, entry, item)  # the last attempt
         self._again = []
         return records
 
@@ -396,6 +445,7 @@ class Backlog:
         """The session goes on on another node. What waits for its client, with whoever waits for what becomes of it: a
         row here is deleted when that is safe there."""
         self._over = self._left = True
+        self._spooling.write_deletes()
         for entry, item in self._again:
             if entry.row == item.id:
                 entry.row = None
@@ -426,6 +476,29 @@ class Backlog:
         elif entry.row is None and entry.result is None:
             self._spooling.reroute(entry.stanza, entry)  # it has come back, and is not in the database
         # Else it has come back and is free.
+
+
+class _Overdue:
+    """A row on its way to the database, and who is to be told."""
+
+    __slots__ = ("backlog", "entry", "item")
+
+    def __init__(self, backlog: Backlog, entry: Sent, item: KeepItem) -> None:
+        self.backlog = backlog
+        self.entry = entry
+        self.item = item
+
+
+def _landed(some: list[_Overdue], future: _Flight) -> None:
+    for one in some:
+        one.backlog.landed(future)
+    if future.cancelled():
+        return
+    for one, result in zip(some, future.result(), strict=True):
+        if isinstance(result, Exception):
+            one.backlog.not_written(one.entry, one.item, result)
+        else:
+            one.backlog.written(one.entry, one.item, result)
 
 
 def _row_of(entry: Unsettled) -> bytes | None:

@@ -32,6 +32,7 @@ _PREFIXES: Final[tuple[bytes, ...]] = tuple(
     b"<" + kind.encode() + _DECLARED + more for kind in KINDS.values() for more in (_DECLARED_STREAM, b"")
 )
 _START_TAG: Final = re.compile(rb"""<(?:[^<>"']++|"[^"]*+"|'[^']*+')*+>""")
+_BODY_FIRST: Final = re.compile(_START_TAG.pattern + rb"<body>")
 _WRAP: Final = b"<w" + _DECLARED + _DECLARED_STREAM + b">%b</w>"
 _UNDECLARED: Final = frozenset({ns.CLIENT, ns.STREAMS, "http://www.w3.org/XML/1998/namespace"})  # in neutral bytes
 _PARSER: Final = etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=False)
@@ -157,6 +158,8 @@ class Stanza:
 
     @property
     def has_body(self) -> bool:
+        if _BODY_FIRST.match(self._xml) is not None:  # as most clients write it: nothing has to be parsed
+            return True
         return self.element.find(f"{{{ns.CLIENT}}}body") is not None
 
     @property
@@ -304,13 +307,15 @@ def delay_element(stamp: str, from_: str, reason: str = "") -> bytes:
 
 def with_child(stanza: Stanza, child: bytes) -> Stanza:
     """A copy with one more child, given as neutral bytes, at the end."""
-    tag = stanza.kind.encode()
-    xml = stanza.xml
-    if xml.endswith(b"/>"):
-        changed = xml[:-2] + b">" + child + b"</" + tag + b">"
-    else:
-        end = xml.rindex(b"</")
-        changed = xml[:end] + child + xml[end:]
-    copy = Stanza(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, changed)
+    copy = Stanza(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, xml_with_child(stanza, child))
     copy.place = stanza.place
     return copy
+
+
+def xml_with_child(stanza: Stanza, child: bytes) -> bytes:
+    """The neutral bytes of `with_child`."""
+    xml = stanza.xml
+    if xml.endswith(b"/>"):
+        return b"%b>%b</%b>" % (xml[:-2], child, stanza.kind.encode())
+    end = xml.rindex(b"</")
+    return xml[:end] + child + xml[end:]

@@ -19,6 +19,7 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.util.concurrency import in_greenlet
 
 from xmppd.errors import StorageUnavailable
+from xmppd.storage.literals import Literals
 from xmppd.storage.url import MysqlTarget, SqliteTarget
 
 CONNECT_TIMEOUT: Final = 5.0
@@ -55,6 +56,8 @@ class MysqlConnection(aiomysql.Connection):  # type: ignore[misc]
         """Bytes go as hexadecimal literals, which mean the same in every sql_mode, character set and proxy."""
         if isinstance(obj, bytes | bytearray | memoryview):
             return f"x'{obj.hex()}'"
+        if isinstance(obj, Literals):
+            return obj.sql
         escaped: str = super().escape(obj)
         return escaped
 

@@ -1,6 +1,7 @@
 """Row ids made by the node: 16 bytes that sort in the order in which this node made them."""
 
 import itertools
+import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,28 @@ ID_BYTES: Final = 16
 _COUNTER_LIMIT: Final = 1 << 24
 _PLACE_BITS: Final = 20  # of a place, below the milliseconds
 _ID_BITS: Final = 24  # of an id, below the milliseconds and above the random part
+_RANDOM_BYTES: Final = 7  # of an id
+_RANDOM_AT_ONCE: Final = 128  # ids
 _FRESH: Final = 0.001  # seconds for which places count on from one look at the clock
+
+
+class _Random:
+    """The random part of ids. One call of the system for many: that takes longer than all the rest."""
+
+    def __init__(self) -> None:
+        self._some: list[bytes] = []
+        os.register_at_fork(after_in_child=self._some.clear)
+
+    def __call__(self) -> bytes:
+        try:
+            return self._some.pop()  # a worker thread may do the same
+        except IndexError:
+            many = secrets.token_bytes(_RANDOM_BYTES * _RANDOM_AT_ONCE)
+            self._some += [many[at : at + _RANDOM_BYTES] for at in range(_RANDOM_BYTES, len(many), _RANDOM_BYTES)]
+            return many[:_RANDOM_BYTES]
+
+
+_random = _Random()
 
 
 class IdMaker:
@@ -39,7 +61,7 @@ class IdMaker:
                 if self._counter == _COUNTER_LIMIT:
                     self._millis, self._counter = self._millis + 1, 0
             millis, counter = self._millis, self._counter
-        return millis.to_bytes(6, "big") + counter.to_bytes(3, "big") + secrets.token_bytes(7)
+        return millis.to_bytes(6, "big") + counter.to_bytes(3, "big") + _random()
 
 
 new_id = IdMaker()
@@ -72,7 +94,7 @@ next_place = Places()
 
 def id_of(place: int) -> bytes:
     """An id that sorts by the place, and among those that `new_id` made at that time. Two of one place differ."""
-    return (place << _ID_BITS - _PLACE_BITS).to_bytes(9, "big") + secrets.token_bytes(7)
+    return (place << _ID_BITS - _PLACE_BITS).to_bytes(9, "big") + _random()
 
 
 def id_at(when: float) -> bytes:
