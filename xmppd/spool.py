@@ -37,7 +37,7 @@ from sqlalchemy.types import TypeEngine
 from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.log import get_logger
 from xmppd.storage import Stamp, Storage, Utf8, by_host, first_id, fixed_bytes, id_at, id_of, insert_new, new_id
-from xmppd.storage.literals import among, hex_or_null, in_statements, millis_or_null, rows_param
+from xmppd.storage.literals import hex_or_null, hex_param, in_statements, millis_or_null, rows_param
 from xmppd.storage.sql import User, db_now, limited_update
 from xmppd.storage.tables import HOST_BYTES, PART_BYTES, account, node
 from xmppd.storage.tables import spool as table
@@ -231,24 +231,36 @@ class Spool:
         return self._storage.batcher.submit_all(KEEP, items)
 
     def keep_item(
-        self, host: str, username: str, sender_bare: str, stanza: bytes, **options: Unpack[KeepOptions]
+        self,
+        host: str,
+        username: str,
+        sender_bare: str,
+        stanza: bytes,
+        *,
+        dedup: bytes | None,
+        quota: int | None,
+        expires_at: float | None = None,
+        holder: Holder | None = None,
+        row_id: bytes | None = None,
+        place: int | None = None,
+        for_account: bool = False,
+        also: object = None,  # for `keep` alone
     ) -> tuple[str, KeepItem]:
         """As `keep`, for `Batcher.submit_unit`: a row that commits together with rows of other tables."""
-        dedup = options["dedup"]
         if dedup is not None:  # the column is unique in the whole table, so the user has to be part of it
             dedup = hashlib.sha256(b"\0".join((host.encode(), username.encode(), dedup))).digest()
         item = KeepItem(
-            options.get("row_id") or (id_of(place) if (place := options.get("place")) else new_id()),
+            row_id or (id_of(place) if place else new_id()),
             host,
             username,
             sender_bare,
             stanza,
             self._clock(),
-            options.get("expires_at"),
+            expires_at,
             dedup,
-            options["quota"],
-            options.get("holder"),
-            options.get("for_account", False),
+            quota,
+            holder,
+            for_account,
         )
         return KEEP, item
 
@@ -294,15 +306,22 @@ class Spool:
 
     async def _find_gone(self, connection: AsyncConnection, items: list[KeepItem]) -> set[User]:
         """Users without an account; those that are there stay until this transaction ends."""
-        gone = {(item.host, item.username) for item in items if item.for_account}
-        for host, names in by_host(sorted(gone)).items():
-            there = (account.c.server_host == host, among(account.c.username, names, connection.dialect))
-            count = select(func.count()).select_from(account).where(*there).with_for_update(read=True)
-            if (await connection.execute(count)).scalar_one() == len(names):  # one row to be read instead of many
-                gone -= {(host, name) for name in names}
-                continue
-            query = select(account.c.username).where(*there).with_for_update(read=True)
-            gone -= {(host, name) for name in (await connection.execute(query)).scalars()}
+        wanted: dict[str, set[str]] = {}
+        for item in items:
+            if item.for_account:
+                wanted.setdefault(item.host, set()).add(item.username)
+        gone: set[User] = set()
+        for host, some in wanted.items():
+            names = sorted(some)
+            if await _count(connection, _COUNT_ACCOUNTS, names, host=host.encode()) == len(names):
+                continue  # nearly always
+            query = (
+                select(account.c.username)
+                .where(account.c.server_host == host, account.c.username.in_(names))
+                .with_for_update(read=True)
+            )
+            some.difference_update((await connection.execute(query)).scalars())
+            gone.update((host, name) for name in some)
         return gone
 
     async def _find_repeated(
@@ -314,8 +333,9 @@ class Spool:
         stale = []
         columns = (table.c.id, table.c.dedup_key, table.c.created_at, table.c.expires_at)
         for some in _chunks(sorted({item.dedup for item in items if item.dedup is not None})):
-            query = select(*columns).where(among(table.c.dedup_key, some, connection.dialect))
-            for row in await connection.execute(query):
+            if await _count(connection, _COUNT_KEYS, some) == 0:
+                continue
+            for row in await connection.execute(select(*columns).where(table.c.dedup_key.in_(some))):
                 recent = row.created_at > now - self._dedup_window
                 if row.id in own or (recent and (row.expires_at is None or row.expires_at > now)):
                     found[row.dedup_key] = row.id
@@ -355,8 +375,9 @@ class Spool:
         # Another node may have stored the same message a moment ago: its key then kept ours out.
         doubtful = [item.id for item in items if item.dedup is not None]
         for some in _chunks(doubtful):
-            query = select(table.c.id).where(among(table.c.id, some, connection.dialect))
-            there = set((await connection.execute(query)).scalars())
+            if await _count(connection, _COUNT_IDS, some) == len(some):
+                continue
+            there = set((await connection.execute(select(table.c.id).where(table.c.id.in_(some)))).scalars())
             results.update({row_id: Kept.DUPLICATE for row_id in some if row_id not in there})
 
     # -- taking and giving back --------------------------------------------------------------------------------------
@@ -763,14 +784,23 @@ async def _insert_rows(connection: AsyncConnection, items: list[KeepItem], now: 
         await connection.execute(statement, [_row(item, now) for item in items])
 
 
+async def _count(
+    connection: AsyncConnection, query: TextClause, values: Sequence[bytes] | Sequence[str], **others: Any
+) -> int | None:
+    """How many there are, which says it all as a rule; one row to be read. None: this database is asked for them."""
+    if connection.dialect.name != "mysql":
+        return None
+    return int((await connection.execute(query, {"some": values, **others})).scalar_one())
+
+
 def _literals(item: KeepItem, now: float) -> str:
     """The same in the order of `_INSERT`."""
     holder = item.holder
-    held = (
-        f"NULL,NULL,NULL,{millis_or_null(now)},NULL"
-        if holder is None
-        else f"x'{holder.member.hex()}',{holder.incarnation},x'{holder.session.encode().hex()}',NULL,x'{_UNTOLD.hex()}'"
-    )
+    if holder is None:
+        held = f"NULL,NULL,NULL,{millis_or_null(now)},NULL"
+    else:
+        session = holder.session.encode().hex()
+        held = f"x'{holder.member.hex()}',{holder.incarnation},x'{session}',NULL,x'{_UNTOLD.hex()}'"
     return (
         f"(x'{item.id.hex()}',x'{item.host.encode().hex()}',x'{item.username.encode().hex()}',"
         f"{millis_or_null(item.created_at)},{millis_or_null(item.expires_at)},{hex_or_null(item.dedup)},"
@@ -780,7 +810,10 @@ def _literals(item: KeepItem, now: float) -> str:
 
 async def _write_deletes(connection: AsyncConnection, items: list[tuple[bytes, ...]]) -> list[None]:
     for some in _chunks(sorted({row_id for ids in items for row_id in ids})):
-        await connection.execute(delete(table).where(among(table.c.id, some, connection.dialect)))
+        if connection.dialect.name == "mysql":
+            await connection.execute(_DELETE, {"some": some})
+        else:
+            await connection.execute(delete(table).where(table.c.id.in_(some)))
     return [None] * len(items)
 
 
@@ -821,11 +854,18 @@ def _chunks(ids: Sequence[bytes]) -> list[Sequence[bytes]]:
     return [ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK)]
 
 
-# `insert(table)` and `insert_new` for MySQL, with the rows as one value.
+# What every batch needs, for MySQL, with all its rows or keys as one value. Two are `insert(table)` and `insert_new`.
 _VALUES: Final = (
     "INSERT INTO spool (id, server_host, username, created_at, expires_at, dedup_key, sender, stanza,"
     " holder_member, holder_incarnation, holder_session, free_since, told) VALUES :rows"
 )
+_SOME: Final = hex_param("some")
+_COUNT_ACCOUNTS: Final = text(
+    "SELECT COUNT(*) FROM account WHERE server_host = :host AND username IN :some LOCK IN SHARE MODE"
+).bindparams(_SOME)
+_COUNT_KEYS: Final = text("SELECT COUNT(*) FROM spool WHERE dedup_key IN :some").bindparams(_SOME)
+_COUNT_IDS: Final = text("SELECT COUNT(*) FROM spool WHERE id IN :some").bindparams(_SOME)
+_DELETE: Final = text("DELETE FROM spool WHERE id IN :some").bindparams(_SOME)
 _INSERT: Final = text(_VALUES).bindparams(rows_param("rows"))
 _INSERT_NEW: Final = text(f"{_VALUES} ON DUPLICATE KEY UPDATE id = spool.id").bindparams(rows_param("rows"))
 _TYPES: Final[dict[str, TypeEngine[Any]]] = {

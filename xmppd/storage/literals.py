@@ -5,7 +5,7 @@ the driver need for one value after the other. Everything is a hexadecimal liter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
-from sqlalchemy import BindParameter, Column, ColumnElement, Dialect, bindparam
+from sqlalchemy import BindParameter, Dialect, bindparam
 from sqlalchemy.types import UserDefinedType
 
 _STATEMENT: Final = 1 << 20  # bytes; servers take 16 MiB unless told otherwise
@@ -21,14 +21,15 @@ class Literals:
 
 
 class _Hex(UserDefinedType[Any]):
-    """`(x'…', x'…')` of bytes and of text."""
+    """`(x'…',x'…')`."""
 
     cache_ok = True
 
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], Literals]:
         def process(values: Sequence[bytes | str]) -> Literals:
-            some = [value if isinstance(value, bytes) else value.encode() for value in values]
-            return Literals("(x'" + "',x'".join([value.hex() for value in some]) + "')")
+            if isinstance(values[0], str):
+                values = [value.encode() for value in values]  # type: ignore[union-attr]
+            return Literals("(x'" + "',x'".join([value.hex() for value in values]) + "')")  # type: ignore[union-attr]
 
         return process
 
@@ -40,11 +41,9 @@ class _Rows(UserDefinedType[Any]):
         return Literals
 
 
-def among(column: Column[Any], values: Sequence[bytes] | Sequence[str], dialect: Dialect) -> ColumnElement[bool]:
-    """`column IN (…)` for many values, at least one, of a column of bytes or `Utf8`."""
-    if dialect.name != "mysql":
-        return column.in_(values)
-    return column.op("IN", is_comparison=True)(bindparam(None, values, type_=_Hex()))
+def hex_param(name: str) -> BindParameter[Any]:
+    """The parameter of a text for `… IN :name`: bytes, or strings for a column of `Utf8`, at least one."""
+    return bindparam(name, type_=_Hex())
 
 
 def rows_param(name: str) -> BindParameter[str]:
