@@ -233,6 +233,82 @@ async def test_a_unit_whose_database_error_comes_late_leaves_nothing(numbers):
     assert await stored(numbers) == [2, 50, 51]
 
 
+async def test_of_items_submitted_together_each_has_its_own_result(numbers):
+    async def write_odd(connection, items):
+        odd = [item for item in items if item % 2]
+        await write_numbers(connection, odd)
+        return [item if item % 2 else ValueError(f"{item} is even") for item in items]
+
+    numbers.batcher.define("odd", write_odd)
+
+    results = await numbers.batcher.submit_all("odd", [1, 2, 3, 4])
+
+    assert [result if isinstance(result, int) else str(result) for result in results] == [
+        1,
+        "2 is even",
+        3,
+        "4 is even",
+    ]
+    assert await stored(numbers) == [1, 3]
+    assert (numbers.batcher.rows_waiting, numbers.batcher.bytes_waiting) == (0, 0)
+
+
+async def test_of_items_submitted_together_one_that_cannot_be_written_fails_alone(numbers):
+    async def write_plainly(connection, items):
+        await connection.execute(insert(NUMBERS), [{"number": number, "word": word} for number, word in items])
+        return [number for number, word in items]
+
+    numbers.batcher.define("plain", write_plainly)
+    await numbers.batcher.submit("number", 5)
+
+    lot = numbers.batcher.submit_all("plain", [(number, "w" * (2000 if number == 7 else 5)) for number in range(10)])
+    behind = numbers.batcher.submit("plain", (10, "w"))
+    results = await lot
+
+    assert isinstance(results[5], Duplicate)
+    assert isinstance(results[7], StorageError)
+    assert not isinstance(results[7], StorageUnavailable)
+    assert [result for result in results if not isinstance(result, Exception)] == [0, 1, 2, 3, 4, 6, 8, 9]
+    assert await behind == 10
+    assert await stored(numbers) == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
+    assert (numbers.batcher.rows_waiting, numbers.batcher.bytes_waiting) == (0, 0)
+
+
+async def test_items_submitted_together_fail_together_when_the_database_stays_away():
+    async def run(work, *, repeatable=False):
+        raise StorageUnavailable("away")
+
+    batcher = Batcher(run, interval=0.0, deadline=0.2)
+    batcher.define("number", write_numbers)
+
+    results = await batcher.submit_all("number", [1, 2, 3])
+
+    assert [type(result) for result in results] == [StorageUnavailable] * 3
+    assert (batcher.rows_waiting, batcher.bytes_waiting, batcher.rows_failed) == (0, 0, 3)
+
+
+async def test_items_submitted_together_are_answered_when_closing_is_cut_short():
+    tried = asyncio.Event()
+
+    async def run(work, *, repeatable=False):
+        if tried.is_set():
+            await asyncio.Event().wait()
+        tried.set()
+        raise ValueError("one of them cannot be written")
+
+    batcher = Batcher(run, interval=0.0)
+    batcher.define("number", write_numbers)
+    lot = batcher.submit_all("number", [1, 2, 3])
+    await tried.wait()
+    closing = asyncio.create_task(batcher.close())
+    await asyncio.sleep(0)
+
+    closing.cancel()
+
+    results = await lot
+    assert [type(result) for result in results] == [StorageUnavailable] * 3
+
+
 async def test_a_full_queue_refuses_and_takes_again_when_it_has_emptied(numbers):
     batcher = Batcher(numbers.run, interval=0.01, queue_rows=10, queue_size=1000)
     batcher.define("number", write_numbers, size=lambda number: 300 if number >= 100 else 1)

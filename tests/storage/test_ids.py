@@ -1,6 +1,7 @@
 """Row ids."""
 
 import asyncio
+import os
 
 from xmppd.storage.clock import Clock
 from xmppd.storage.ids import IdMaker, Places, id_of, id_time
@@ -71,3 +72,23 @@ def test_ids_of_places_sort_by_these_and_among_all_ids_of_their_time():
     assert {len(one) for one in ids} == {16}
     assert sorted(ids + others) == [one for n in range(5) for one in (ids[2 * n], ids[2 * n + 1], others[n])]
     assert abs(id_time(ids[-1]) - 1000.08) < 0.001
+
+
+def test_ids_of_one_place_differ_also_beyond_what_is_drawn_at_once():
+    assert len({id_of(5) for _ in range(1000)}) == 1000
+
+
+def test_a_forked_process_does_not_draw_the_same():
+    id_of(5)  # there is something left of what was drawn for it
+    reads, writes = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writes, b"".join(id_of(5) for _ in range(200)))
+        os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads, "rb") as pipe:
+        other = pipe.read()
+    os.waitpid(child, 0)
+    theirs = {other[at : at + 16] for at in range(0, len(other), 16)}
+    assert len(theirs) == 200
+    assert not theirs & {id_of(5) for _ in range(200)}

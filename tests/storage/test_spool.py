@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import event, func, select, update
 
+from tests.storage.proxy_rules import problem
 from xmppd.errors import StorageUnavailable
 from xmppd.spool import FREE, Alone, Holder, Kept, NoAccount, NotToTell, QuotaReached, Spool
 from xmppd.storage import Accounts, Storage, new_id, next_place
@@ -345,6 +346,84 @@ async def test_doing_a_keep_again_after_an_unanswered_commit_changes_nothing(sto
         assert results[:2] == [Kept.STORED, Kept.STORED]
         assert isinstance(results[2], QuotaReached)
     assert await rows_in(storage) == 2
+
+
+async def test_of_a_lot_each_row_is_stored_or_a_repetition(storage, spool, clock):
+    await Accounts(storage).create(HOST, "juliet", {})
+    await keep(spool, b"<old/>", dedup=digest("old"), holder=CHAMBER)
+    clock.now += 601
+    await keep(spool, b"<before/>", dedup=digest("before"), holder=CHAMBER)
+
+    def item(stanza, text, to="juliet"):
+        key = digest(text) if text else None
+        options = {"dedup": key, "quota": None, "holder": BALCONY, "for_account": True}
+        return spool.keep_item(HOST, to, ROMEO, stanza, **options)[1]
+
+    lot = [item(b"<1/>", "old"), item(b"<2/>", "before"), item(b"<3/>", "new"), item(b"<4/>", "new"), item(b"<5/>", "")]
+    results = await spool.submit_all([*lot, item(b"<6/>", "gone", to="nobody")])
+
+    assert results[:5] == [Kept.STORED, Kept.DUPLICATE, Kept.STORED, Kept.DUPLICATE, Kept.STORED]
+    assert isinstance(results[5], NoAccount)
+    assert [row.stanza for row in await spool.every(HOST, "juliet")] == [
+        b"<old/>",
+        b"<before/>",
+        b"<1/>",
+        b"<3/>",
+        b"<5/>",
+    ]
+    again = await spool.submit_all(lot)  # as if nobody knew what had become of it
+    assert again == results[:5]
+    assert await rows_in(storage) == 5
+
+
+async def test_a_lot_arrives_byte_by_byte_and_is_deleted_in_one_go(storage, spool, clock):
+    name = "o'hara\\%s:x'\u00fc"
+    await Accounts(storage).create(HOST, name, {})
+    stanzas = [
+        bytes(range(256)),
+        b"'); DELETE FROM spool; --",
+        b"%(some)s :rows \\",
+        b"x" * 400_000,
+        b"y" * 900_000,
+        b"",
+    ]
+    options = {"dedup": None, "quota": None, "holder": BALCONY, "expires_at": clock.now + 1.5, "for_account": True}
+    lot = [spool.keep_item(HOST, name, ROMEO, stanza, **options)[1] for stanza in stanzas]
+
+    assert await spool.submit_all(lot) == [Kept.STORED] * len(lot)
+
+    rows = await spool.every(HOST, name)
+    assert [row.stanza for row in rows] == stanzas
+    assert {(row.sender, row.created_at) for row in rows} == {(ROMEO, clock.now)}
+    async with storage.connect() as connection:
+        [row] = await connection.execute(select(spool_table).where(spool_table.c.id == lot[0].id))
+    assert (row.server_host, row.username, row.expires_at) == (HOST, name, clock.now + 1.5)
+    assert (row.holder_member, row.holder_incarnation, row.holder_session) == (b"A" * 16, 1, "juliet/balcony")
+    assert (row.dedup_key, row.take_id, row.free_since, row.told) == (None, None, None, bytes(16))
+    await spool.delete([item.id for item in lot])
+    assert await rows_in(storage) == 0
+
+
+@pytest.mark.mariadb
+async def test_what_a_lot_says_is_in_no_statement_that_may_be_logged(mariadb_database, make_storage):
+    storage = make_storage(mariadb_database)
+    await storage.open()
+    spool = Spool(storage)
+    seen: list[str] = []
+    event.listen(
+        storage._engine.sync_engine, "before_cursor_execute", lambda connection, cursor, sql, *others: seen.append(sql)
+    )
+
+    options = {"dedup": digest("m1"), "quota": 10, "for_account": False}
+    await spool.submit_all([spool.keep_item(HOST, "juliet", ROMEO, b"a secret", **options)[1] for _ in range(3)])
+    options |= {"quota": None, "holder": BALCONY}
+    await spool.submit_all([spool.keep_item(HOST, "juliet", ROMEO, b"a secret", **options)[1] for _ in range(3)])
+    await spool.delete([b"1" * 16, b"2" * 16])
+
+    assert any(sql.startswith("INSERT") for sql in seen)
+    assert any(sql.startswith("DELETE") for sql in seen)
+    assert not any(b"secret".hex() in sql or (b"1" * 16).hex() in sql for sql in seen)
+    assert [problem(sql) for sql in seen] == [None] * len(seen)
 
 
 # -- several nodes ---------------------------------------------------------------------------------------------------

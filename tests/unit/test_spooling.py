@@ -160,6 +160,72 @@ async def test_what_is_late_is_written_in_order_and_safe_with_the_commit(play):
     assert play.spool.deleted == ids
 
 
+async def test_what_is_overdue_at_one_time_is_one_lot_of_which_each_is_told_of_its_own(play):
+    lots = []
+    submit_all = play.spool.submit_all
+    play.spool.submit_all = lambda items: lots.append(items) or submit_all(items)
+    outcomes = play.send("a", "b", "c")
+    play.pass_time(-10.0, 0.0)  # seen long ago
+    play.spooling._tick()
+    assert [len(lot) for lot in lots] == [3]
+    assert len(play.backlog.flying()) == 1
+    (_, first), (_, second), (_, third) = play.spool.writes
+    first.set_result(Kept.STORED)
+    second.set_exception(StorageUnavailable("away"))
+    third.set_result(Kept.DUPLICATE)
+    play.spool.writes.clear()
+    await play.spool.commit()
+    assert [outcome.result for outcome in outcomes] == [SAFE, None, SAFE]
+    assert play.backlog.flying() == set()
+    assert play.backlog.rows == 2  # one of them is to be written once more
+    play.backlog._again_at = 0.0
+    play.spooling._tick()
+    assert [lot[0].id for lot in lots[1:]] == [outcomes[1].row]
+
+
+async def test_a_lot_the_queue_has_no_room_for_is_tried_again(play):
+    def refuse(items):
+        raise StorageUnavailable("the write queue is full")
+
+    submit_all, play.spool.submit_all = play.spool.submit_all, refuse
+    outcomes = play.send("a", "b")
+    play.pass_time(-10.0, 0.0)
+    play.spooling._tick()
+    assert [outcome.result for outcome in outcomes] == [None, None]
+    play.spool.submit_all = submit_all
+    play.backlog._again_at = 0.0
+    play.spooling._tick()
+    await play.spool.commit()
+    assert [outcome.result for outcome in outcomes] == [SAFE, SAFE]
+
+
+async def test_a_lot_is_bounded(play):
+    lots = []
+    submit_all = play.spool.submit_all
+    play.spool.submit_all = lambda items: lots.append(len(items)) or submit_all(items)
+    play.send(*(f"m{number}" for number in range(300)))
+    play.pass_time(-10.0, 0.0)
+    play.spooling._tick()
+    assert lots == [250, 50]
+    lots.clear()
+    play.managed.acknowledged(300)
+    play.send("a", "b", "c", inner=b"<body>" + b"x" * 300_000 + b"</body>")
+    play.pass_time(-10.0, 0.0)
+    play.spooling._tick()
+    assert lots == [2, 1]
+
+
+@pytest.mark.parametrize("end", ["close", "leave", "stop"])
+async def test_deletions_that_were_put_off_are_written_with_the_end(play, end):
+    play.send("a")
+    play.pass_time(0.0, 0.2)
+    await play.spool.commit()
+    play.managed.acknowledged(1)
+    assert play.spool.deleted == []
+    play.spooling.stop() if end == "stop" else getattr(play.managed, end)()
+    assert len(play.spool.deleted) == 1
+
+
 async def test_what_is_acknowledged_while_it_is_written_is_deleted(play):
     outcome = play.send("a")
     play.pass_time(0.0, 0.2)

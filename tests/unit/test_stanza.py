@@ -31,6 +31,23 @@ def message() -> Stanza:
     return Stanza.from_bytes(MESSAGE)
 
 
+@pytest.mark.parametrize(
+    ("inner", "has"),
+    [
+        ("<body>a</body>", True),
+        ("<body/>", True),
+        ("<body xml:lang='en'>a</body>", True),
+        ("<x xmlns='urn:x'><body>a</body></x>", False),
+        ("<body xmlns='urn:x'>a</body>", False),
+        ("<thread>a</thread><body>a</body>", True),
+        ("<subject>&lt;body></subject>", False),
+        ("", False),
+    ],
+)
+def test_whether_there_is_a_body_however_it_is_written(inner, has):
+    assert Stanza.from_bytes(f"<message to='a@b' id='1>&lt;body>'>{inner}</message>".encode()).has_body is has
+
+
 def test_what_a_stanza_says_of_itself():
     stanza = message()
     assert (stanza.kind, stanza.type, stanza.id) == ("message", "chat", "m1")
