@@ -138,8 +138,9 @@ class Stanza:
     def names(self, namespace: str) -> bool:
         """Whether there may be something in that namespace. Where there is not, nothing has to be parsed to say so."""
         xml = self._xml
-        # Its name stands there as it is, or with characters written as numbers.
-        return namespace.encode() in xml or namespace in _UNDECLARED or b"&#" in xml
+        # Its name stands there as it is, or with characters written as numbers. (`in` tries a number first, and takes
+        # half as long again.)
+        return xml.find(namespace.encode()) >= 0 or namespace in _UNDECLARED or xml.find(b"&#") >= 0
 
     @property
     def payload(self) -> _Element | None:
