@@ -287,6 +287,9 @@ class Connection(asyncio.Protocol):
                     self._hold()
                     outcome.when_decided(self._go_on_soon)
             return
+        if type(event) is Acknowledgement and self._managed is not None and not self._closing:  # there may be many
+            self._acknowledged(self._managed, event)
+            return
         work = self._other(event)
         if work is not None:
             self._hold()
@@ -325,12 +328,15 @@ class Connection(asyncio.Protocol):
             if isinstance(event, Nonza) and event.element.tag == _ENABLE and managed is not None:  # XEP-0198 3
                 self.end(StreamError("policy-violation", "stream management is on already"))
         elif isinstance(event, Acknowledgement):
-            try:
-                managed.acknowledged(event.h)
-            except StreamError as error:
-                self.end(error)
+            self._acknowledged(managed, event)
         else:
             managed.requested(sum(type(each) is Stanza for each in self._waiting))
+
+    def _acknowledged(self, managed: Managed, event: Acknowledgement) -> None:
+        try:
+            managed.acknowledged(event.h)
+        except StreamError as error:
+            self.end(error)
 
     def _hold(self) -> None:
         self._busy = True
