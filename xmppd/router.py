@@ -7,10 +7,10 @@ outcome (delivery.py), the sender the error, if there is one.
 from typing import Protocol
 
 from xmppd.cluster.tables import RouteTable
-from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Spawn, as_stanza_error
+from xmppd.delivery import ERROR, SAFE, Gate, Outcome, as_stanza_error
 from xmppd.errors import StanzaError
 from xmppd.events import StanzaBounced, StanzaRouting
-from xmppd.hooks import Hooks
+from xmppd.hooks import Hooks, Spawn
 from xmppd.metrics import Counters, add
 from xmppd.protocol.stanza import Stanza, error_reply
 

@@ -23,7 +23,6 @@ from xmppd.delivery import (
     Pending,
     Record,
     Settled,
-    Spawn,
     Turns,
     as_stanza_error,
     first_of,
@@ -42,7 +41,7 @@ from xmppd.events import (
     SubscriptionReceiving,
 )
 from xmppd.forward import HOPS, Copy, Forwarded
-from xmppd.hooks import Hooks
+from xmppd.hooks import Hooks, Spawn
 from xmppd.iq import IqDispatcher
 from xmppd.protocol.jid import JID, bare, parse
 from xmppd.protocol.stanza import Stanza
@@ -275,9 +274,7 @@ class SessionManager:
         taken_back: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         taken_back.add_done_callback(lambda done: self._taking.discard(key))
         session.hold_messages(taken_back)
-        waiting = self._hooks.notify(MessagesFreeing(bare(row.jid), taken_back))
-        if waiting is not None:
-            self._spawn(_finish(waiting), name="messages freeing")
+        self._hooks.notify_aside(MessagesFreeing(bare(row.jid), taken_back), self._spawn, name="messages freeing")
         self._spawn(self._take_back(remote, node, row, taken_back), name="session of another node taken back")
         return taken_back
 
@@ -332,15 +329,13 @@ class SessionManager:
 
     def _appeared(self, user: str, row: SessionRow) -> None:
         if self._hooks.wants(SessionAppeared):
-            waiting = self._hooks.notify(SessionAppeared(bare(row.jid), row.owner.member))
-            if waiting is not None:
-                self._spawn(_finish(waiting), name="session appeared")
+            appeared = SessionAppeared(bare(row.jid), row.owner.member)
+            self._hooks.notify_aside(appeared, self._spawn, name="session appeared")
 
     def _vanished(self, owner: Owner, rows: Lost) -> None:
         if self._hooks.wants(SessionsLost):
-            waiting = self._hooks.notify(SessionsLost(owner.member, _LostSessions(rows)))
-            if waiting is not None:
-                self._spawn(_finish(waiting), name="sessions lost")
+            lost = SessionsLost(owner.member, _LostSessions(rows))
+            self._hooks.notify_aside(lost, self._spawn, name="sessions lost")
 
     def close(self, row: SessionRow) -> bool:
         """Take a session's row out; True when it was the user's last one in the cluster."""
@@ -879,10 +874,6 @@ class _LostSessions:
 
 def _waits_for_nobody(stanza: Stanza) -> bool:
     return bool(stanza.hops) or stanza.kept or stanza.type == "error"
-
-
-async def _finish(waiting: Awaitable[None]) -> None:
-    await waiting
 
 
 def _here(rows: Rows) -> Rows:

@@ -95,12 +95,6 @@ class SpoolWatch:
             except JidError:
                 continue
             if self._is_here(user):
-                waiting = self._hooks.notify(MessagesFound(user))
-                if waiting is not None:
-                    self._spawn(_finish(waiting), name="messages found")
+                self._hooks.notify_aside(MessagesFound(user), self._spawn, name="messages found")
             if count % _AT_ONCE == 0:
                 await asyncio.sleep(0)
-
-
-async def _finish(waiting: Any) -> None:
-    await waiting

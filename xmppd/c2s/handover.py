@@ -18,7 +18,7 @@ The payload of the call is [id, user, h]; the answer has one of
 import asyncio
 import base64
 import binascii
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -214,15 +214,9 @@ class Handover:
                 await self._calls.barrier()
                 if not await self._forwarder.hand_over(node, session.jid, session.row.bound_at):
                     # It still has what it should have passed on, and that is in the database: it will be free soon.
-                    found = parts.hooks.notify(MessagesFound(session.user))
-                    if found is not None:
-                        parts.spawn(_finish(found), name="messages found")
+                    parts.hooks.notify_aside(MessagesFound(session.user), parts.spawn, name="messages found")
             finally:
                 session.settled_in()
 
         parts.spawn(settle_in(), name="session from another node")
         return session
-
-
-async def _finish(waiting: Awaitable[None]) -> None:
-    await waiting
