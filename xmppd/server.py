@@ -364,6 +364,7 @@ class Server:
             Spooling(self.spool, self.hooks, self.owner, reroute=self.sessions.reroute),
         )
         self.sessions.freeing = self.parts.spooling.freeing
+        self.router.on_kept(self.parts.spooling.give_back)
         try:
             yield
         finally:
