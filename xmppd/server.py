@@ -537,6 +537,7 @@ class Server:
             self.folder.remove_ready()
             await self._listeners.close_clients(self.config.shutdown_grace)
             self.parts.resumption.close()
+            self.sessions.hold_no_more()
             await self._finish_tasks()
 
     def _ready(self) -> None:

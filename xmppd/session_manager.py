@@ -135,7 +135,7 @@ class ExtraCopy(Stanza):
 
 
 class _Owed:
-    """Messages for a user that other nodes have, and those that wait for them."""
+    """What is waited for on behalf of a user, and the messages that wait."""
 
     __slots__ = ("behind", "futures")
 
@@ -218,7 +218,6 @@ class SessionManager:
         self.strict = strict  # routing.profile: rfc6121
         self.rerouted = 0  # stanzas whose session turned out to be dead
         self._remote: Remote | None = None
-        self._held: dict[str, asyncio.Future[None]] = {}  # messages for these bare JIDs wait
         self.freeing: Mapping[str, set[asyncio.Future[None]]] = {}  # what ended sessions leave in the spool
         self._owed_to: dict[str, _Owed] = {}  # bare JIDs: new messages wait for older ones
         self._keeping: dict[str, deque[Pending]] = {}  # by bare JID: being stored
@@ -296,24 +295,16 @@ class SessionManager:
         remote = self._remote
         if remote is None or (owing := remote.owing(owner.member, user)) is None:
             return
-        self._owed_to.setdefault(user, _Owed()).futures.append(owing)
+        jid = parse(f"{user}/{resource}")
 
         async def until_settled() -> None:
             try:
-                await remote.hand_over(owner.member, parse(f"{user}/{resource}"), 0)
+                await remote.hand_over(owner.member, jid, 0)
             finally:
                 if not owing.done():
                     owing.set_result(None)
 
-        def done(owing: "asyncio.Future[None]") -> None:
-            owed = self._owed_to[user]
-            owed.futures.remove(owing)
-            if not owed.futures:
-                del self._owed_to[user]
-                for record in owed.behind:
-                    self._turns.add(user, record)
-
-        owing.add_done_callback(done)
+        self.hold_messages(jid, owing)
         self._spawn(until_settled(), name="messages for a session that has ended")
 
     def yield_to(self, jid: JID, bound_at: int) -> None:
@@ -641,14 +632,26 @@ class SessionManager:
     # -- the rules
 
     def hold_messages(self, user: JID, until: "asyncio.Future[None]") -> None:
-        """Have messages for a user that are routed on this node wait, each with its stream, until that is done."""
-        self._held[user.bare] = until
+        """Have messages for a user that are routed on this node wait until that is done. Their streams go on: others
+        are not to wait for this user."""
+        owed = self._owed_to.setdefault(user.bare, _Owed())
+        owed.futures.append(until)
 
-        def let_go(done: "asyncio.Future[None]") -> None:
-            if self._held.get(user.bare) is done:
-                del self._held[user.bare]
+        def done(until: "asyncio.Future[None]") -> None:
+            owed.futures.remove(until)
+            if not owed.futures:
+                del self._owed_to[user.bare]
+                for record in owed.behind:
+                    self._turns.add(user.bare, record)
 
-        until.add_done_callback(let_go)
+        until.add_done_callback(done)
+
+    def hold_no_more(self) -> None:
+        """The node stops: what has waited goes where it can."""
+        for user, owed in list(self._owed_to.items()):
+            behind, owed.behind = owed.behind, []
+            for record in behind:
+                self._turns.add(user, record)
 
     def hold_arrivals(self, node: bytes, until: "asyncio.Future[None]") -> None:
         """Have messages that come from another node wait until that is done."""
@@ -660,7 +663,6 @@ class SessionManager:
         return self.route(stanza)
 
     def _wait_behind(self, stanza: Stanza, owed: "_Owed") -> Outcome:
-        """The stream goes on: others are not to wait for this one's recipient."""
         if len(owed.behind) >= _OWED_MESSAGES:
             raise StanzaError("resource-constraint", "too many messages wait for this recipient")
         pending = Pending(failed=lambda error: self._bounce(stanza, error))
@@ -695,8 +697,6 @@ class SessionManager:
         for one in rows.values():
             if one.hides is not None and self._owed(one) and not _waits_for_nobody(stanza):
                 return self._gate.wait(stanza, self._message_behind(stanza))
-        if self._held and to.bare in self._held and not _waits_for_nobody(stanza):
-            return self._gate.wait(stanza, self._message_held(stanza, self._held[to.bare]))
         if to.resource:
             row = rows.get(to.resource)
             if row is not None:
