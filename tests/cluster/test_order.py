@@ -16,6 +16,7 @@ from xmppd.c2s.session import Session
 from xmppd.c2s.spooling import Spooling
 from xmppd.delivery import ERROR, SAFE
 from xmppd.errors import StorageUnavailable
+from xmppd.events import SessionArrived
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza
 from xmppd.storage import next_place
@@ -229,7 +230,16 @@ async def test_what_a_session_leaves_that_has_just_ended_elsewhere_is_waited_for
     assert again.bodies == ["1", "2", "3"]
 
 
-async def test_a_session_that_moves_gets_what_is_being_stored_before_what_it_was_sent_since(nodes):
+@pytest.mark.parametrize("slow", [False, True])
+async def test_a_session_that_moves_gets_what_is_being_stored_before_what_it_was_sent_since(nodes, slow):
+    """`slow`: another module takes its time over the session, before the one that knows of what is stored."""
+    taken = asyncio.Event()
+    if slow:
+
+        async def take_time(event):
+            await taken.wait()
+
+        nodes[1].hooks.add("slow", SessionArrived, take_time, rank=-1)
     committed = asyncio.Event()
     keep = nodes[0].spool.keep
 
@@ -258,6 +268,7 @@ async def test_a_session_that_moves_gets_what_is_being_stored_before_what_it_was
     saying = asyncio.create_task(say(romeo, "4"))
     await asyncio.sleep(0.05)
     assert there.bodies == []
+    taken.set()
     committed.set()
     await nodes.net.until(lambda: len(there.bodies) >= 4)
     await asyncio.gather(arriving, saying)

@@ -205,11 +205,17 @@ class Handover:
         managed = session.managed = Managed.arrived(session, id, state)
         parts.resumption.take(session, managed)
         waiting = parts.hooks.notify(SessionArrived(session, state["luggage"]))
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if waiting is not None:
+            session.hold_messages(told)  # a module that has not been told yet may know of older ones
 
         async def settle_in() -> None:
             try:
-                if waiting is not None:
-                    await waiting
+                try:
+                    if waiting is not None:
+                        await waiting
+                finally:
+                    told.set_result(None)
                 # All nodes know where it is; then the old one has all that was on its way to it, and has passed it on.
                 await self._calls.barrier()
                 if not await self._forwarder.hand_over(node, session.jid, session.row.bound_at):
