@@ -758,7 +758,7 @@ class SessionManager:
         raise StanzaError("service-unavailable")
 
     def _undeliverable(self, stanza: Stanza, to: JID) -> Outcome:
-        if self.is_anonymous(to):
+        if stanza.kept or self.is_anonymous(to):  # the first is kept already
             raise StanzaError("service-unavailable")
         pending = Pending(failed=lambda error: self._bounce(stanza, error))
 

@@ -53,7 +53,6 @@ from xmppd.module_api import (
     Holder,
     IqRequest,
     Kept,
-    KeptMessage,
     Module,
     NoAccount,
     QuotaReached,
@@ -161,8 +160,6 @@ class Offline(Module[Config]):
     @hook(MessageUndeliverable, after=("push", "blocking", "privacy"))
     def keep(self, event: MessageUndeliverable) -> Handled | None:
         message = event.message
-        if isinstance(message, KeptMessage):
-            return self._came_back(event, message)
         verdict = judge(message, self.config.store_empty_body)
         if verdict is Verdict.REFUSE:
             return None
@@ -274,14 +271,6 @@ class Offline(Module[Config]):
     def deliver_found(self, event: MessagesFound) -> None:
         if self._takers(event.user):
             self._wake(event.user)
-
-    def _came_back(self, event: MessageUndeliverable, message: KeptMessage) -> Handled:
-        """The session it was sent to has died: its row, which keeps its place, is free for the next one."""
-        holder, message.holder = message.holder, None
-        if holder is not None:
-            self._release(event.user, (message.row_id,), holder)
-        event.outcome.follow(SAFE)
-        return HANDLED
 
     # -- moving between servers
 

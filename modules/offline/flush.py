@@ -50,7 +50,7 @@ class Flush:
     """Takes a user's messages and writes them to one session, oldest first, until there are none.
 
     A row is deleted when its message's outcome is known, never before. What was written and lost with the connection is
-    routed again by the server and comes back to the module as a KeptMessage.
+    routed again by the server, and free for others where nobody takes it.
     """
 
     def __init__(
