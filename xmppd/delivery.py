@@ -18,18 +18,12 @@ from typing import Any, Final, Protocol, TypeVar
 
 from xmppd.errors import StanzaError, StorageError
 from xmppd.events import Handled
-from xmppd.hooks import Hooks
+from xmppd.hooks import Hooks, Spawn
 from xmppd.log import get_logger
 from xmppd.protocol.stanza import Stanza
 
 _log = get_logger("xmppd.delivery")
 E = TypeVar("E")
-
-
-class Spawn(Protocol):
-    """Runs a coroutine as a task that somebody owns; a crash is logged."""
-
-    def __call__(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> object: ...
 
 
 class Bounce(Protocol):

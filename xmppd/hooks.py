@@ -6,12 +6,12 @@ dict look-up: `if hooks.wants(MessageRouting): ...`.
 """
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from inspect import iscoroutinefunction
 from types import CoroutineType
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from xmppd.errors import ConfigError, StanzaError, StorageError
 from xmppd.events import Handled
@@ -19,6 +19,12 @@ from xmppd.log import get_logger
 
 _log = get_logger("xmppd.hooks")
 E = TypeVar("E")
+
+
+class Spawn(Protocol):
+    """Runs a coroutine as a task that somebody owns; a crash is logged."""
+
+    def __call__(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +89,17 @@ class Hooks:
         """How many handlers each module has."""
         return Counter(handler.owner for handlers in self._handlers.values() for handler in handlers)
 
-    def notify(self, event: object) -> Awaitable[None] | None:
+    def notify(self, event: object) -> Coroutine[Any, Any, None] | None:
         """Tell the watchers. Those that are plain functions have run when this returns; if there are coroutines among
         them, the awaitable that comes back runs the rest in order, and the caller must await it."""
         handlers = self._handlers.get(type(event))
         return None if handlers is None else _tell(event, iter(handlers))
+
+    def notify_aside(self, event: object, spawn: Spawn, *, name: str) -> None:
+        """The same for a caller who cannot wait: the rest runs in a task of that name."""
+        rest = self.notify(event)
+        if rest is not None:
+            spawn(rest, name=name)
 
     def decide(self, event: E) -> E | Handled | Awaitable[E | Handled]:
         """Ask the deciders: the event as they leave it, HANDLED when one of them took it over, or an awaitable of
@@ -96,7 +108,7 @@ class Hooks:
         return event if handlers is None else _ask(event, iter(handlers))
 
 
-def _tell(event: object, handlers: Iterator[Handler]) -> Awaitable[None] | None:
+def _tell(event: object, handlers: Iterator[Handler]) -> Coroutine[Any, Any, None] | None:
     """Up to the first coroutine; the awaitable is that one and all behind it."""
     for handler in handlers:
         try:

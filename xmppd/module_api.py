@@ -25,7 +25,7 @@ from xmppd.admin.results import List, Rescode, Tuple, integer, string
 from xmppd.chores import Chores, KeptMessage
 from xmppd.cluster.tables import Owner
 from xmppd.config.types import Duration, OptionalRate, Rate, Size, between, lasting, several, sized
-from xmppd.delivery import SAFE, Outcome, Pending, as_stanza_error
+from xmppd.delivery import ERROR, SAFE, Outcome, Pending, as_stanza_error
 from xmppd.errors import CommandError, JidError
 from xmppd.events import Handled, Session
 from xmppd.housekeeping import Delete
@@ -88,6 +88,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BARE_BYTES",
     "DONE",
+    "ERROR",
     "FULL_BYTES",
     "NO_REPLY",
     "PART_BYTES",

@@ -5,13 +5,13 @@ call is a question. Payloads are JSON. Who hears a topic is registered and taken
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from inspect import isawaitable
 from typing import Any, Final
 
 from xmppd.cluster.interfaces import Calls, Links, Peer
-from xmppd.delivery import Spawn
 from xmppd.errors import CallRefused, NodeUnreachable
+from xmppd.hooks import Spawn
 from xmppd.protocol.jid import JID
 
 MODULE: Final = "module"  # the name of these calls and casts; their payload: [module, topic, payload]
@@ -118,5 +118,5 @@ class Nodes:
             await self._calls.barrier(timeout=timeout)
 
 
-async def _finish(waiting: Any) -> None:
+async def _finish(waiting: Awaitable[None]) -> None:
     await waiting

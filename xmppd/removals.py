@@ -1,12 +1,10 @@
 """Accounts that were removed: every other node forgets what it remembers about them."""
 
-from collections.abc import Awaitable
 from typing import Any, Final, Protocol
 
 from xmppd.cluster.interfaces import Calls, Peer
-from xmppd.delivery import Spawn
 from xmppd.events import UserDeleted, UserForgotten
-from xmppd.hooks import Hooks
+from xmppd.hooks import Hooks, Spawn
 from xmppd.protocol.jid import parse
 
 _REMOVED: Final = "accounts.removed"
@@ -35,10 +33,4 @@ class Removals:
     def _heard(self, peer: Peer, payload: Any) -> None:
         user = parse(payload)
         self._accounts.forget(user.domain, user.local)
-        waiting = self._hooks.notify(UserForgotten(user))
-        if waiting is not None:
-            self._spawn(_finish(waiting), name="an account was removed elsewhere")
-
-
-async def _finish(waiting: Awaitable[None]) -> None:
-    await waiting
+        self._hooks.notify_aside(UserForgotten(user), self._spawn, name="an account was removed elsewhere")

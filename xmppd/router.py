@@ -4,13 +4,14 @@ Nothing that happens to one stanza may reach another: `route` never raises. The 
 outcome (delivery.py), the sender the error, if there is one.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from xmppd.cluster.tables import RouteTable
-from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Spawn, as_stanza_error
+from xmppd.delivery import ERROR, SAFE, Gate, Outcome, as_stanza_error
 from xmppd.errors import StanzaError
 from xmppd.events import StanzaBounced, StanzaRouting
-from xmppd.hooks import Hooks
+from xmppd.hooks import Hooks, Spawn
 from xmppd.metrics import Counters, add
 from xmppd.protocol.stanza import Stanza, error_reply
 
@@ -30,10 +31,15 @@ class Router:
         self._hooks = hooks
         self._gate = Gate(hooks, spawn, self.bounce)
         self._s2s: ToOtherServers | None = None
+        self._give_back: Callable[[Stanza], object] = lambda stanza: None
 
     def connect(self, s2s: ToOtherServers) -> None:
         """Hand in the s2s manager."""
         self._s2s = s2s
+
+    def on_kept(self, give_back: Callable[[Stanza], object]) -> None:
+        """Hand in what becomes of a row of the spool that cannot be delivered now."""
+        self._give_back = give_back
 
     def route(self, stanza: Stanza) -> Outcome:
         """Send a stanza, which must have a `to`, on its way; what became of it comes back."""
@@ -45,7 +51,11 @@ class Router:
             return self.bounce(stanza, as_stanza_error(exc))
 
     def bounce(self, stanza: Stanza, error: StanzaError) -> Outcome:
-        """Tell the sender, unless no error may be sent for this stanza (requirements R-1)."""
+        """Tell the sender, unless no error may be sent for this stanza (requirements R-1), or they were told long ago
+        that it is safe: then it waits for another occasion."""
+        if stanza.kept:
+            self._give_back(stanza)
+            return SAFE
         reply = error_reply(stanza, error)
         if reply is None or reply.to is None:
             return SAFE

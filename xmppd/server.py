@@ -364,6 +364,7 @@ class Server:
             Spooling(self.spool, self.hooks, self.owner, reroute=self.sessions.reroute),
         )
         self.sessions.freeing = self.parts.spooling.freeing
+        self.router.on_kept(self.parts.spooling.give_back)
         try:
             yield
         finally:
@@ -536,6 +537,7 @@ class Server:
             self.folder.remove_ready()
             await self._listeners.close_clients(self.config.shutdown_grace)
             self.parts.resumption.close()
+            self.sessions.hold_no_more()
             await self._finish_tasks()
 
     def _ready(self) -> None:

@@ -23,7 +23,6 @@ from xmppd.delivery import (
     Pending,
     Record,
     Settled,
-    Spawn,
     Turns,
     as_stanza_error,
     first_of,
@@ -42,7 +41,7 @@ from xmppd.events import (
     SubscriptionReceiving,
 )
 from xmppd.forward import HOPS, Copy, Forwarded
-from xmppd.hooks import Hooks
+from xmppd.hooks import Hooks, Spawn
 from xmppd.iq import IqDispatcher
 from xmppd.protocol.jid import JID, bare, parse
 from xmppd.protocol.stanza import Stanza
@@ -136,7 +135,7 @@ class ExtraCopy(Stanza):
 
 
 class _Owed:
-    """Messages for a user that other nodes have, and those that wait for them."""
+    """What is waited for on behalf of a user, and the messages that wait."""
 
     __slots__ = ("behind", "futures")
 
@@ -219,7 +218,6 @@ class SessionManager:
         self.strict = strict  # routing.profile: rfc6121
         self.rerouted = 0  # stanzas whose session turned out to be dead
         self._remote: Remote | None = None
-        self._held: dict[str, asyncio.Future[None]] = {}  # messages for these bare JIDs wait
         self.freeing: Mapping[str, set[asyncio.Future[None]]] = {}  # what ended sessions leave in the spool
         self._owed_to: dict[str, _Owed] = {}  # bare JIDs: new messages wait for older ones
         self._keeping: dict[str, deque[Pending]] = {}  # by bare JID: being stored
@@ -275,9 +273,7 @@ class SessionManager:
         taken_back: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         taken_back.add_done_callback(lambda done: self._taking.discard(key))
         session.hold_messages(taken_back)
-        waiting = self._hooks.notify(MessagesFreeing(bare(row.jid), taken_back))
-        if waiting is not None:
-            self._spawn(_finish(waiting), name="messages freeing")
+        self._hooks.notify_aside(MessagesFreeing(bare(row.jid), taken_back), self._spawn, name="messages freeing")
         self._spawn(self._take_back(remote, node, row, taken_back), name="session of another node taken back")
         return taken_back
 
@@ -299,24 +295,16 @@ class SessionManager:
         remote = self._remote
         if remote is None or (owing := remote.owing(owner.member, user)) is None:
             return
-        self._owed_to.setdefault(user, _Owed()).futures.append(owing)
+        jid = parse(f"{user}/{resource}")
 
         async def until_settled() -> None:
             try:
-                await remote.hand_over(owner.member, parse(f"{user}/{resource}"), 0)
+                await remote.hand_over(owner.member, jid, 0)
             finally:
                 if not owing.done():
                     owing.set_result(None)
 
-        def done(owing: "asyncio.Future[None]") -> None:
-            owed = self._owed_to[user]
-            owed.futures.remove(owing)
-            if not owed.futures:
-                del self._owed_to[user]
-                for record in owed.behind:
-                    self._turns.add(user, record)
-
-        owing.add_done_callback(done)
+        self.hold_messages(jid, owing)
         self._spawn(until_settled(), name="messages for a session that has ended")
 
     def yield_to(self, jid: JID, bound_at: int) -> None:
@@ -332,15 +320,13 @@ class SessionManager:
 
     def _appeared(self, user: str, row: SessionRow) -> None:
         if self._hooks.wants(SessionAppeared):
-            waiting = self._hooks.notify(SessionAppeared(bare(row.jid), row.owner.member))
-            if waiting is not None:
-                self._spawn(_finish(waiting), name="session appeared")
+            appeared = SessionAppeared(bare(row.jid), row.owner.member)
+            self._hooks.notify_aside(appeared, self._spawn, name="session appeared")
 
     def _vanished(self, owner: Owner, rows: Lost) -> None:
         if self._hooks.wants(SessionsLost):
-            waiting = self._hooks.notify(SessionsLost(owner.member, _LostSessions(rows)))
-            if waiting is not None:
-                self._spawn(_finish(waiting), name="sessions lost")
+            lost = SessionsLost(owner.member, _LostSessions(rows))
+            self._hooks.notify_aside(lost, self._spawn, name="sessions lost")
 
     def close(self, row: SessionRow) -> bool:
         """Take a session's row out; True when it was the user's last one in the cluster."""
@@ -646,14 +632,26 @@ class SessionManager:
     # -- the rules
 
     def hold_messages(self, user: JID, until: "asyncio.Future[None]") -> None:
-        """Have messages for a user that are routed on this node wait, each with its stream, until that is done."""
-        self._held[user.bare] = until
+        """Have messages for a user that are routed on this node wait until that is done. Their streams go on: others
+        are not to wait for this user."""
+        owed = self._owed_to.setdefault(user.bare, _Owed())
+        owed.futures.append(until)
 
-        def let_go(done: "asyncio.Future[None]") -> None:
-            if self._held.get(user.bare) is done:
-                del self._held[user.bare]
+        def done(until: "asyncio.Future[None]") -> None:
+            owed.futures.remove(until)
+            if not owed.futures:
+                del self._owed_to[user.bare]
+                for record in owed.behind:
+                    self._turns.add(user.bare, record)
 
-        until.add_done_callback(let_go)
+        until.add_done_callback(done)
+
+    def hold_no_more(self) -> None:
+        """The node stops: what has waited goes where it can."""
+        for user, owed in list(self._owed_to.items()):
+            behind, owed.behind = owed.behind, []
+            for record in behind:
+                self._turns.add(user, record)
 
     def hold_arrivals(self, node: bytes, until: "asyncio.Future[None]") -> None:
         """Have messages that come from another node wait until that is done."""
@@ -665,7 +663,6 @@ class SessionManager:
         return self.route(stanza)
 
     def _wait_behind(self, stanza: Stanza, owed: "_Owed") -> Outcome:
-        """The stream goes on: others are not to wait for this one's recipient."""
         if len(owed.behind) >= _OWED_MESSAGES:
             raise StanzaError("resource-constraint", "too many messages wait for this recipient")
         pending = Pending(failed=lambda error: self._bounce(stanza, error))
@@ -700,8 +697,6 @@ class SessionManager:
         for one in rows.values():
             if one.hides is not None and self._owed(one) and not _waits_for_nobody(stanza):
                 return self._gate.wait(stanza, self._message_behind(stanza))
-        if self._held and to.bare in self._held and not _waits_for_nobody(stanza):
-            return self._gate.wait(stanza, self._message_held(stanza, self._held[to.bare]))
         if to.resource:
             row = rows.get(to.resource)
             if row is not None:
@@ -763,7 +758,7 @@ class SessionManager:
         raise StanzaError("service-unavailable")
 
     def _undeliverable(self, stanza: Stanza, to: JID) -> Outcome:
-        if self.is_anonymous(to):
+        if stanza.kept or self.is_anonymous(to):  # the first is kept already
             raise StanzaError("service-unavailable")
         pending = Pending(failed=lambda error: self._bounce(stanza, error))
 
@@ -879,10 +874,6 @@ class _LostSessions:
 
 def _waits_for_nobody(stanza: Stanza) -> bool:
     return bool(stanza.hops) or stanza.kept or stanza.type == "error"
-
-
-async def _finish(waiting: Awaitable[None]) -> None:
-    await waiting
 
 
 def _here(rows: Rows) -> Rows:

@@ -3,6 +3,9 @@ are available here are not left waiting for what is stored for them.
 
 Tables between nodes lag a little, so a node may store a message for somebody who has just become available on another
 one. The nodes tell each other; this look at the database is for what that misses.
+
+While a member of the cluster is not seen, whoever binds a resource may come from there, where what they have written
+was stored for somebody who is here: it comes before what they write next, so they wait for such a look.
 """
 
 import asyncio
@@ -13,7 +16,7 @@ from typing import Any, Final
 
 from xmppd.cluster.cluster import Cluster
 from xmppd.errors import JidError, StorageError
-from xmppd.events import MessagesFound, MessagesTakenOver
+from xmppd.events import MessagesFound, MessagesTakenOver, NodeDown, SessionBound
 from xmppd.hooks import Hooks
 from xmppd.log import get_logger
 from xmppd.protocol.jid import JID, make
@@ -22,6 +25,9 @@ from xmppd.spool import Spool
 _PERIOD: Final = 1.0  # seconds
 _OVERLAP: Final = 10.0  # seconds a commit may take to show, and a clock may be behind; what differs more is known
 _AT_ONCE: Final = 200  # users between two turns of the others
+_SHARED: Final = 0.02  # seconds in which all who come share a look
+_PATIENCE: Final = 2.0  # seconds that a login waits for it
+_OWNER: Final = "spool watch"  # of hooks
 log = get_logger("spool")
 
 
@@ -59,12 +65,16 @@ class SpoolWatch:
         self._spawn = spawn
         self._clock = clock
         self._since = clock()  # what was stored before has been seen, but for the overlap
+        self._sharing: asyncio.Future[None] | None = None  # a look that has not begun
+        self._listens = False  # to logins
         self.looks = 0
+        hooks.add(_OWNER, NodeDown, lambda event: self._listen())
 
     async def run(self) -> None:
         """Until it is cancelled."""
         away = False
         while True:
+            self._listen()
             await asyncio.sleep(_PERIOD * random.uniform(0.8, 1.2))  # not all nodes at once
             if not self._cluster.joined or not self._cluster.holds_lease:
                 continue
@@ -85,9 +95,12 @@ class SpoolWatch:
         taken = await self._spool.take_over(self._cluster.me.node)
         if taken and (told := self._hooks.notify(MessagesTakenOver(taken))) is not None:
             await told
+        self._since = await self._find(began)
+
+    async def _find(self, began: float) -> float:
+        """Those who are here and have something new; when that began."""
         skew = max((abs(each) for each in self._cluster.skews.values()), default=0.0)
         users = await self._spool.freed_since(self._since - _OVERLAP - skew)
-        self._since = began
         self.looks += 1
         for count, (host, username) in enumerate(users, 1):
             try:
@@ -95,12 +108,38 @@ class SpoolWatch:
             except JidError:
                 continue
             if self._is_here(user):
-                waiting = self._hooks.notify(MessagesFound(user))
-                if waiting is not None:
-                    self._spawn(_finish(waiting), name="messages found")
+                self._hooks.notify_aside(MessagesFound(user), self._spawn, name="messages found")
             if count % _AT_ONCE == 0:
                 await asyncio.sleep(0)
+        return began
 
+    # -- logins
 
-async def _finish(waiting: Any) -> None:
-    await waiting
+    def _listen(self) -> None:
+        """While a member is not seen; a login costs nothing otherwise."""
+        cluster = self._cluster
+        apart = cluster.joined and any(each.node not in cluster.links.peers for each in cluster.membership.others)
+        if apart != self._listens:
+            self._listens = apart
+            if apart:
+                self._hooks.add(_OWNER, SessionBound, self._look_first)
+            else:
+                self._hooks.remove(_OWNER, SessionBound)
+
+    async def _look_first(self, event: SessionBound) -> None:
+        sharing = self._sharing
+        if sharing is None:
+            sharing = self._sharing = asyncio.get_running_loop().create_future()
+            self._spawn(self._shared_look(sharing), name="look at the spool")
+        await asyncio.wait((sharing,), timeout=_PATIENCE)
+
+    async def _shared_look(self, sharing: "asyncio.Future[None]") -> None:
+        try:
+            await asyncio.sleep(_SHARED)
+            self._sharing = None
+            await self._find(self._clock())
+        except StorageError as exc:
+            log.debug("nothing known of stored messages at a login", error=exc)
+        finally:
+            self._sharing = None if self._sharing is sharing else self._sharing
+            sharing.set_result(None)

@@ -53,7 +53,6 @@ from xmppd.module_api import (
     Holder,
     IqRequest,
     Kept,
-    KeptMessage,
     Module,
     NoAccount,
     QuotaReached,
@@ -80,8 +79,9 @@ _REMEMBERED: Final = 10.0  # seconds for which it is remembered that a message w
 _SAW_LATER: Final = 60.0  # seconds by which another node may have lost sight of this one before this one did of it
 _RETRIEVES: Final = "offline"  # in a session's state: it looks through the messages by itself
 _PARTED: Final = 100_000  # users with messages of a split, the most that are looked at
-_HELD: Final = 10.0  # seconds that messages wait for older ones to be stored, free, or delivered by another node
-_HELD_BACK: Final = 50.0  # seconds that they do while the database cannot give these
+_HELD: Final = 20.0  # seconds that messages wait for older ones to be stored, free, or delivered by another node
+_HELD_BACK: Final = 50.0  # seconds that they do while the database cannot give these, or another node not store them
+_LOOKED: Final = 10.0  # seconds that all that comes from a node waits for a look at what it has stored
 _SILENT: Final = 8.0  # seconds for what a silent node holds to be taken over: its lease, and a look or two
 _STORED_LOOK: Final = 0.02
 _SILENT_LOOK: Final = 0.25  # seconds between two looks
@@ -160,8 +160,6 @@ class Offline(Module[Config]):
     @hook(MessageUndeliverable, after=("push", "blocking", "privacy"))
     def keep(self, event: MessageUndeliverable) -> Handled | None:
         message = event.message
-        if isinstance(message, KeptMessage):
-            return self._came_back(event, message)
         verdict = judge(message, self.config.store_empty_body)
         if verdict is Verdict.REFUSE:
             return None
@@ -274,14 +272,6 @@ class Offline(Module[Config]):
         if self._takers(event.user):
             self._wake(event.user)
 
-    def _came_back(self, event: MessageUndeliverable, message: KeptMessage) -> Handled:
-        """The session it was sent to has died: its row, which keeps its place, is free for the next one."""
-        holder, message.holder = message.holder, None
-        if holder is not None:
-            self._release(event.user, (message.row_id,), holder)
-        event.outcome.follow(SAFE)
-        return HANDLED
-
     # -- moving between servers
 
     @hook(UserExporting)
@@ -347,7 +337,7 @@ class Offline(Module[Config]):
 
     async def _go_on(self, session: Session, node: bytes, flushed: "asyncio.Future[None]") -> None:
         try:
-            await self.nodes.call(node, "stored", session.jid.full, timeout=_HELD)
+            await self.nodes.call(node, "stored", session.jid.full, timeout=_HELD_BACK)
         except (NodeUnreachable, CallRefused) as exc:
             self.log.debug("messages that are being stored not waited for", error=exc)
         await self._flush_woken(session, flushed)
@@ -356,7 +346,7 @@ class Offline(Module[Config]):
     async def until_stored(self, node: bytes, jid: str) -> None:
         """A session has gone there: answer when what is being stored here for its user, or freed, is there for others,
         and its row no longer says that it is here."""
-        session, give_up = parse(jid), time.monotonic() + _HELD
+        session, give_up = parse(jid), time.monotonic() + _HELD_BACK
         storing = self._is_storing(session)
         while storing and time.monotonic() < give_up:
             await asyncio.sleep(_STORED_LOOK)
@@ -478,8 +468,8 @@ class Offline(Module[Config]):
 
     @hook(SessionAppeared, switched=True)
     def poke(self, event: SessionAppeared) -> None:
-        """Its node looks again. What is stored comes before what is written from here on: that waits, each message with
-        its stream, until the other node has delivered what there is."""
+        """Its node looks again. What is stored comes before what is written from here on: that waits until the other
+        node has delivered what there is."""
         user = event.user.bare
         if user in self._parted or user in self._storing:
             self._parted.discard(user)
@@ -497,7 +487,7 @@ class Offline(Module[Config]):
             try:
                 storing = [one for user in some for one in self._storing.get(user, ())]
                 if storing:
-                    await asyncio.wait(storing, timeout=_HELD)
+                    await asyncio.wait(storing, timeout=_HELD_BACK)
                 await self.nodes.call(node, "flush", list(some), timeout=_HELD)
             except (NodeUnreachable, CallRefused) as exc:
                 self.log.debug("messages from before a split not flushed", error=exc)
@@ -532,7 +522,7 @@ class Offline(Module[Config]):
         comes first, so users are woken before anything arrives."""
         if event.node in self._apart_since:
             self._looking[event.node] = looked = asyncio.get_running_loop().create_future()
-            self.sessions.hold_arrivals(event.node, _at_most(looked, _HELD))
+            self.sessions.hold_arrivals(event.node, _at_most(looked, _LOOKED))
 
     def _end_look(self, node: bytes) -> None:
         looked = self._looking.pop(node, None)

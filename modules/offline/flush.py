@@ -6,7 +6,18 @@ from functools import partial
 from typing import Final, Protocol
 
 from xmppd.errors import JidError, StorageUnavailable
-from xmppd.module_api import Blocklist, Chores, Holder, KeptMessage, Outcome, Pending, Session, SpoolRow, Standing
+from xmppd.module_api import (
+    ERROR,
+    Blocklist,
+    Chores,
+    Holder,
+    KeptMessage,
+    Outcome,
+    Pending,
+    Session,
+    SpoolRow,
+    Standing,
+)
 from xmppd.protocol.jid import JID
 
 CHUNK: Final = 100  # rows taken at once
@@ -39,7 +50,7 @@ class Flush:
     """Takes a user's messages and writes them to one session, oldest first, until there are none.
 
     A row is deleted when its message's outcome is known, never before. What was written and lost with the connection is
-    routed again by the server and comes back to the module as a KeptMessage.
+    routed again by the server, and free for others where nobody takes it.
     """
 
     def __init__(
@@ -126,9 +137,16 @@ class Flush:
             self._settled(message, size, None)
 
     def _settled(self, message: KeptMessage, size: int, result: Outcome | None) -> None:
-        # Safe: it has arrived. An error: its sender was told. Either way the row has done its duty, unless the message
-        # came back and the row is free again.
+        # Safe: it has arrived, and the row has done its duty, unless the message came back and the row is free again.
         self._bytes -= size
         self._room.set()
-        if message.holder is not None:
+        holder = message.holder
+        if holder is None:
+            return
+        if (
+            result is ERROR
+        ):  # refused where it went when this session had ended; its sender had been told that it is safe
+            message.holder = None
+            self._release((message.row_id,), holder)
+        else:
             self._chores.delete(message.row_id)

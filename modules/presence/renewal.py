@@ -68,7 +68,8 @@ class Renewal:
                 sent = 0
                 if not await self._taken(node):
                     return
-        del self._current[node]
+        if self._current.get(node) is token:
+            del self._current[node]
         if shown:
             self._log.info("sessions shown to a node", node=name, sessions=shown)
 

@@ -54,8 +54,6 @@ class Account:
         for number in numbers:
             if forgotten:
                 self._again[number] = self._sessions
-            else:
-                self._again.pop(number, None)
 
     def _is_second_copy(self, number: int, highest: int) -> bool:
         session = self._again.get(number)
@@ -85,7 +83,7 @@ class Account:
         stream = bisect(self.streams, number)
         how = f"{time.time():.3f} on {node + 1}{' from the spool' if stored else ''}"
         highest, before = self._highest.get(stream, (0, ""))
-        if number < highest and self._is_second_copy(number, highest):
+        if number < highest and (self.state[number] & RETURNED or self._is_second_copy(number, highest)):
             self.excused += 1
         elif number < highest:
             self.disorder.append({**self.about(number), "arrived": how, "after": highest, "which_arrived": before})

@@ -159,6 +159,8 @@ class Faults:
     async def kill(self) -> None:
         """SIGKILL under load, as a power cut."""
         while (node := self._pick()) is None:
+            if self._mending.is_set():  # one that did not come back stays busy
+                return
             await self._sleep(0.2)
         self._busy.add(node)
         await self._flood()

@@ -9,6 +9,7 @@ import asyncio
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -57,7 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--database", choices=["sqlite", "mysql"], default="sqlite", help="mysql: a MariaDB of its own")
     add("--mysql", dest="database", action="store_const", const="mysql", help="the same as --database mysql")
     add("--seed", type=int, help="of faults and habits; what the machine makes of it differs from run to run")
-    add("--report", metavar="FILE", help="where to write the report, as JSON")
+    add("--report", metavar="FILE", help="where to write the report, as JSON; as it is meanwhile at SIGUSR1")
     add("--keep", metavar="DIR", help="a new folder for data and logs of the nodes, which then stay")
     add("--self-check", action="store_true", help="nodes acknowledge what they have merely received: it must be seen")
     arguments = parser.parse_args(argv)
@@ -142,6 +143,8 @@ class Run:
 
     async def _run(self) -> dict[str, Any]:
         began = time.time()
+        if self.arguments.report:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._write_report)
         await asyncio.to_thread(self._people)
         for client in self.clients:
             self._lives.append(asyncio.create_task(client.live()))
@@ -152,13 +155,18 @@ class Run:
         await self.faults.mend()
         drained = await self._drain()
         return {
-            **self.book.verdict(),
-            "seed": self.arguments.seed,
-            "options": {name: value for name, value in vars(self.arguments).items() if name != "seed"},
+            **self._so_far(),
             "seconds": {"under_load": round(loaded - began, 1), "to_the_end": round(time.time() - loaded, 1)},
             "drained": drained,
             "spooled_at_most": self.spooled,
             "spooled_at_the_end": await asyncio.to_thread(self.faults.spooled),
+        }
+
+    def _so_far(self) -> dict[str, Any]:
+        return {
+            **self.book.verdict(),
+            "seed": self.arguments.seed,
+            "options": {name: value for name, value in vars(self.arguments).items() if name != "seed"},
             "faults": dict(self.faults.counts),
             "unacknowledged_at_kills": self.faults.at_kill,
             "clients": dict(sorted(self.counts.items())),
@@ -167,6 +175,10 @@ class Run:
             "errors_logged": self.faults.trouble()[:50],
             "trail": [f"{at:.3f} {what}" for at, what in self.faults.trail],
         }
+
+    def _write_report(self) -> None:
+        """What is not at an end yet counts as lost in it."""
+        Path(self.arguments.report).write_text(json.dumps(self._so_far(), indent=1) + "\n")
 
     def _people(self) -> None:
         first = self.faults.cluster[0]

@@ -116,6 +116,27 @@ def test_second_copies_may_come_behind_what_a_dead_node_had_stored(account):
     assert [(found["number"], found["after"]) for found in account.disorder] == [(three, four), (five, 6)]
 
 
+def test_second_copies_stay_second_copies_in_the_sessions_that_follow(account):
+    one, two = written(account, 2)
+    account.write_again([one, two], forgotten=True)
+    account.write_again([one, two], forgotten=False)
+
+    account.arrive(two, "romeo-2", node=0)
+    account.arrive(one, "romeo-1", node=0)
+
+    assert (account.excused, account.disorder) == (1, [])
+
+
+def test_what_was_given_back_may_come_late(account):
+    one, two = written(account, 2)
+    account.give_back(one)
+
+    account.arrive(two, "romeo-2", node=0)
+    account.arrive(one, "romeo-1", node=0)
+
+    assert (account.excused, account.disorder) == (1, [])
+
+
 def test_another_id_is_wrong_and_so_is_a_number_nobody_wrote(account):
     written(account, 1)
 

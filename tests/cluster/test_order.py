@@ -14,11 +14,14 @@ from xmppd.c2s.handover import Handover
 from xmppd.c2s.resumption import Resumption
 from xmppd.c2s.session import Session
 from xmppd.c2s.spooling import Spooling
-from xmppd.delivery import ERROR, SAFE
+from xmppd.chores import KeptMessage
+from xmppd.delivery import ERROR, SAFE, Pending, Record
 from xmppd.errors import StorageUnavailable
+from xmppd.events import SessionArrived
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza
-from xmppd.storage import next_place
+from xmppd.spool import Holder
+from xmppd.storage import new_id, next_place
 
 JULIET = f"juliet@{HOST}"
 ENABLE = etree.fromstring("<enable xmlns='urn:xmpp:sm:3' resume='true'/>")
@@ -33,6 +36,7 @@ def equip(world):
     )
     world.parts = parts
     world.manager.freeing = parts.spooling.freeing
+    world.router.on_kept(parts.spooling.give_back)
     parts.resumption.handover = Handover(world.place.links, world.place.calls, world.forwarder, lambda: parts)
 
 
@@ -229,7 +233,37 @@ async def test_what_a_session_leaves_that_has_just_ended_elsewhere_is_waited_for
     assert again.bodies == ["1", "2", "3"]
 
 
-async def test_a_session_that_moves_gets_what_is_being_stored_before_what_it_was_sent_since(nodes):
+async def test_what_could_not_go_where_its_session_went_is_waited_for_until_it_is_free(nodes):
+    """The session is lost on its way; who asks whether all it had is where it belongs has to wait."""
+    world, user = nodes[0], parse(JULIET)
+    freed = asyncio.Event()
+
+    async def free(ids, holder):
+        await freed.wait()
+
+    world.spool.release = lambda ids, holder: asyncio.ensure_future(free(ids, holder))
+    kept = KeptMessage.from_bytes(message(JULIET, "1").encode())
+    kept.row_id, kept.holder = new_id(), Holder(world.owner.member, world.owner.incarnation, "session")
+    outcome = Pending()
+    world.manager.reroute([Record(kept, outcome)])
+    await world.settled(outcome)
+    asked = asyncio.create_task(world.manager.settled_here(user))
+    await asyncio.sleep(0.05)
+    assert not asked.done()
+    freed.set()
+    await asyncio.wait_for(asked, 10)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+async def test_a_session_that_moves_gets_what_is_being_stored_before_what_it_was_sent_since(nodes, slow):
+    """`slow`: another module takes its time over the session, before the one that knows of what is stored."""
+    taken = asyncio.Event()
+    if slow:
+
+        async def take_time(event):
+            await taken.wait()
+
+        nodes[1].hooks.add("slow", SessionArrived, take_time, rank=-1)
     committed = asyncio.Event()
     keep = nodes[0].spool.keep
 
@@ -258,6 +292,7 @@ async def test_a_session_that_moves_gets_what_is_being_stored_before_what_it_was
     saying = asyncio.create_task(say(romeo, "4"))
     await asyncio.sleep(0.05)
     assert there.bodies == []
+    taken.set()
     committed.set()
     await nodes.net.until(lambda: len(there.bodies) >= 4)
     await asyncio.gather(arriving, saying)

@@ -9,6 +9,7 @@ import pytest
 from tests.cluster import worlds
 from tests.cluster.test_presence import JULIET
 from tests.modules.world import message
+from xmppd.events import NodeDown
 from xmppd.protocol.jid import parse
 from xmppd.spool_watch import SpoolWatch
 
@@ -25,7 +26,14 @@ async def nodes(databases, tmp_path):
 
 def watch(world):
     """Its looks at the database, when they are wanted."""
-    cluster = SimpleNamespace(me=SimpleNamespace(node=world.owner.member), skews={}, joined=True, holds_lease=True)
+    cluster = SimpleNamespace(
+        me=SimpleNamespace(node=world.owner.member),
+        skews={},
+        joined=True,
+        holds_lease=True,
+        links=SimpleNamespace(peers=[]),
+        membership=SimpleNamespace(others=[SimpleNamespace(node=b"the other one")]),
+    )
     return SpoolWatch(world.spool, cluster, world.hooks, world.manager.takes_messages_here, world.spawn)
 
 
@@ -102,6 +110,21 @@ async def test_it_comes_although_no_node_has_told_the_other(nodes):
     await romeo.send(message(JULIET, "5", id="m5"))
     await nodes[1].until(lambda: len(juliet.bodies) == 6)
     assert juliet.bodies == [str(number) for number in range(6)]
+
+
+async def test_who_comes_from_a_node_that_is_not_seen_does_not_overtake_what_they_wrote_there(nodes):
+    watch(nodes[1])
+    romeo = await nodes[0].come("romeo")
+    juliet = await nodes[1].enter("juliet")
+    await nodes.calm()
+    nodes.net.hold("two", "one")  # node one does not see her
+    await juliet.available()
+    await nodes[0].stored(await romeo.send(message(JULIET, "1", id="m1")))
+    nodes[1].hooks.notify(NodeDown("one", nodes[0].owner.member, "silent"))
+    romeo = await nodes[1].come("romeo", "elsewhere")
+    await romeo.send(message(JULIET, "2", id="m2"))
+    await nodes[1].until(lambda: len(juliet.bodies) == 2)
+    assert juliet.bodies == ["1", "2"]
 
 
 async def test_what_is_written_behind_stored_messages_does_not_overtake_them(nodes):

@@ -13,6 +13,7 @@ from lxml.etree import _Element
 from xmppd.access import Access, AccessRules
 from xmppd.admin.registry import Caller, Registry
 from xmppd.c2s.session import Parts, Session
+from xmppd.c2s.spooling import Spooling
 from xmppd.cluster.interfaces import Calls, Links
 from xmppd.cluster.tables import Owner, Route, RouteTable, SessionTable
 from xmppd.config import parse as parse_config
@@ -216,6 +217,9 @@ class World:
             Removals(place.calls, self.accounts, self.hooks, self.spawn)
         routes.insert(Route(HOST, self.owner, LocalRouter(self.manager, dispatcher, gate).route))
         sweeper: Any = SimpleNamespace(add=self.with_records.append)
+        rows = Spooling(self.spool, self.hooks, self.owner, reroute=self.manager.reroute)
+        self.manager.freeing = rows.freeing
+        self.router.on_kept(rows.give_back)
         self.parts = Parts(
             place.name if place else "xmppd@test", self.router, self.manager, self.hooks, gate, self.spawn, sweeper
         )

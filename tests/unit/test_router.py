@@ -7,6 +7,7 @@ import pytest
 
 from tests.harness import vectors
 from tests.harness.routing import OWNER, Node, address, condition
+from xmppd.chores import KeptMessage
 from xmppd.cluster.tables import Route
 from xmppd.delivery import ERROR, SAFE, Pending
 from xmppd.errors import StanzaError, StorageUnavailable
@@ -51,6 +52,18 @@ async def test_a_stanza_without_sender_is_dropped_in_silence():
     node = Node()
     stanza = build("message", {"to": "localhost/x"}, b"<body/>")
     assert node.router.route(stanza) is SAFE
+
+
+async def test_a_row_of_the_spool_is_given_back_and_nobody_is_told():
+    """Its sender was told long ago that it is safe."""
+    node = Node()
+    given = []
+    node.router.on_kept(given.append)
+    stanza = build("message", {"from": node.romeo.jid.full, "to": "juliet@unknown.invalid", "type": "chat"}, PAYLOAD)
+    kept = KeptMessage.from_bytes(stanza.xml)
+    assert node.router.route(kept) is SAFE
+    assert given == [kept]
+    assert node.romeo.received == []
 
 
 async def test_of_several_routes_the_local_one_counts():

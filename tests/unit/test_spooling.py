@@ -9,7 +9,7 @@ from xmppd.c2s.managed import Managed
 from xmppd.c2s.resumption import Resumption
 from xmppd.c2s.spooling import LATE, SOON, Spooling
 from xmppd.cluster.tables import Owner
-from xmppd.delivery import SAFE
+from xmppd.delivery import ERROR, SAFE
 from xmppd.errors import StorageUnavailable
 from xmppd.events import MessagesFreeing, MessageSpooling
 from xmppd.hooks import Hooks
@@ -348,3 +348,25 @@ async def test_what_comes_back_and_was_not_written_is_routed_again(play):
     assert outcome.result is None
     await play.spool.commit(StorageUnavailable("away"))
     assert [record.outcome for record in play.rerouted] == [outcome]
+
+
+async def test_what_is_refused_where_its_session_has_gone_stays_in_the_database(play):
+    outcome = play.send("a")
+    play.pass_time(0.0, 0.2)
+    await play.spool.commit()
+    assert outcome.result is SAFE
+    [(moved, pending)] = play.managed.leave()
+    pending.settle(ERROR)
+    await asyncio.sleep(0.01)
+    assert (play.spool.deleted, play.spool.released) == ([], [moved.row_id])
+    assert [event.user.full for event in play.freed] == ["juliet@capulet.example"]
+
+
+async def test_what_is_refused_there_before_it_was_promised_has_been_told_to_its_sender(play):
+    outcome = play.send("a")
+    play.pass_time(0.0, 0.2)
+    [(moved, pending)] = play.managed.leave()
+    pending.settle(ERROR)
+    await asyncio.sleep(0.01)
+    assert outcome.result is ERROR
+    assert (play.spool.deleted, play.spool.released) == ([moved.row_id], [])

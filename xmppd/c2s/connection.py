@@ -23,8 +23,9 @@ from xmppd.c2s.session import Session
 from xmppd.c2s.stream_management import failed
 from xmppd.c2s.ticks import Ticks
 from xmppd.c2s.tls import feed
-from xmppd.delivery import ERROR, SAFE, Pending, Spawn
+from xmppd.delivery import ERROR, SAFE, Pending
 from xmppd.errors import StreamError
+from xmppd.hooks import Spawn
 from xmppd.log import Logger
 from xmppd.metrics import Counters, add
 from xmppd.protocol import ns

@@ -18,7 +18,7 @@ The payload of the call is [id, user, h]; the answer has one of
 import asyncio
 import base64
 import binascii
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -205,24 +205,24 @@ class Handover:
         managed = session.managed = Managed.arrived(session, id, state)
         parts.resumption.take(session, managed)
         waiting = parts.hooks.notify(SessionArrived(session, state["luggage"]))
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if waiting is not None:
+            session.hold_messages(told)  # a module that has not been told yet may know of older ones
 
         async def settle_in() -> None:
             try:
-                if waiting is not None:
-                    await waiting
+                try:
+                    if waiting is not None:
+                        await waiting
+                finally:
+                    told.set_result(None)
                 # All nodes know where it is; then the old one has all that was on its way to it, and has passed it on.
                 await self._calls.barrier()
                 if not await self._forwarder.hand_over(node, session.jid, session.row.bound_at):
                     # It still has what it should have passed on, and that is in the database: it will be free soon.
-                    found = parts.hooks.notify(MessagesFound(session.user))
-                    if found is not None:
-                        parts.spawn(_finish(found), name="messages found")
+                    parts.hooks.notify_aside(MessagesFound(session.user), parts.spawn, name="messages found")
             finally:
                 session.settled_in()
 
         parts.spawn(settle_in(), name="session from another node")
         return session
-
-
-async def _finish(waiting: Awaitable[None]) -> None:
-    await waiting

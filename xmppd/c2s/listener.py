@@ -15,8 +15,8 @@ from xmppd.c2s.negotiation import Negotiation, Rules, TlsContexts
 from xmppd.c2s.proxied import PATIENCE, Caller, Client, Gate
 from xmppd.c2s.session import Parts
 from xmppd.c2s.ticks import Ticks
-from xmppd.delivery import Spawn
 from xmppd.errors import StreamError, XmppdError
+from xmppd.hooks import Spawn
 from xmppd.log import get_logger
 
 _BACKLOG: Final = 1024

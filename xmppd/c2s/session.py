@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 from xmppd.c2s.managed import Managed, Nobody
 from xmppd.c2s.resumption import Resumption
 from xmppd.c2s.spooling import Spooling
-from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Record, Records, Settled, Spawn, as_stanza_error
+from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Record, Records, Settled, as_stanza_error
 from xmppd.errors import JidError, StanzaError, StreamError
 from xmppd.events import (
     DirectedPresenceSending,
@@ -32,7 +32,7 @@ from xmppd.events import (
     StanzaSending,
     SubscriptionSending,
 )
-from xmppd.hooks import Hooks
+from xmppd.hooks import Hooks, Spawn
 from xmppd.log import Logger
 from xmppd.metrics import Counters
 from xmppd.protocol import ns

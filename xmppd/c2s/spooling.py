@@ -24,6 +24,7 @@ from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.events import MessagesFreeing, MessageSpooling
 from xmppd.hooks import Hooks
 from xmppd.log import get_logger
+from xmppd.protocol.jid import JID, bare
 from xmppd.protocol.stanza import Stanza
 from xmppd.spool import Holder, KeepItem, Kept, Spool
 from xmppd.storage.ids import id_of, new_id
@@ -199,11 +200,16 @@ class Spooling:
             deleted, self._deleted = self._deleted, []
             self._chores.delete_all(deleted)
 
-    def release(self, session: "Session", rows: Mapping[Holder, list[bytes]]) -> None:
+    def give_back(self, message: Stanza) -> None:
+        """One that is a row, and cannot be delivered now, is free for whoever comes."""
+        if isinstance(message, KeptMessage) and message.holder is not None and message.to is not None:
+            holder, message.holder = message.holder, None
+            self.release(bare(message.to), {holder: [message.row_id]})
+
+    def release(self, user: JID, rows: Mapping[Holder, list[bytes]]) -> None:
         """They are offline messages from now on."""
         assert self._chores is not None
         assert self._hooks is not None
-        user = session.user
         self.ended += sum(map(len, rows.values()))
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         freeing = self.freeing.setdefault(user.bare, set())
@@ -434,7 +440,7 @@ class Backlog:
             elif row != ELSEWHERE:
                 records.append(Record(stanza, entry if entry.result is None else Pending()))
         if rows:
-            self._spooling.release(self._session, rows)
+            self._spooling.release(self._session.user, rows)
         for entry, item in self._again:
             if entry.result is None and entry.row == item.id:
                 self._spooling.submit(self, entry, item)  # the last attempt
@@ -471,8 +477,12 @@ class Backlog:
     def _arrived(self, entry: Sent, moved: KeptMessage, result: Settled) -> None:
         self._moved.pop(moved.row_id, None)
         if moved.holder is not None:
+            promised = entry.result is SAFE
             entry.settle(result)
-            self._spooling.delete(moved.row_id)
+            if promised and result is not SAFE:  # its sender may not hear of the error
+                self._spooling.give_back(moved)
+            else:
+                self._spooling.delete(moved.row_id)
         elif entry.row is None and entry.result is None:
             self._spooling.reroute(entry.stanza, entry)  # it has come back, and is not in the database
         # Else it has come back and is free.
