@@ -367,6 +367,6 @@ async def test_what_is_refused_there_before_it_was_promised_has_been_told_to_its
     play.pass_time(0.0, 0.2)
     [(moved, pending)] = play.managed.leave()
     pending.settle(ERROR)
-    await asyncio.sleep(0.01)
+    play.spooling._tick()
     assert outcome.result is ERROR
     assert (play.spool.deleted, play.spool.released) == ([moved.row_id], [])
