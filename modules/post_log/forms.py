@@ -1,11 +1,12 @@
 """What a message looks like to a web server as ejabberd's XML. No I/O."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Final
 
 from lxml.etree import QName, _Element
 
-from xmppd.module_api import XML_LANG, PostedMessage, hidden, text_of
+from xmppd.module_api import XML_LANG, hidden, text_of
 from xmppd.protocol import ns
 
 _LANGUAGE: Final = "en"  # ejabberd's own, which it writes where the client has not named one
@@ -14,16 +15,20 @@ _SUBJECT: Final = f"{{{ns.CLIENT}}}subject"
 _THREAD: Final = f"{{{ns.CLIENT}}}thread"
 
 
-def ejabberd_xml(message: PostedMessage) -> bytes:
+def ejabberd_xml(element: _Element, to: str, from_: str, *, hides: bool = False) -> bytes:
     """The element as ejabberd 23.01 writes it: single quotes, its order of attributes and children, `from` and
-    `xml:lang` always there, and of the message's own children the bodies, subjects and threads last."""
-    element, hides = message.element, message.confidential
-    lang = element.get(XML_LANG) or _LANGUAGE
-    head = f"<message xml:lang='{_escape(lang)}' to='{_escape(message.to)}' from='{_escape(message.from_)}'"
+    `xml:lang` always there, and of the message's own children the bodies, subjects and threads last. `hides`: the text
+    is left out."""
+    attributes = element.attrib
+    head = _head(attributes.get(XML_LANG) or _LANGUAGE, to, from_)
     for name in ("type", "id"):
-        value = element.get(name)
+        value = attributes.get(name)
         if value is not None:
             head += f" {name}='{_escape(value)}'"
+    if len(element) == 1 and not hides:  # nearly always
+        (child,) = element
+        if child.tag == _BODY and not child.attrib and not len(child) and child.text:
+            return f"{head} xmlns='jabber:client'><body>{_escape(child.text)}</body></message>".encode()
     others: list[str] = []
     own: dict[str, list[str]] = {_BODY: [], _SUBJECT: [], _THREAD: []}
     for child in element:
@@ -35,6 +40,11 @@ def ejabberd_xml(message: PostedMessage) -> bytes:
             others.extend(_foreign(child, ns.CLIENT))
     parts = (head, " xmlns='jabber:client'>", *others, *own[_BODY], *own[_SUBJECT], *own[_THREAD], "</message>")
     return "".join(parts).encode()
+
+
+@lru_cache(maxsize=4096)  # who talks does so for a while
+def _head(lang: str, to: str, from_: str) -> str:
+    return f"<message xml:lang='{_escape(lang)}' to='{_escape(to)}' from='{_escape(from_)}'"
 
 
 def _own_child(child: _Element, hides: bool) -> str:

@@ -50,6 +50,7 @@ Format = Literal[
 ]
 Headers = tuple[tuple[str, str], ...] | Mapping[str, str]
 
+_KINDS: Final = {"sent": "message.sent", "received": "message.received", "offline": "message.offline"}
 _STATES: Final = {"sent": "accepted", "received": "sent", "offline": "stored-offline"}
 _ELSE: Final = {  # where a format is chosen that only web servers get
     "file": "a file has lines of JSON",
@@ -128,6 +129,8 @@ class Poster:
         headers = sink.headers.items() if isinstance(sink.headers, Mapping) else sink.headers
         self._content_type = content_type
         self._headers = tuple((str(name), str(value)) for name, value in headers)
+        self._fixed = (("Content-Type", content_type), *self._headers)
+        self._as_ejabberd = sink.format == "ejabberd" and sink.jid is None
 
     def problem(self) -> str:
         """What is wrong with where it goes, or nothing."""
@@ -163,37 +166,43 @@ class Poster:
 
     def event(self, seen: Seen) -> Event:
         stanza, sender, recipient, direction = seen.stanza, seen.sender, seen.recipient, seen.direction
-        event_id = new_id()
-        to = seen.element.get("to") or recipient.full
-        hidden = self.sink.confidential
-        state = _STATES[direction]
-        message = PostedMessage(stanza, seen.element, sender, recipient, to, direction, state, seen.at, hidden)
-        made = self._made(message, event_id, seen.host)
-        headers = (("Content-Type", made.content_type), *made.headers, *self._headers)
+        element, event_id = seen.element, new_id()
+        attributes = element.attrib
+        to, from_ = attributes.get("to") or recipient.full, attributes.get("from") or sender.full
+        if self._as_ejabberd:
+            headers = self._fixed
+            payload = ejabberd_xml(element, to, from_, hides=self.sink.confidential)
+        else:
+            made = self._made(seen, to, event_id)
+            headers = (("Content-Type", made.content_type), *made.headers, *self._headers)
+            payload = made.payload
         if not self.batched:  # there the headers are those of a whole batch
-            values = (timestamp(seen.at), message.from_, to)
-            headers = (*headers, *zip(self._names, values, strict=True))
+            at_name, from_name, to_name = self._names
+            headers = (*headers, (at_name, timestamp(seen.at)), (from_name, from_), (to_name, to))
         in_room = stanza.type == "groupchat"
         return Event(
             event_id,
             self.name,
             seen.host,
-            f"message.{direction}",
+            _KINDS[direction],
             conversation(sender, sender if in_room and direction != "sent" else recipient, room=in_room),
-            made.payload,
+            payload,
             seen.at,
             headers,
             _repeated(self.name, stanza, sender, recipient) if direction == "offline" else None,
         )
 
-    def _made(self, message: PostedMessage, event_id: bytes, host: str) -> Posted:
+    def _made(self, seen: Seen, to: str, event_id: bytes) -> Posted:
+        """All but what `ejabberd` means."""
+        state, hides = _STATES[seen.direction], self.sink.confidential
+        message = PostedMessage(
+            seen.stanza, seen.element, seen.sender, seen.recipient, to, seen.direction, state, seen.at, hides
+        )
         if self.sink.jid is not None:
-            return Posted("", forward(message, to=self.sink.jid, id=ulid(event_id), host=host))
-        if self.sink.format == "ejabberd":
-            return Posted(self._content_type, ejabberd_xml(message))
-        about = About(ulid(event_id), host, self._node, self.sink.token)
+            return Posted("", forward(message, to=self.sink.jid, id=ulid(event_id), host=seen.host))
+        about = About(ulid(event_id), seen.host, self._node, self.sink.token)
         if self._profile is None:
-            return Posted(self._content_type, json_object(message, id=about.id, host=host, node=self._node))
+            return Posted(self._content_type, json_object(message, id=about.id, host=about.host, node=self._node))
         made = posted(self._profile, message, about)
         return made if self._usual else replace(made, content_type=self._content_type)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from bench_own import COST, Failed, Own, middle, own_nodes
 
+CHILDREN = "of_it_descendants_us_per_message"
 HERE = Path(__file__).resolve().parent
 ACKS = {"plain": -1.0, "prompt": 0.0, "stored": 1.5}  # seconds the clients take; -1: no stream management
 
@@ -87,6 +88,8 @@ def post_log(chat: Chat, arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "rate": options.rate,
         "post_log_us_per_message": _more(found["post_log"], found["plain"]),
+        "chat_path_us_per_message": _own_more(found["post_log"], found["plain"]),
+        "sender_us_per_message": _more(found["post_log"], found["plain"], CHILDREN),
         **({"made_us_per_message": _more(found["made"], found["plain"])} if "made" in found else {}),
         "outbox_at_the_end": [line.split("\t") for line in waiting],
         **found,
@@ -97,8 +100,13 @@ def _modules(sink: "Sink", form: str) -> dict[str, Any]:
     return {"modules": {"post_log": {"url": sink.url, "format": form}}}
 
 
-def _more(one: dict[str, Any], other: dict[str, Any]) -> float:
-    return round(float(one[COST]) - float(other[COST]), 2)
+def _more(one: dict[str, Any], other: dict[str, Any], cost: str = COST) -> float:
+    return round(float(one[cost]) - float(other[cost]), 2)
+
+
+def _own_more(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The difference without the processes that the node has started: what those pay who chat."""
+    return round(_more(one, other) - _more(one, other, CHILDREN), 2)
 
 
 class Sink:

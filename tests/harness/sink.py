@@ -37,6 +37,7 @@ class WebSink:
         self.answer: int | Callable[[bytes], int] = 200
         self.headers: dict[str, str] = {}
         self.hold: asyncio.Event | None = None  # answers wait for it
+        self.waiting = 0  # so many
         self.port = 0
         self._runner: web.ServerRunner | None = None
         self._changed = asyncio.Event()
@@ -73,7 +74,11 @@ class WebSink:
     async def _serve(self, request: web.BaseRequest) -> web.Response:
         body = await request.read()
         if self.hold is not None:
-            await self.hold.wait()
+            self.waiting += 1
+            try:
+                await self.hold.wait()
+            finally:
+                self.waiting -= 1
         status = self.answer if isinstance(self.answer, int) else self.answer(body)
         headers = [(name.decode(), value.decode()) for name, value in request.raw_headers]
         loop = asyncio.get_running_loop()

@@ -46,7 +46,10 @@ def test_the_cost_of_post_log_is_told_by_turns():
     assert found["plain"]["lost"] == found["post_log"]["lost"] == 0
     assert found["made"]["lost"] == 0
     assert found["post_log"]["requests"] > 100
-    assert {"made_us_per_message", "post_log_us_per_message"} <= set(found)
+    assert {"made_us_per_message", "chat_path_us_per_message"} <= set(found)
+    assert found["sender_us_per_message"] > 0
+    own = found["chat_path_us_per_message"] + found["sender_us_per_message"]
+    assert abs(own - found["post_log_us_per_message"]) < 0.1
     assert found["outbox_at_the_end"][0][2] == "open"
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"errors", "protocol"},
     {"events", "hooks", "config", "log", "log_limits", "metrics", "notify"},
-    {"storage", "cluster", "identity"},
+    {"storage", "cluster", "identity", "sender"},
     {"spool", "chores", "delivery", "outbox", "login_limits", "auth", "access", "shaper"},
     {
         "iq",

@@ -1,5 +1,6 @@
 """Counters that cost nothing, and the page that shows them."""
 
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -96,6 +97,7 @@ class Spool:
 class Outbox:
     tallies: ClassVar = {"log": Tally(3, 1, 5.0)}
     runners: ClassVar = {}
+    sender = SimpleNamespace(restarts=4)
 
     def age(self, sink):
         return 7.0
@@ -174,5 +176,6 @@ def test_the_page_shows_what_is_asked_for_at_the_moment(page):
     assert shown["xmppd_outbox_queued", "log"] == 3
     assert shown["xmppd_outbox_dead", "log"] == 1
     assert shown["xmppd_outbox_oldest_seconds", "log"] == 7
+    assert shown["xmppd_outbox_sender_restarts_total",] == 4
     assert shown["xmppd_stanzas_rerouted_total",] == 4
     assert shown["xmppd_unacknowledged_rows_total", "taken_over"] == 6

@@ -7,11 +7,11 @@ from email.utils import formatdate
 import pytest
 
 from xmppd.outbox.backoff import Breaker, Retry
-from xmppd.outbox.event import Event, conversation, ulid
+from xmppd.outbox.event import Event, conversation
 from xmppd.outbox.line import Item, Line
-from xmppd.outbox.signature import sign, verify
-from xmppd.outbox.sink import retry_after
 from xmppd.protocol.jid import parse
+from xmppd.sender.signature import sign, verify
+from xmppd.sender.target import retry_after, ulid
 from xmppd.storage import id_time, new_id
 
 
@@ -63,6 +63,25 @@ def test_the_first_of_a_partition_bars_the_others():
     assert numbers(line.take(5.0)) == [2]
 
 
+def test_of_several_that_are_on_their_way_some_come_back_and_wait():
+    line = Line()
+    for number in range(5):
+        line.add(item(number), 0.0)
+    line.add(item(9, "q"), 0.0)
+    chain = line.take(0.0, limit=4, mixed=False)
+    assert numbers(chain) == [0, 1, 2, 3]
+
+    line.done(chain[:1], 0.0)
+    line.put_back([chain[1]], 0.0, due=5.0)
+    assert numbers(line.take(0.0, limit=9)) == [9]  # the others are still on their way
+    line.done([chain[2]], 0.0)  # whoever made them has gone on
+    line.put_back([chain[3]], 0.0, due=0.0)
+
+    assert line.take(4.9) == []
+    assert numbers(line.take(5.0, limit=9)) == [1, 3, 4]
+    assert [each.done for each in chain] == [True, False, True, False]
+
+
 def test_what_is_older_goes_first_but_for_what_is_on_its_way():
     line = Line()
     line.add(item(5), 0.0)
@@ -106,11 +125,11 @@ def test_whatever_happens_each_arrives_once_and_in_order(seed):
             under_way.append(batch)
         elif under_way:
             batch = under_way.pop(chance.randrange(len(under_way)))
-            if chance.random() < 0.3:
-                line.put_back(batch, now, due=now + 5 * chance.random())
-            else:
-                line.done(batch, now)
-                arrived += batch
+            good = chance.randint(0, len(batch))  # so many of them arrive, one by one or together
+            for part in [batch[:good]] if chance.random() < 0.5 else [[each] for each in batch[:good]]:
+                line.done(part, now)
+                arrived += part
+            line.put_back(batch[good:], now, due=now + 5 * chance.random())
         if chance.random() < 0.05:
             line.hurry(now)
 

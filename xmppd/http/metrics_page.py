@@ -202,6 +202,8 @@ class NodeCollector(Collector):
         yield _counts("xmppd_outbox_events_given_up", "Events given up", "sink", given_up)
         repeated = {name: runner.duplicates for name, runner in runners}
         yield _counts("xmppd_outbox_events_repeated", "Events that were there already", "sink", repeated)
+        restarts = "Times that the process which makes the requests was started again"
+        yield CounterMetricFamily("xmppd_outbox_sender_restarts", restarts, value=outbox.sender.restarts)
         seconds = HistogramMetricFamily(
             "xmppd_outbox_seconds", "From an event to its being taken by the sink", labels=["sink"]
         )

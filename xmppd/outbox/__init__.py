@@ -5,15 +5,16 @@ another one goes on. At least once: a receiver knows a repetition by its `Idempo
 """
 
 from xmppd.outbox.backoff import Retry
-from xmppd.outbox.event import Event, conversation, repetition, ulid
+from xmppd.outbox.event import Event, conversation, repetition
 from xmppd.outbox.file import FileSink
 from xmppd.outbox.messages import XML_LANG, Message, has_text, hidden, json_object, text_of, timestamp
 from xmppd.outbox.outbox import Outbox, SinkStatus
 from xmppd.outbox.profiles import PROFILES, About, Posted, Profile, posted
 from xmppd.outbox.runner import Settings
-from xmppd.outbox.signature import sign, verify
-from xmppd.outbox.sink import DONE, Answer, HttpSink, HttpTarget, wrong_with
+from xmppd.outbox.sink import HttpSink, wrong_with
 from xmppd.outbox.table import TableSink
+from xmppd.sender.signature import sign, verify
+from xmppd.sender.target import DONE, Answer, HttpTarget, ulid
 
 __all__ = [
     "DONE",

@@ -36,6 +36,11 @@ class Breaker:
     def is_open(self) -> bool:
         return self._failures >= self._open_after
 
+    @property
+    def is_well(self) -> bool:
+        """The last request succeeded, or there was none."""
+        return not self._failures
+
     def wait(self, now: float) -> float | None:
         """Seconds until a request may go; None: not before the one under way has ended."""
         if not self.is_open:
@@ -51,6 +56,10 @@ class Breaker:
         was_open = self.is_open
         self._failures, self._probing = 0, False
         return was_open
+
+    def forget(self) -> None:
+        """Nobody knows how the request that was under way has ended."""
+        self._probing = False
 
     def failed(self, now: float, *, not_before: float = 0.0) -> bool:
         """`not_before`: seconds the sink has asked for. Whether it has opened by this."""

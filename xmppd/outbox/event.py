@@ -1,13 +1,11 @@
 """An event on its way to a sink: what is sent, and what decides about its order and its repetitions."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Final
 
 from xmppd.protocol.jid import JID
-
-_CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+from xmppd.sender.target import ulid
 
 
 @dataclass(slots=True, eq=False)
@@ -24,21 +22,14 @@ class Event:
     created_at: float  # Unix time
     headers: tuple[tuple[str, str], ...] = ()
     dedup: bytes | None = None
+    size: int = field(init=False)  # what it is taken to weigh in memory, in bytes
+
+    def __post_init__(self) -> None:
+        self.size = 600 + len(self.payload)
 
     @property
     def ulid(self) -> str:
         return ulid(self.id)
-
-    @property
-    def size(self) -> int:
-        """What it is taken to weigh in memory, in bytes."""
-        return 600 + len(self.payload)
-
-
-def ulid(row_id: bytes) -> str:
-    """16 bytes as 26 letters and digits that sort as they do; the first 48 bits are milliseconds since 1970."""
-    number = int.from_bytes(row_id, "big")
-    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
 
 def conversation(sender: JID, recipient: JID, *, room: bool = False) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xmppd.outbox.event import Event
-from xmppd.outbox.sink import DONE, Answer
+from xmppd.sender.target import DONE, Answer
 
 
 class FileSink:

@@ -9,12 +9,14 @@ from xmppd.outbox.event import Event
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """An event in memory. `written`: there may be a row of it; `alone`: not in one request with others."""
+    """An event in memory. `written`: there may be a row of it; `alone`: not in one request with others; `done`: it has
+    arrived, or been given up."""
 
     event: Event
     written: bool = True
     attempts: int = 0
     alone: bool = False
+    done: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -22,7 +24,7 @@ class _Partition:
     key: bytes
     items: deque[Item] = field(default_factory=deque)
     due: float = 0.0  # not before, by the loop's clock
-    busy: int = 0  # so many of its first items are on their way
+    busy: int = 0  # so many of its first items are on their way; none of the others may be until they have come back
     queued: bool = False  # in `ready`, or in `later`
     serial: int = 0  # of its entry in `later`; an older one means nothing
 
@@ -56,12 +58,15 @@ class Line:
             partition.due = due
         self._queue(partition, now)
 
-    def take(self, now: float, *, limit: int = 1, size: int = 1 << 20, early: bool = False) -> list[Item]:
+    def take(
+        self, now: float, *, limit: int = 1, size: int = 1 << 20, early: bool = False, mixed: bool = True
+    ) -> list[Item]:
         """The next items to send, none when nothing is due. They stay in the line, and their partitions are busy, until
-        `done` or `put_back`. `early`: if nothing is due, what is due next."""
-        self._ripen(now)
-        if not self._ready and early:
-            self._ripen_next()
+        `done` or `put_back`. `early`: if nothing is due, what is due next. Not `mixed`: of one partition."""
+        if self._later:
+            self._ripen(now)
+            if not self._ready and early:
+                self._ripen_next()
         taken: list[Item] = []
         weight = 0
         while self._ready and len(taken) < limit:
@@ -70,37 +75,45 @@ class Line:
             if partition.items[0].alone and taken:
                 break
             del self._ready[key]
-            partition.queued = False
+            partition.queued, partition.due = False, 0.0
             for item in partition.items:
                 weight += item.event.size
                 if taken and (weight > size or len(taken) >= limit or item.alone or taken[0].alone):
                     break
                 taken.append(item)
                 partition.busy += 1
-            if weight > size or taken[0].alone:
+            if weight > size or taken[0].alone or not mixed:
                 break
         return taken
 
     def done(self, items: list[Item], now: float) -> None:
-        """They have arrived, or been given up."""
-        self._release(items, now, gone=set(map(id, items)), due=0.0)
+        """They have arrived, or been given up: the first of their partitions that are on their way."""
+        for item in items:
+            item.done = True
+            partition = self._partitions[item.event.partition]
+            if partition.items[0] is item:
+                partition.items.popleft()
+            else:  # those in front of it have to be sent again
+                partition.items.remove(item)
+            self.events -= 1
+            self.bytes -= item.event.size
+            self._came_back(partition, now)
 
     def put_back(self, items: list[Item], now: float, *, due: float) -> None:
         """They stay first; their partitions wait until `due`."""
-        self._release(items, now, gone=set(), due=due)
+        for item in items:
+            partition = self._partitions[item.event.partition]
+            partition.due = max(partition.due, due)
+            self._came_back(partition, now)
 
-    def _release(self, items: list[Item], now: float, *, gone: set[int], due: float) -> None:
-        for key in {item.event.partition: None for item in items}:
-            partition = self._partitions[key]
-            while partition.items and id(partition.items[0]) in gone:
-                item = partition.items.popleft()
-                self.events -= 1
-                self.bytes -= item.event.size
-            partition.busy, partition.due = 0, due
-            if partition.items:
-                self._queue(partition, now)
-            else:
-                del self._partitions[key]
+    def _came_back(self, partition: _Partition, now: float) -> None:
+        partition.busy -= 1
+        if partition.busy:
+            return
+        if partition.items:
+            self._queue(partition, now)
+        else:
+            del self._partitions[partition.key]
 
     def drop_oldest(self) -> Item | None:
         """One of the oldest events, which is not on its way, out of the line."""
@@ -108,6 +121,7 @@ class Line:
         if partition is None:
             return None
         item = partition.items.popleft()
+        item.done = True
         self.events -= 1
         self.bytes -= item.event.size
         if not partition.items:
@@ -127,6 +141,7 @@ class Line:
         for key, partition in list(self._partitions.items()):
             while len(partition.items) > partition.busy:
                 item = partition.items.pop()
+                item.done = True
                 self.events -= 1
                 self.bytes -= item.event.size
             if not partition.items:

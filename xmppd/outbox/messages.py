@@ -14,6 +14,7 @@ from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
 XML_LANG: Final = f"{{{ns.XML}}}lang"
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # `dumps` would make one each time
 _BODY: Final = f"{{{ns.CLIENT}}}body"
 _THREAD: Final = f"{{{ns.CLIENT}}}thread"
 _OOB_URL: Final = "{jabber:x:oob}x/{jabber:x:oob}url"
@@ -73,7 +74,10 @@ def _second(seconds: int, between: str) -> str:
 
 def has_text(element: _Element) -> bool:
     """Whether a message has a body that is not empty."""
-    return any(child.tag == _BODY and child.text for child in element)
+    for child in element:  # noqa: SIM110  (once for each message: a generator would cost as much again)
+        if child.tag == _BODY and child.text:
+            return True
+    return False
 
 
 def text_of(element: _Element) -> str:
@@ -116,7 +120,7 @@ def json_object(message: Message, *, id: str, host: str, node: str) -> bytes:
 
 def to_json(value: object) -> bytes:
     """Compact, and not only ASCII."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def _address(jid: JID) -> dict[str, str | None]:

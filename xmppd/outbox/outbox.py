@@ -16,8 +16,11 @@ from xmppd.errors import StorageError, StorageUnavailable
 from xmppd.log import get_logger
 from xmppd.outbox.event import Event
 from xmppd.outbox.line import Item
-from xmppd.outbox.rows import DEAD, MARK, PENDING, PUT, Listed, Mark, Put, Rows, Run, Tally
+from xmppd.outbox.process import Sender
+from xmppd.outbox.rows import DEAD, DONE, PENDING, PUT, Listed, Mark, Put, Rows, Run, Tally
 from xmppd.outbox.runner import Runner, Sends, Settings
+from xmppd.outbox.sink import HttpSink
+from xmppd.outbox.writing import Writing
 from xmppd.storage import Storage, upsert
 from xmppd.storage.tables import setting
 
@@ -27,11 +30,10 @@ Durability = Literal["none", "async", "commit"]
 WhenFull = Literal["spill", "slow_sender", "drop_new", "drop_old"]
 
 _LOOK: Final = 2.0  # seconds between two looks for rows of dead nodes
-_MARKS: Final = 500  # at once
 _SWEEP: Final = 60.0
 _TALLY: Final = 10.0
 _PAUSED: Final = "outbox paused"  # the setting: names of sinks, as JSON
-_UNMARKED: Final = 100_000  # marks that wait for the database; past it events may be sent once more
+_SAY_DROPPED: Final = 5.0  # seconds between two lines about events that were dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,9 @@ class Outbox:
         self._name = name
         self._clock = clock
         self._rows = Rows(storage, Run(node, incarnation), clock=clock, committed=self._committed)
-        self._unmarked: dict[bytes, Mark] = {}
+        self._writing = Writing(storage.batcher, self.runners.get)
+        self._telling: asyncio.TimerHandle | None = None
+        self.sender = Sender()
         self._kick = asyncio.Event()
         self._room = asyncio.Event()
         self._paused: set[str] = set()
@@ -94,9 +98,14 @@ class Outbox:
             self._feeding = None
         for name in list(self.runners):
             await self._end(name)
-        self._flush_marks()
+        await self.sender.stop()
+        self._writing.close()
+        self._tell_dropped()
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
 
-    async def add_sink(self, name: str, sink: Sends, *, batched: bool = False) -> None:
+    async def add_sink(self, name: str, sink: Sends | HttpSink, *, batched: bool = False) -> None:
         """A module serves this sink. ValueError when another one does."""
         if name in self.runners:
             raise ValueError(f"the sink {name} is there already")
@@ -104,7 +113,9 @@ class Outbox:
             with contextlib.suppress(StorageError):
                 await self._rows.let_go(name)
                 self._orphans.discard(name)
-        runner = Runner(name, sink, self.settings, batched=batched, mark=self._mark, roomy=self._has_room)
+        runner = Runner(name, sink, self.settings, batched=batched, mark=self._writing.mark, roomy=self._has_room)
+        if isinstance(sink, HttpSink):
+            sink.through(self.sender)
         runner.paused = name in self._paused
         self.runners[name] = runner
         await runner.start()
@@ -119,7 +130,10 @@ class Outbox:
             await self._rows.let_go(name)
 
     async def _end(self, name: str) -> None:
-        await self.runners.pop(name).stop()
+        runner = self.runners[name]
+        self._writing.write_all(name)
+        del self.runners[name]
+        await runner.stop()
         self._room.set()
 
     # -- events ------------------------------------------------------------------------------------------------------
@@ -129,24 +143,38 @@ class Outbox:
         the event is sent all the same if there is room in memory. Raises StorageUnavailable when the write queue is
         full and the durability is `commit`."""
         runner = self.runners.get(event.sink)
-        roomy = runner is not None and runner.has_room(event.size)
-        if runner is not None and not roomy and self.when_full == "drop_old" and (old := runner.line.drop_oldest()):
+        if runner is None:
+            return self._put(event, None, taken=False)
+        roomy = runner.has_room(event.size)
+        if not roomy and self.when_full == "drop_old" and (old := runner.line.drop_oldest()):
             runner.dropped += 1
-            self._mark(old, Mark(old.event.id, "done"))
+            if old.written:
+                self._writing.mark(old, Mark(old.event.id, DONE))
             roomy = runner.has_room(event.size)
-        if runner is not None and self.durability == "none":
-            if roomy:
-                runner.add(Item(event, written=False))
-            else:
-                self._drop(runner)
-            return None
-        if runner is not None and not roomy and self.when_full in ("drop_new", "drop_old"):
+        if not roomy and (self.durability == "none" or self.when_full in ("drop_new", "drop_old")):
             self._drop(runner)
-            return None
-        if runner is not None and roomy and self.durability == "async" and self._storage.batcher.away:
-            runner.add(Item(event))  # it would wait for the database, while the sink may be well
-            return None
-        taken = runner is not None and roomy and not runner.more
+        elif self.durability == "none":
+            runner.add(Item(event, written=False))
+        elif roomy and self.durability == "async" and (self._storage.batcher.away or runner.is_direct(event)):
+            self._take(event, runner)
+        else:
+            return self._put(event, runner, taken=roomy and not runner.more)
+        return None
+
+    def _take(self, event: Event, runner: Runner) -> None:
+        """It is sent at once, and written only if that does not succeed in a moment: a row that is deleted when it has
+        just been written is the dearest part of an event. While the database is away it would wait, with the sink well.
+        """
+        item = Item(event, written=False)
+        if not self._storage.batcher.away:
+            if runner.is_quick:
+                self._writing.in_a_moment(item)
+            else:
+                self._writing.write(item)
+        runner.add(item)
+
+    def _put(self, event: Event, runner: Runner | None, *, taken: bool) -> "asyncio.Future[Any] | None":
+        """First the row, then the sending."""
         put = Put(event, taken, reserved=taken)
         try:
             future = self._storage.batcher.submit(PUT, put)
@@ -156,6 +184,7 @@ class Outbox:
             self._unwritten(event, runner)
             return None
         if runner is not None:
+            runner.commits(event.partition)
             if taken:
                 runner.reserve(event)
             else:
@@ -167,6 +196,8 @@ class Outbox:
         """As `submit`, for `Batcher.submit_unit`: the event is there when what it is about is committed, and not
         otherwise."""
         runner = self.runners.get(event.sink)
+        if runner is not None:
+            runner.commits(event.partition)
         return PUT, Put(event, runner is not None and not runner.more and runner.has_room(event.size))
 
     async def room(self, sink: str) -> None:
@@ -185,6 +216,9 @@ class Outbox:
             if put.taken:
                 self._orphans.add(event.sink)  # its module was unloaded a moment ago
             return
+        if put.item is not None and (put.holder is runner or put.item.done):
+            return
+        runner.committed(event.partition)
         if put.reserved and runner.reserved:
             runner.unreserve(event)
         if not stored:
@@ -204,8 +238,10 @@ class Outbox:
                 self._kick.set()
         if future.cancelled() or (exc := future.exception()) is None:
             return
-        if runner is not None and put.reserved:
-            runner.unreserve(put.event)
+        if runner is not None:
+            runner.committed(put.event.partition)
+            if put.reserved:
+                runner.unreserve(put.event)
         log.debug("event not written", error=exc)
         if self.durability != "commit":
             self._unwritten(put.event, self.runners.get(put.event.sink))
@@ -223,36 +259,26 @@ class Outbox:
         runner.spilling += 1
 
     def _drop(self, runner: Runner) -> None:
+        """Nothing is said of each: there may be thousands a second."""
         runner.dropped += 1
-        log.warning("event dropped", sink=runner.name, waiting=runner.held, dropped=runner.dropped)
+        if self._telling is None:
+            self._tell_dropped()
+            self._telling = asyncio.get_running_loop().call_later(_SAY_DROPPED, self._tell_again)
 
-    def _mark(self, item: Item, mark: Mark) -> None:
-        unit: list[tuple[str, Any]] = [(MARK, mark)]
-        if mark.state == DEAD:  # the event may be one that could not be written before
-            unit.insert(0, (PUT, Put(item.event, taken=False, state=DEAD)))
-        self._submit_marks(unit, mark)
+    def _tell_again(self) -> None:
+        self._telling = None
+        if self._tell_dropped():
+            self._telling = asyncio.get_running_loop().call_later(_SAY_DROPPED, self._tell_again)
 
-    def _submit_marks(self, unit: list[tuple[str, Any]], mark: Mark) -> None:
-        try:
-            future = self._storage.batcher.submit_unit(unit)
-        except StorageError:
-            self._remember(mark)
-        else:
-            future.add_done_callback(partial(self._marked, mark))
-
-    def _marked(self, mark: Mark, future: "asyncio.Future[Any]") -> None:
-        if not future.cancelled() and future.exception() is not None:
-            self._remember(mark)
-
-    def _remember(self, mark: Mark) -> None:
-        """Only the end of an event has to be written; how often it was tried may be forgotten."""
-        if mark.state != PENDING and len(self._unmarked) < _UNMARKED:
-            self._unmarked[mark.id] = mark
-
-    def _flush_marks(self) -> None:
-        for mark in list(self._unmarked.values())[:_MARKS]:
-            del self._unmarked[mark.id]
-            self._submit_marks([(MARK, mark)], mark)
+    def _tell_dropped(self) -> bool:
+        """Whether there was something to tell."""
+        said = False
+        for runner in self.runners.values():
+            if runner.dropped > runner.dropped_told:
+                runner.dropped_told = runner.dropped
+                log.warning("events dropped", sink=runner.name, waiting=runner.held, dropped=runner.dropped)
+                said = True
+        return said
 
     # -- what is in the database -------------------------------------------------------------------------------------
 
@@ -297,7 +323,7 @@ class Outbox:
                     await self._kick.wait()
 
     async def _look(self) -> None:
-        self._flush_marks()
+        self._writing.flush()
         await self._read_paused()
         taken = await self._rows.take_over(self._name, self.runners)
         if taken:
@@ -308,6 +334,7 @@ class Outbox:
     async def _tidy(self) -> None:
         await self._rows.sweep()
         for runner in self.runners.values():
+            runner.forget_commits()
             runner.more = True  # in case that one was passed over
 
     async def _load(self, runner: Runner) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
 from xmppd.outbox.event import Event
+from xmppd.outbox.line import Item
 from xmppd.storage import Lease, Storage, Utf8, db_now, first_id, fixed_bytes, id_time, insert_new, new_id
 from xmppd.storage.sql import limited_update
 from xmppd.storage.tables import node
@@ -40,12 +41,15 @@ class Run(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Put:
-    """A row to be written. `taken`: the event is in memory (`reserved`: its place there is counted)."""
+    """A row to be written. `taken`: the event is in memory (`reserved`: its place there is counted; `item`: there it is
+    already, in the line of `holder`, and perhaps done before it is written)."""
 
     event: Event
     taken: bool
     reserved: bool = False
     state: str = PENDING
+    item: Item | None = None
+    holder: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +113,17 @@ class Rows:
     # -- in the group commit -----------------------------------------------------------------------------------------
 
     async def _write_puts(self, connection: AsyncConnection, puts: list[Put]) -> list[bool]:
-        guarded = [put for put in puts if put.event.dedup is not None]
+        # What has arrived meanwhile needs no row. Its mark comes all the same: this may not be the first try.
+        new = [put for put in puts if put.item is None or not put.item.done]
+        if not new:
+            return [True] * len(puts)
+        guarded = [put for put in new if put.event.dedup is not None]
         if guarded:
             before = self._clock() - DEDUP_WINDOW
             for some in _chunks(sorted({put.event.dedup for put in guarded if put.event.dedup is not None})):
                 stale = (table.c.dedup_key.in_(some), table.c.created_at < before)
                 await connection.execute(update(table).where(*stale).values(dedup_key=null()))
-        await connection.execute(insert_new(table, connection.dialect), [self._row(put) for put in puts])
+        await connection.execute(insert_new(table, connection.dialect), [self._row(put) for put in new])
         there: set[bytes] = set()
         for some in _chunks([put.event.id for put in guarded]):
             there |= set((await connection.execute(select(table.c.id).where(table.c.id.in_(some)))).scalars())

@@ -1,9 +1,11 @@
 """One sink's part of the outbox: sends what is in memory, a few requests at a time, and says what became of it."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Literal, Protocol
 
 from xmppd.log import get_logger
@@ -12,19 +14,26 @@ from xmppd.outbox.backoff import Breaker, Retry
 from xmppd.outbox.event import Event
 from xmppd.outbox.line import Item, Line
 from xmppd.outbox.rows import DEAD, DONE, PENDING, Mark
-from xmppd.outbox.sink import Answer
+from xmppd.outbox.sink import HttpSink
+from xmppd.sender.target import DONE as ARRIVED
+from xmppd.sender.target import Answer
 
 log = get_logger("outbox")
 
 _BATCH_BYTES: Final = 4 << 20  # in one request
+_AHEAD: Final = 16  # as many times the requests that may be under way are handed to the process that makes them,
+_AHEAD_BYTES: Final = 4 << 20  # up to so much, while the sink is well: so that neither process waits for the other
+_CHAIN: Final = 16  # events of a conversation that are handed over at once
 _LAST: Final = 1.0  # seconds for requests under way at the end
+_COMMIT: Final = 30.0  # seconds that one may take
+_DEATHS: Final = 3  # of the process that makes an event's request, until the event is taken for the reason
 _LOAD: Final = 500  # rows fetched at once
 _ROW_BYTES: Final = 64 << 10  # what a row that is not seen yet is taken to weigh
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 60.0, 300.0, 3600.0)
 
 
 class Sends(Protocol):
-    """A sink (sink.py)."""
+    """A sink in this process; HttpSink is one of another kind."""
 
     async def open(self) -> None: ...
     async def close(self) -> None: ...
@@ -52,7 +61,7 @@ class Runner:
     def __init__(
         self,
         name: str,
-        sink: Sends,
+        sink: Sends | HttpSink,
         settings: Settings,
         *,
         batched: bool,
@@ -70,12 +79,18 @@ class Runner:
         self.spilled = 0  # events that were written without a place in memory, ever
         self.spilling = 0  # those of them whose commit is under way
         self.sent = self.failed = self.dead = self.dropped = self.duplicates = 0
+        self.dropped_told = 0
+        self._committing: dict[bytes, tuple[int, float]] = {}  # partitions whose rows are: how many, until when
         self.seconds = Histogram(_SECONDS)  # from an event's making to its arrival
         self._settings = settings
         self._batched = batched
         self._mark = mark
         self._roomy = roomy
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Answer]] = set()
+        self._out = 0  # requests that are on their way
+        self._out_bytes = 0
+        self._empty = asyncio.Event()  # nothing is on its way
+        self._pump_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
         self._open = False
@@ -90,20 +105,25 @@ class Runner:
         """What is in memory goes, and what is on its way too after a moment: then it may be sent again."""
         self._open = False
         self._cancel_timer()
-        if self._tasks:
-            await asyncio.wait(list(self._tasks), timeout=_LAST)
-        for task in self._tasks:
+        if self._out:
+            self._empty.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST):
+                    await self._empty.wait()
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(list(self._tasks))
-        self.line = Line()
+        if tasks:
+            await asyncio.wait(tasks)
         await self.sink.close()
+        self.line = Line()
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
     @property
     def in_flight(self) -> int:
-        return len(self._tasks)
+        """Requests that are on their way, or wait in the process that makes them."""
+        return self._out
 
     @property
     def held(self) -> int:
@@ -143,8 +163,34 @@ class Runner:
         self.line.add(item, self._loop.time(), due=due)
         if self._batched and self.line.events < self._settings.batch_events:
             self._wake_at(self._loop.time() + self._settings.batch_wait)
-        else:
-            self.pump()
+        elif not self._pump_due:
+            self._pump_soon()
+
+    def commits(self, partition: bytes) -> None:
+        """An event of it comes when its row is committed: what is newer may not overtake it."""
+        count, _ = self._committing.get(partition, (0, 0.0))
+        self._committing[partition] = count + 1, self._loop.time() + _COMMIT
+
+    def committed(self, partition: bytes) -> None:
+        count, until = self._committing.pop(partition, (0, 0.0))
+        if count > 1:
+            self._committing[partition] = count - 1, until
+
+    def forget_commits(self) -> None:
+        """Those that nobody has tried after all, or that have failed."""
+        now = self._loop.time()
+        self._committing = {key: one for key, one in self._committing.items() if one[1] > now}
+
+    def is_direct(self, event: Event) -> bool:
+        """It need not wait for rows that were written before it, nor be compared with others."""
+        if self.more or event.dedup is not None:
+            return False
+        return event.partition not in self._committing or self._committing[event.partition][1] < self._loop.time()
+
+    @property
+    def is_quick(self) -> bool:
+        """What is added now may well have arrived in a moment."""
+        return self._open and not self.paused and self._has_turn() and self.breaker.is_well
 
     # -- sending -----------------------------------------------------------------------------------------------------
 
@@ -159,47 +205,99 @@ class Runner:
 
     def pump(self) -> None:
         """Begin as many requests as may be under way."""
-        settings = self._settings
-        while self._open and not self.paused and len(self._tasks) < settings.per_sink:
-            now = self._loop.time()
+        now = self._loop.time()
+        while self._open and not self.paused and self._has_turn():
             wait = self.breaker.wait(now)
             if wait is None:
                 return
             if wait > 0:
                 return self._wake_at(now + wait)
-            limit = settings.batch_events if self._batched and not self.breaker.is_open else 1
-            items = self.line.take(now, limit=limit, size=_BATCH_BYTES, early=self.breaker.is_open)
+            probe = self.breaker.is_open
+            if self._batched:
+                limit = 1 if probe else self._settings.batch_events
+                items = self.line.take(now, limit=limit, size=_BATCH_BYTES, early=probe)
+            else:
+                limit = _CHAIN if isinstance(self.sink, HttpSink) and self.breaker.is_well else 1
+                items = self.line.take(now, limit=limit, early=probe, mixed=False)
             if not items:
                 due = self.line.next_due(now)
                 return None if due is None else self._wake_at(due)
-            probe = self.breaker.is_open
             self.breaker.begin()
-            task = self._loop.create_task(self._send(items, probe), name=f"outbox {self.name}")
-            self._tasks.add(task)
-            task.add_done_callback(self._sent)
+            self._begin(items, probe)
 
-    def _sent(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            log.error("event not sent", sink=self.name, exc=exc)
+    def _pump_soon(self) -> None:
+        """Once for all that happens in this turn of the loop."""
+        self._pump_due = True
+        self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._pump_due = False
         if self._open:
             self.pump()
             if self.has_room():
                 self._roomy()
 
-    async def _send(self, items: list[Item], probe: bool) -> None:
+    def _has_turn(self) -> bool:
+        if self._out < self._settings.per_sink:
+            return True
+        if not (isinstance(self.sink, HttpSink) and self.breaker.is_well):
+            return False
+        return self._out < _AHEAD * self._settings.per_sink and self._out_bytes < _AHEAD_BYTES
+
+    def _begin(self, items: list[Item], probe: bool) -> None:
+        for item in items:
+            self._out_bytes += item.event.size
+        if isinstance(self.sink, HttpSink):
+            requests = [items] if self._batched else [[item] for item in items]
+            self._out += len(requests)
+            self.sink.begin(requests, self._probed if probe else self._answered)
+            return
+        self._out += 1
+        task = self._loop.create_task(self._send(self.sink, items), name=f"outbox {self.name}")
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._sent, items, probe))
+
+    async def _send(self, sink: Sends, items: list[Item]) -> Answer:
         try:
-            answer = await self.sink.send([item.event for item in items])
+            return await sink.send([item.event for item in items])
         except Exception as exc:  # a bug; the events stay, or one of them would stop the sink
             log.error("event not sent", sink=self.name, exc=exc)
-            answer = Answer("retry", f"{type(exc).__name__}")
+            return Answer("retry", f"{type(exc).__name__}")
+
+    def _sent(self, items: list[Item], probe: bool, task: "asyncio.Task[Answer]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            self._answered(items, task.result(), probe)
+
+    def _probed(self, items: list[Item], answer: Answer) -> None:
+        self._answered(items, answer, True)
+
+    def _answered(self, items: list[Item], answer: Answer, probe: bool = False) -> None:
+        """Of one request."""
+        self._out -= 1
+        for item in items:
+            self._out_bytes -= item.event.size
+        if not self._out:
+            self._empty.set()
+        if not self._pump_due:
+            self._pump_soon()
+        if answer is ARRIVED and self.breaker.is_well:
+            self.line.done(items, self._loop.time())
+            self._count_sent(items)
+        else:
+            self._judge(items, answer, probe)
+
+    def _judge(self, items: list[Item], answer: Answer, probe: bool) -> None:
+        now = self._loop.time()
+        if answer.verdict in ("untried", "lost"):
+            self._not_answered(items, answer, probe)
+            return
         if answer.verdict == "retry":
             self._again(items, answer, probe)
             return
         if self.breaker.succeeded():
             log.info("sink takes events again", sink=self.name, waiting=self.held)
-            self.line.hurry(self._loop.time())
-        now = self._loop.time()
+            self.line.hurry(now)
         if answer.verdict == "dead" and len(items) > 1:
             for item in items:
                 item.alone = True  # one of them is to blame: let it be found
@@ -218,6 +316,18 @@ class Runner:
             self.seconds.observe(max(0.0, now - item.event.created_at))
             if item.written:
                 self._mark(item, Mark(item.event.id, DONE, keep=item.event.dedup is not None))
+
+    def _not_answered(self, items: list[Item], answer: Answer, probe: bool) -> None:
+        """It says nothing of the sink; but one of the events may be what the process that makes requests dies of."""
+        if answer.verdict == "lost":
+            for item in items:
+                item.attempts += 1
+            if max(item.attempts for item in items) > _DEATHS:
+                self._again(items, answer, probe)
+                return
+        if probe:
+            self.breaker.forget()
+        self.line.put_back(items, self._loop.time(), due=0.0)
 
     def _again(self, items: list[Item], answer: Answer, probe: bool) -> None:
         """`probe`: it was known that the sink is down, so that these events have to wait no longer because of it."""

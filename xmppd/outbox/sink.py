@@ -1,128 +1,51 @@
-"""The HTTP side: one request, and what its answer means."""
+"""A web server as a sink: what the node knows of it. The requests are made in a process of their own (xmppd/sender)."""
 
-import ssl
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from typing import Final, Literal
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
-import aiohttp
-
-from xmppd.outbox.event import Event, ulid
-from xmppd.outbox.signature import HEADER, sign
-
-_RETRIED: Final = frozenset({408, 425, 429})
-_ANSWER: Final = 64 << 10  # bytes of an answer that are read so that the connection can be used again
-_OURS: Final = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")  # not sent unless an event asks for it
-
-
-@dataclass(frozen=True, slots=True)
-class HttpTarget:
-    """Where events go. Times in seconds."""
-
-    url: str
-    timeout: float = 30.0
-    connect_timeout: float = 10.0
-    secrets: tuple[str, ...] = ()  # sign with each of these
-    verify: bool = True  # the server's certificate
-    cafile: str | None = None
-    certfile: str | None = None  # our own, with its key, for mutual TLS
-    batched: bool = False  # several events in one request, a line each
-    retry_4xx: bool = False  # else an answer that refuses ends the event
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What became of a request."""
-
-    verdict: Literal["done", "retry", "dead"]
-    reason: str = ""
-    not_before: float = 0.0  # seconds to wait at least (`Retry-After`)
-
-
-DONE: Final = Answer("done")
+from xmppd.outbox.line import Item
+from xmppd.outbox.process import Body, Sender
+from xmppd.sender.target import Answer, HttpTarget
 
 
 class HttpSink:
-    """Requests to one URL over a few connections that are kept open. `open` before the first one."""
+    """Requests to one URL over a few connections that are kept open. `Outbox.add_sink` says through whom."""
 
     def __init__(self, target: HttpTarget, *, connections: int) -> None:
         self.target = target
         self._connections = connections
-        self._session: aiohttp.ClientSession | None = None
+        self._sender: Sender | None = None
+        self._number = 0
 
     def check(self) -> None:
         """Raises OSError, ssl.SSLError or ValueError where certificates cannot be used."""
-        self._tls()
+        self.target.tls()
 
-    def _tls(self) -> ssl.SSLContext | bool:
-        target = self.target
-        if not target.url.startswith("https:"):
-            return True
-        context = ssl.create_default_context(cafile=target.cafile)
-        if not target.verify:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        if target.certfile is not None:
-            context.load_cert_chain(target.certfile)
-        return context
+    def through(self, sender: Sender) -> None:
+        """Whose process makes the requests; before `open`."""
+        self._sender = sender
 
     async def open(self) -> None:
-        target = self.target
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._connections, ssl=self._tls(), keepalive_timeout=30),
-            timeout=aiohttp.ClientTimeout(total=target.timeout, connect=target.connect_timeout),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=_OURS,
-        )
+        assert self._sender is not None
+        self._number = await self._sender.open(self.target, self._connections)
 
     async def close(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        """Requests under way are forgotten."""
+        assert self._sender is not None
+        await self._sender.close(self._number)
 
-    async def send(self, events: Sequence[Event]) -> Answer:
-        """One request; several events only where the target is batched. Never raises but when cancelled."""
-        assert self._session is not None
-        first = events[0]
-        body = first.payload if not self.target.batched else b"".join(event.payload + b"\n" for event in events)
-        headers = [*first.headers, ("Idempotency-Key", ulid(first.id))]
-        if self.target.secrets:
-            headers.append((HEADER, sign(self.target.secrets, body, time.time())))
-        try:
-            async with self._session.post(
-                self.target.url, data=body, headers=headers, allow_redirects=False
-            ) as response:
-                await response.content.read(_ANSWER)
-                return self._judge(response)
-        except TimeoutError:
-            return Answer("retry", "no answer in time")
-        except (aiohttp.ClientError, OSError) as exc:
-            return Answer("retry", f"{type(exc).__name__}: {exc}"[:200])
-        except ValueError as exc:  # a header that cannot be written: no other attempt would go better
-            return Answer("dead", f"cannot be sent: {exc}"[:200])
-
-    def _judge(self, response: aiohttp.ClientResponse) -> Answer:
-        status = response.status
-        if 200 <= status < 300:
-            return DONE
-        reason = f"HTTP {status}"
-        if status >= 500 or status in _RETRIED or (status >= 400 and self.target.retry_4xx):
-            return Answer("retry", reason, retry_after(response.headers.get("Retry-After", ""), time.time()))
-        return Answer("dead", f"{reason}, redirects are not followed" if 300 <= status < 400 else reason)
-
-
-def retry_after(value: str, now: float) -> float:
-    """Seconds out of a `Retry-After` (RFC 9110 10.2.3), at most a day; 0 where it says nothing we understand."""
-    text = value.strip()
-    if text.isascii() and text.isdigit():
-        return min(float(text[:9]), 86400.0)
-    try:
-        when = parsedate_to_datetime(text).timestamp()
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
-    return min(max(0.0, when - now), 86400.0)
+    def begin(self, requests: list[list[Item]], ended: Callable[[list[Item], Answer], None]) -> None:
+        """Requests that are made one after the other, up to the first that has to be repeated; several events in one
+        only where the target is batched. `ended` is called with each and what became of it, in order."""
+        assert self._sender is not None
+        chain: list[tuple[list[Item], Body]] = []
+        for items in requests:
+            first = items[0].event
+            payload = first.payload
+            if self.target.batched:
+                payload = b"".join([item.event.payload + b"\n" for item in items])
+            chain.append((items, (first.id, first.headers, payload)))
+        self._sender.send(self._number, chain, ended)
 
 
 def wrong_with(url: str | None) -> str:

@@ -12,7 +12,7 @@ from sqlalchemy.schema import CreateTable
 from xmppd.errors import ConfigError, StorageError
 from xmppd.log import get_logger
 from xmppd.outbox.event import Event
-from xmppd.outbox.sink import DONE, Answer
+from xmppd.sender.target import DONE, Answer
 from xmppd.storage import BadValue, Duplicate, Storage, insert_new
 from xmppd.storage.url import MysqlTarget, parse_url
 
