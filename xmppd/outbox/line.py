@@ -9,13 +9,14 @@ from xmppd.outbox.event import Event
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """An event in memory. `written`: there may be a row of it; `alone`: not in one request with others; `done`: it has
-    arrived, or been given up."""
+    """An event in memory. `written`: there may be a row of it; `alone`: not in one request with others; `handed`: the
+    process that makes requests has it; `done`: it has arrived, or been given up."""
 
     event: Event
     written: bool = True
     attempts: int = 0
     alone: bool = False
+    handed: bool = False
     done: bool = False
 
 

@@ -113,7 +113,15 @@ class Outbox:
             with contextlib.suppress(StorageError):
                 await self._rows.let_go(name)
                 self._orphans.discard(name)
-        runner = Runner(name, sink, self.settings, batched=batched, mark=self._writing.mark, roomy=self._has_room)
+        runner = Runner(
+            name,
+            sink,
+            self.settings,
+            batched=batched,
+            mark=self._writing.mark,
+            keep=self._keep,
+            roomy=self._has_room,
+        )
         if isinstance(sink, HttpSink):
             sink.through(self.sender)
         runner.paused = name in self._paused
@@ -172,6 +180,10 @@ class Outbox:
             else:
                 self._writing.write(item)
         runner.add(item)
+
+    def _keep(self, item: Item) -> None:
+        if self.durability != "none":
+            self._writing.write(item)
 
     def _put(self, event: Event, runner: Runner | None, *, taken: bool) -> "asyncio.Future[Any] | None":
         """First the row, then the sending."""

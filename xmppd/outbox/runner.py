@@ -66,6 +66,7 @@ class Runner:
         *,
         batched: bool,
         mark: Callable[[Item, Mark], None],
+        keep: Callable[[Item], None],
         roomy: Callable[[], None],
     ) -> None:
         self.name = name
@@ -85,6 +86,7 @@ class Runner:
         self._settings = settings
         self._batched = batched
         self._mark = mark
+        self._keep = keep
         self._roomy = roomy
         self._tasks: set[asyncio.Task[Answer]] = set()
         self._out = 0  # requests that are on their way
@@ -245,7 +247,9 @@ class Runner:
         return self._out < _AHEAD * self._settings.per_sink and self._out_bytes < _AHEAD_BYTES
 
     def _begin(self, items: list[Item], probe: bool) -> None:
+        direct = isinstance(self.sink, HttpSink)
         for item in items:
+            item.handed = direct
             self._out_bytes += item.event.size
         if isinstance(self.sink, HttpSink):
             requests = [items] if self._batched else [[item] for item in items]
@@ -301,7 +305,7 @@ class Runner:
         if answer.verdict == "dead" and len(items) > 1:
             for item in items:
                 item.alone = True  # one of them is to blame: let it be found
-            self.line.put_back(items, now, due=0.0)
+            self._put_back(items, now, due=0.0)
             return
         self.line.done(items, now)
         if answer.verdict == "done":
@@ -327,7 +331,7 @@ class Runner:
                 return
         if probe:
             self.breaker.forget()
-        self.line.put_back(items, self._loop.time(), due=0.0)
+        self._put_back(items, self._loop.time(), due=0.0)
 
     def _again(self, items: list[Item], answer: Answer, probe: bool) -> None:
         """`probe`: it was known that the sink is down, so that these events have to wait no longer because of it."""
@@ -342,7 +346,7 @@ class Runner:
             self._bury(items, f"given up: {answer.reason}")
             return
         if probe:
-            self.line.put_back(items, now, due=now + answer.not_before)
+            self._put_back(items, now, due=now + answer.not_before)
             return
         for item in items:
             item.attempts += 1
@@ -350,8 +354,15 @@ class Runner:
         for item in items:
             if item.written:
                 self._mark(item, Mark(item.event.id, PENDING, item.attempts, wall + wait, answer.reason))
-        self.line.put_back(items, now, due=now + wait)
+        self._put_back(items, now, due=now + wait)
         log.debug("event tried in vain", sink=self.name, reason=answer.reason, wait_s=round(wait, 1))
+
+    def _put_back(self, items: list[Item], now: float, *, due: float) -> None:
+        """Nobody else has them any more."""
+        for item in items:
+            item.handed = False
+            self._keep(item)
+        self.line.put_back(items, now, due=due)
 
     def _bury(self, items: list[Item], reason: str) -> None:
         """Nobody tries again but an operator."""

@@ -14,7 +14,8 @@ from xmppd.storage.batcher import Batcher
 
 log = get_logger("outbox")
 
-_SOON: Final = 0.005  # seconds: an event that has not arrived when it is between this and twice this old is written
+_SOON: Final = 0.005  # seconds: an event that is not on its way when it is between this and twice this old is written
+_LATE: Final = 0.1  # seconds: the same of one that is on its way
 _MARKS: Final = 500  # at once
 _UNMARKED: Final = 100_000  # marks that wait for the database; past it events may be sent once more
 
@@ -28,21 +29,26 @@ class Writing:
         self._young: list[Item] = []
         self._older: list[Item] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._handed: list[Item] = []
+        self._handed_older: list[Item] = []
+        self._handed_timer: asyncio.TimerHandle | None = None
         self._done: list[Mark] = []  # to be written at the end of this turn of the loop
         self._unmarked: dict[bytes, Mark] = {}
 
     def close(self) -> None:
         """What is still to be written is given to the group commit."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._handed_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._handed_timer = None
         self._write_done()
         self.flush()
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def in_a_moment(self, item: Item) -> None:
-        """A row, unless it has arrived before."""
+        """A row, unless it has arrived before. One that the process which makes requests has may take longer: that
+        goes on when this node dies."""
         self._young.append(item)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_SOON, self._write_older)
@@ -61,17 +67,30 @@ class Writing:
 
     def write_all(self, sink: str) -> None:
         """It is going to be closed."""
-        for item in (*self._older, *self._young):
+        for item in (*self._handed_older, *self._handed, *self._older, *self._young):
             if item.event.sink == sink:
                 self.write(item)
 
     def _write_older(self) -> None:
         older, self._older, self._young = self._older, self._young, []
         for item in older:
-            self.write(item)
+            if not item.handed:
+                self.write(item)
+            elif not item.done:
+                self._handed.append(item)
+        if self._handed and self._handed_timer is None:
+            self._handed_timer = asyncio.get_running_loop().call_later(_LATE, self._write_handed)
         self._timer = None
         if self._older:
             self._timer = asyncio.get_running_loop().call_later(_SOON, self._write_older)
+
+    def _write_handed(self) -> None:
+        older, self._handed_older, self._handed = self._handed_older, self._handed, []
+        for item in older:
+            self.write(item)
+        self._handed_timer = None
+        if self._handed_older:
+            self._handed_timer = asyncio.get_running_loop().call_later(_LATE, self._write_handed)
 
     # -- marks -------------------------------------------------------------------------------------------------------
 
