@@ -19,7 +19,7 @@ from .forwards import is_forward
 from .options import understood
 from .targets import Format, Headers, Poster, Seen, Sink
 
-_TOGETHER = 0.003  # seconds
+_TOGETHER = 0.01  # seconds
 _LOOK_UP = 10.0  # seconds for a host's address, at the start
 
 

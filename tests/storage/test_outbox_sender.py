@@ -106,6 +106,36 @@ async def test_a_sender_that_is_killed_under_load_loses_nothing_and_overtakes_no
     assert outbox.runners["log"].failed == 0  # it was not the sink's fault
 
 
+async def rows(outbox: Outbox) -> int:
+    return len(await outbox.listed("log", "pending", 10))
+
+
+async def until_rows(outbox: Outbox, count: int) -> None:
+    async with asyncio.timeout(60):
+        while await rows(outbox) != count:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def test_what_the_web_server_does_not_take_soon_has_a_row_until_it_does(outbox, sink):
+    sink.hold = asyncio.Event()
+    outbox.submit(event("slow"))
+    await until_rows(outbox, 1)
+    sink.hold.set()
+    await sink.until(lambda: len(sink.taken) == 1)
+    await until_rows(outbox, 0)
+
+
+async def test_what_comes_back_has_a_row_at_once(outbox, sink, monkeypatch):
+    monkeypatch.setattr(writing, "_SOON", 60.0)
+    monkeypatch.setattr(writing, "_LATE", 60.0)
+    sink.answer = 500
+    outbox.submit(event("refused"))
+    await until_rows(outbox, 1)
+    sink.answer = 200
+    await sink.until(lambda: len(sink.taken) == 1)
+    await until_rows(outbox, 0)
+
+
 async def test_a_sender_that_hangs_is_replaced(storage, sink, monkeypatch):
     monkeypatch.setattr(process, "_SILENCE", 0.3)
     outbox = await started(storage, sink, timeout=1.0)

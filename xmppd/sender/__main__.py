@@ -16,7 +16,7 @@ from xmppd.sender.frames import CLOSE, OPEN, SEND, Frames, answering, opened, se
 from xmppd.sender.requests import Requests
 from xmppd.sender.target import Answer
 
-_TOGETHER: Final = 0.003  # seconds: answers that come so close wake the node once
+_TOGETHER: Final = 0.01  # seconds: answers that come so close wake the node once
 _LAST: Final = 1.0  # seconds for what is under way when the node has gone
 
 
