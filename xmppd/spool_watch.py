@@ -4,8 +4,9 @@ are available here are not left waiting for what is stored for them.
 Tables between nodes lag a little, so a node may store a message for somebody who has just become available on another
 one. The nodes tell each other; this look at the database is for what that misses.
 
-While a member of the cluster is not seen, whoever binds a resource may come from there, where what they have written
-was stored for somebody who is here: it comes before what they write next, so they wait for such a look.
+While a member of the cluster is not seen, and until what was stored meanwhile has been found, whoever binds a resource
+may come from there, where what they have written was stored for somebody who is here: it comes before what they write
+next, so they wait for such a look.
 """
 
 import asyncio
@@ -68,7 +69,8 @@ class SpoolWatch:
         self._sharing: asyncio.Future[None] | None = None  # a look that has not begun
         self._listens = False  # to logins
         self.looks = 0
-        hooks.add(_OWNER, NodeDown, lambda event: self._listen())
+        self._owing = True  # no look has succeeded since all members were seen
+        hooks.add(_OWNER, NodeDown, self._parted)
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -91,11 +93,13 @@ class SpoolWatch:
 
     async def look(self) -> None:
         """Once. Raises StorageError."""
-        began = self._clock()
+        began, whole = self._clock(), self._is_whole()
         taken = await self._spool.take_over(self._cluster.me.node)
         if taken and (told := self._hooks.notify(MessagesTakenOver(taken))) is not None:
             await told
         self._since = await self._find(began)
+        if whole and self._is_whole():
+            self._owing = False
 
     async def _find(self, began: float) -> float:
         """Those who are here and have something new; when that began."""
@@ -115,13 +119,20 @@ class SpoolWatch:
 
     # -- logins
 
-    def _listen(self) -> None:
-        """While a member is not seen; a login costs nothing otherwise."""
+    def _is_whole(self) -> bool:
         cluster = self._cluster
-        apart = cluster.joined and any(each.node not in cluster.links.peers for each in cluster.membership.others)
-        if apart != self._listens:
-            self._listens = apart
-            if apart:
+        return all(each.node in cluster.links.peers for each in cluster.membership.others)
+
+    def _parted(self, event: NodeDown) -> None:
+        self._owing = True
+        self._listen()
+
+    def _listen(self) -> None:
+        """While a member is not seen, and until what was stored meanwhile has been; a login costs nothing otherwise."""
+        wanted = self._cluster.joined and (self._owing or not self._is_whole())
+        if wanted != self._listens:
+            self._listens = wanted
+            if wanted:
                 self._hooks.add(_OWNER, SessionBound, self._look_first)
             else:
                 self._hooks.remove(_OWNER, SessionBound)

@@ -112,8 +112,9 @@ async def test_it_comes_although_no_node_has_told_the_other(nodes):
     assert juliet.bodies == [str(number) for number in range(6)]
 
 
-async def test_who_comes_from_a_node_that_is_not_seen_does_not_overtake_what_they_wrote_there(nodes):
-    watch(nodes[1])
+@pytest.mark.parametrize("seen_again", [False, True])
+async def test_who_comes_from_a_node_that_was_not_seen_does_not_overtake_what_they_wrote_there(nodes, seen_again):
+    looks = watch(nodes[1])
     romeo = await nodes[0].come("romeo")
     juliet = await nodes[1].enter("juliet")
     await nodes.calm()
@@ -121,10 +122,24 @@ async def test_who_comes_from_a_node_that_is_not_seen_does_not_overtake_what_the
     await juliet.available()
     await nodes[0].stored(await romeo.send(message(JULIET, "1", id="m1")))
     nodes[1].hooks.notify(NodeDown("one", nodes[0].owner.member, "silent"))
+    if seen_again:
+        looks._cluster.links.peers.append(b"the other one")
     romeo = await nodes[1].come("romeo", "elsewhere")
     await romeo.send(message(JULIET, "2", id="m2"))
     await nodes[1].until(lambda: len(juliet.bodies) == 2)
     assert juliet.bodies == ["1", "2"]
+
+
+async def test_when_all_is_found_a_login_looks_no_more(nodes):
+    looks = watch(nodes[1])
+    nodes[1].hooks.notify(NodeDown("one", nodes[0].owner.member, "silent"))
+    await looks.look()
+    looks._listen()
+    assert looks._listens
+    looks._cluster.links.peers.append(b"the other one")
+    await looks.look()
+    looks._listen()
+    assert not looks._listens
 
 
 async def test_what_is_written_behind_stored_messages_does_not_overtake_them(nodes):
