@@ -225,24 +225,6 @@ class Forwarder:
         channel = self._channels.get(node)
         return channel is not None and bool(channel.sent) and bool(channel.owed(user))
 
-    def owing(self, node: bytes, user: str) -> "asyncio.Future[None] | None":
-        """Done when it is known what became of these; None when there are none."""
-        channel = self._channels.get(node)
-        if channel is None or not channel.sent or not (owed := channel.owed(user)):
-            return None
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        left = len(owed)
-
-        def one(result: Settled) -> None:
-            nonlocal left
-            left -= 1
-            if not left and not done.done():
-                done.set_result(None)
-
-        for sent in owed:
-            sent.then(one)
-        return done
-
     def _up(self, peer: Peer) -> None:
         self._channels[peer.node] = Channel(peer.node)
 

@@ -227,6 +227,8 @@ class Server:
         """What the ending sessions have set going (messages on their way to storage) gets its time."""
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=self.config.shutdown_grace)
+        self.sessions.hold_no_more()  # for what they wait for there is no time any more
+        await asyncio.sleep(0)
         for task in [*self._tasks, *self._services]:
             task.cancel()
 
@@ -537,7 +539,6 @@ class Server:
             self.folder.remove_ready()
             await self._listeners.close_clients(self.config.shutdown_grace)
             self.parts.resumption.close()
-            self.sessions.hold_no_more()
             await self._finish_tasks()
 
     def _ready(self) -> None:

@@ -110,10 +110,6 @@ class Remote(Protocol):
         """Whether a message was sent there for a bare JID of which nothing is known yet."""
         ...
 
-    def owing(self, node: bytes, user: str) -> "asyncio.Future[None] | None":
-        """Done when it is known what became of these; None when there are none."""
-        ...
-
     def hold(self, node: bytes, until: "asyncio.Future[None]") -> None: ...
 
     def kick(self, nodes: Sequence[bytes], jid: JID, reason: str, condition: str) -> None: ...
@@ -293,18 +289,18 @@ class SessionManager:
         """A session has gone from another node. What is on its way to it is stored there, or sent on; what is new waits
         until it is where it belongs, or known to have arrived."""
         remote = self._remote
-        if remote is None or (owing := remote.owing(owner.member, user)) is None:
+        if remote is None or not remote.owes(owner.member, user):
             return
-        jid = parse(f"{user}/{resource}")
+        jid, until = parse(f"{user}/{resource}"), asyncio.get_running_loop().create_future()
+        self.hold_messages(jid, until)
 
         async def until_settled() -> None:
+            # That they are safe is not enough: what is stored there may not be free yet.
             try:
                 await remote.hand_over(owner.member, jid, 0)
             finally:
-                if not owing.done():
-                    owing.set_result(None)
+                until.set_result(None)
 
-        self.hold_messages(jid, owing)
         self._spawn(until_settled(), name="messages for a session that has ended")
 
     def yield_to(self, jid: JID, bound_at: int) -> None:

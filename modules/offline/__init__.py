@@ -520,9 +520,9 @@ class Offline(Module[Config]):
     def hold_back(self, event: NodeUp) -> None:
         """Whoever sends from there may have been elsewhere before: what was stored there while this node was not seen
         comes first, so users are woken before anything arrives."""
-        if event.node in self._apart_since:
-            self._looking[event.node] = looked = asyncio.get_running_loop().create_future()
-            self.sessions.hold_arrivals(event.node, _at_most(looked, _LOOKED))
+        self._end_look(event.node)
+        self._looking[event.node] = looked = asyncio.get_running_loop().create_future()
+        self.sessions.hold_arrivals(event.node, _at_most(looked, _LOOKED))
 
     def _end_look(self, node: bytes) -> None:
         looked = self._looking.pop(node, None)

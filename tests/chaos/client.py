@@ -86,7 +86,7 @@ class Client:
         self._gone = asyncio.Event()
         self._id = ""  # of the session that can be resumed
         self._id_node = -1
-        self._forgotten = False  # the node that had the last session is dead: nobody knows what had arrived
+        self._forgotten = False  # nobody knows what had arrived: it closed the stream, or the node that had it is dead
         self._pending: deque[int] = deque()  # numbers (0: another stanza) that no <a/> covers
         self._base = 0  # how many it covers
         self._received: deque[tuple[str, int, str, bool] | None] = deque()  # and not handled
@@ -169,6 +169,7 @@ class Client:
         """Close the stream in order, and with it the session."""
         if self.stream is not None and self.up:
             self._id = ""
+            self._forgotten = True
             self.stream.close()
 
     def vanish(self) -> None:

@@ -233,6 +233,39 @@ async def test_what_a_session_leaves_that_has_just_ended_elsewhere_is_waited_for
     assert again.bodies == ["1", "2", "3"]
 
 
+async def test_what_such_a_session_leaves_is_waited_for_until_it_is_free_not_only_until_it_is_stored(nodes):
+    """It was on its way to that session when it ended, and the database was slow."""
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
+    managed(juliet)
+    await nodes.calm()
+    world, freed, committed = nodes[1], asyncio.Event(), asyncio.Event()
+    release, write = world.spool.release, world.spool.submit_all
+
+    async def later(event, work):
+        await event.wait()
+        return await work()
+
+    world.spool.submit_all = lambda items: asyncio.ensure_future(later(committed, lambda: write(items)))
+    world.spool.release = lambda ids, holder: asyncio.ensure_future(later(freed, lambda: release(ids, holder)))
+    outcomes = await say(romeo, "1", "2")
+    await nodes.net.until(lambda: len(juliet.bodies) == 2)
+    juliet.session.close(clean=False)
+    await nodes.net.until(lambda: not nodes[2].table.rows(JULIET) and not nodes[0].table.rows(JULIET))
+
+    coming = asyncio.create_task(nodes[2].online("juliet", "chamber"))
+    await nodes.net.until(lambda: nodes[0].manager.is_available(parse(JULIET)))
+    await say(romeo, "3")
+    committed.set()
+    for outcome in outcomes:
+        await nodes[0].stored(outcome)
+    await asyncio.sleep(0.05)
+    freed.set()
+    again = await coming
+    await nodes.net.until(lambda: len(again.bodies) >= 3)
+
+    assert again.bodies == ["1", "2", "3"]
+
+
 async def test_what_could_not_go_where_its_session_went_is_waited_for_until_it_is_free(nodes):
     """The session is lost on its way; who asks whether all it had is where it belongs has to wait."""
     world, user = nodes[0], parse(JULIET)
