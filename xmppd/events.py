@@ -183,7 +183,8 @@ class MessagesFreeing:
 class MessagesFound:
     """Offline messages wait in the spool for a user who has a session here, as a look at the database once a second
     shows: another node stored them while it did not know, or took them from a node that died; on every node with such a
-    session, and more than once for the same messages."""
+    session, and more than once for the same messages. After a split, when somebody logs in, also for users who have
+    none here."""
 
     user: JID  # bare
 

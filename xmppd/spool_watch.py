@@ -101,8 +101,8 @@ class SpoolWatch:
         if whole and self._is_whole():
             self._owing = False
 
-    async def _find(self, began: float) -> float:
-        """Those who are here and have something new; when that began."""
+    async def _find(self, began: float, *, everywhere: bool = False) -> float:
+        """Those who have something new, and are here or, if that is asked for, anywhere; when that began."""
         skew = max((abs(each) for each in self._cluster.skews.values()), default=0.0)
         users = await self._spool.freed_since(self._since - _OVERLAP - skew)
         self.looks += 1
@@ -111,7 +111,7 @@ class SpoolWatch:
                 user = make(username, host)
             except JidError:
                 continue
-            if self._is_here(user):
+            if everywhere or self._is_here(user):
                 self._hooks.notify_aside(MessagesFound(user), self._spawn, name="messages found")
             if count % _AT_ONCE == 0:
                 await asyncio.sleep(0)
@@ -148,7 +148,7 @@ class SpoolWatch:
         try:
             await asyncio.sleep(_SHARED)
             self._sharing = None
-            await self._find(self._clock())
+            await self._find(self._clock(), everywhere=True)
         except StorageError as exc:
             log.debug("nothing known of stored messages at a login", error=exc)
         finally:

@@ -269,8 +269,7 @@ class Offline(Module[Config]):
 
     @hook(MessagesFound)
     def deliver_found(self, event: MessagesFound) -> None:
-        if self._takers(event.user):
-            self._wake(event.user)
+        self._wake(event.user)
 
     # -- moving between servers
 

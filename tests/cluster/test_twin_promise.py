@@ -130,6 +130,28 @@ async def test_who_comes_from_a_node_that_was_not_seen_does_not_overtake_what_th
     assert juliet.bodies == ["1", "2"]
 
 
+async def test_what_they_wrote_comes_first_to_somebody_on_another_node_too(nodes):
+    """The node she is on has been frozen, say, and has not looked yet."""
+    watch(nodes[0])
+    juliet = await nodes[1].enter("juliet")
+    await nodes.calm()
+    nodes.net.hold("two", "one")
+    await juliet.available()
+    romeo = await nodes[0].come("romeo")
+    await nodes[0].stored(await romeo.send(message(JULIET, "1", id="m1")))
+    for node in nodes.worlds:  # none remembers it
+        node.loader._loaded["offline"].instance._stored_lately.clear()
+    nodes.net.let_go("two", "one")
+    await nodes[0].until(lambda: nodes[0].manager.is_available(parse(JULIET)))
+    assert juliet.bodies == []
+
+    nodes[0].hooks.notify(NodeDown("three", b"the other one", "silent"))
+    romeo = await nodes[0].come("romeo", "elsewhere")
+    await romeo.send(message(JULIET, "2", id="m2"))
+    await nodes[1].until(lambda: len(juliet.bodies) == 2)
+    assert juliet.bodies == ["1", "2"]
+
+
 async def test_when_all_is_found_a_login_looks_no_more(nodes):
     looks = watch(nodes[1])
     nodes[1].hooks.notify(NodeDown("one", nodes[0].owner.member, "silent"))
