@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 
+import aiomysql
 import pytest
 from sqlalchemy import text
 
@@ -460,3 +461,19 @@ async def write_stamps(connection, items):
 
 async def fetch_stamps(connection, users):
     return {user: row.seconds for user, row in (await read_per_user(connection, last_activity, users)).items()}
+
+
+async def test_a_server_that_hangs_up_at_once_is_one_that_is_away(monkeypatch):
+    """The driver asks the connection for its socket, which it has no more."""
+
+    def gone(self, value):
+        raise RuntimeError("Transport does not expose socket instance")
+
+    monkeypatch.setattr(MysqlConnection, "_set_nodelay", gone)
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    try:
+        with pytest.raises(aiomysql.OperationalError, match="cannot connect"):
+            await MysqlConnection.open(statement_timeout=5, host="127.0.0.1", port=port, user="x", password="")
+    finally:
+        server.close()

@@ -101,6 +101,9 @@ class MysqlConnection(aiomysql.Connection):  # type: ignore[misc]
             if exc.__cause__ is None:
                 raise
             raise aiomysql.OperationalError(exc.args[0], f"cannot connect: {exc.__cause__}") from exc.__cause__
+        except RuntimeError as exc:  # aiomysql's, where the server has gone between the handshake of TCP and its own
+            connection.close()
+            raise aiomysql.OperationalError(2003, f"cannot connect: {exc}") from exc
         except BaseException:
             connection.close()
             raise
