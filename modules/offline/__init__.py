@@ -394,10 +394,15 @@ class Offline(Module[Config]):
         seconds in which new messages wait too; likewise what another one holds of a session that has ended there. One
         that is only cut off keeps it, and is not waited for any longer."""
         give_up = time.monotonic() + _SILENT
+        silent: set[bytes] = set()
         while flush.takes and time.monotonic() < give_up:
             holders = await self.spool.holders(user.domain, user.local)
-            if not any(holder is not None and self._is_leaving(holder, user) for holder in holders):
+            leaving = {holder for holder in holders if holder is not None and self._is_leaving(holder, user)}
+            if not leaving:
                 return holders
+            if died := {holder for holder in leaving - silent if self.spool.standing.is_silent(holder)}:
+                silent |= died
+                give_up = time.monotonic() + _SILENT  # its lease ends later than it has died
             await asyncio.sleep(_SILENT_LOOK)
         return None
 

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
+from modules import offline
 from tests.modules.world import HOST, World, condition, message
 from xmppd.delivery import ERROR
 from xmppd.errors import CommandError, StorageUnavailable
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza
+from xmppd.spool import Alone, Holder
+from xmppd.storage import new_id
 
 JULIET = f"juliet@{HOST}"
 VECTORS = yaml.safe_load((Path(__file__).parents[1] / "vectors" / "offline.yaml").read_text())["offline_vectors"]
@@ -537,3 +540,37 @@ async def test_a_large_backlog_is_fetched_as_fast_as_the_client_takes_it(world):
     assert (await asked).type == "result"
     assert [s.id for s in juliet.received if s.kind == "message"] == [f"m{number}" for number in range(250)]
     assert await world.spool.count(HOST, "juliet") == 250
+
+
+async def test_what_a_node_holds_that_dies_while_it_is_waited_for_comes_first(world, monkeypatch):
+    """It had no session of hers any more, and was about to give them up."""
+    monkeypatch.setattr(offline, "_SILENT", 1.0)
+    monkeypatch.setattr(offline, "_SILENT_LOOK", 0.02)
+    romeo, user = await prepare(world), parse(JULIET)
+    other = Holder(b"B" * 16, 1, "its session")
+    old, row = message(JULIET, "1", "m1").encode(), new_id()
+    await world.spool.keep(
+        user.domain, user.local, f"romeo@{HOST}", old, dedup=None, quota=None, holder=other, row_id=row
+    )
+    await world.stored(await romeo.send(message(JULIET, "2", "m2")))
+    dead = asyncio.Event()
+    monkeypatch.setattr(world.spool, "standing", Beside(dead))
+
+    coming = asyncio.create_task(world.online("juliet"))
+    await asyncio.sleep(0.7)
+    dead.set()
+    await asyncio.sleep(0.7)
+    await world.spool.release([row], other)
+    juliet = await coming
+
+    assert juliet.bodies == ["1", "2"]
+
+
+class Beside(Alone):
+    """Beside another node."""
+
+    def __init__(self, dead: asyncio.Event) -> None:
+        self._dead = dead
+
+    def is_silent(self, member: bytes) -> bool:
+        return self._dead.is_set()
