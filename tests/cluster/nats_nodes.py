@@ -22,6 +22,9 @@ class ClusterOptions:
     nats_server: str | None = None
 
 
+_PROBE = b"is there a way? "
+
+
 class Node:
     """An engine and what came to it."""
 
@@ -33,7 +36,8 @@ class Node:
         self.engine = Engine(self.options, node=self.id, name=self.name, cookie=cookie, folder=folder)
         self.packets: list[bytes] = []
         self.suspected: list[bytes] = []
-        self.engine.on_packet = self.packets.append
+        self._probes: set[bytes] = set()  # of `linked_to`: some come late
+        self.engine.on_packet = self._take
         self.engine.on_suspect = self.suspected.append
 
     @property
@@ -47,16 +51,20 @@ class Node:
 
     async def linked_to(self, other: "Node") -> None:
         """Until a packet of ours arrives there."""
-        probe = uuid.uuid4().bytes
+        probe = _PROBE + uuid.uuid4().bytes
 
         async def arrived() -> bool:
             self.engine.send(other.id, probe)
             await asyncio.sleep(0.01)
-            return probe in other.packets
+            return probe in other._probes
 
         await until(arrived)
-        while probe in other.packets:
-            other.packets.remove(probe)
+
+    def _take(self, packet: bytes) -> None:
+        if packet.startswith(_PROBE):
+            self._probes.add(packet)
+        else:
+            self.packets.append(packet)
 
 
 async def until(condition: Callable[[], Awaitable[bool] | bool], timeout: float = 10.0) -> None:
