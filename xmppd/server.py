@@ -548,9 +548,7 @@ class Server:
         self._status = "started"
         ready = {"node": self.node, "pid": os.getpid(), "hosts": list(self.hosts), "listen": self._listeners.addresses}
         self.folder.write_ready(ready)
-        waiting = self.hooks.notify(ServerStarted())
-        if waiting is not None:
-            self.spawn(_await(waiting), name="server started")
+        self.hooks.notify_aside(ServerStarted(), self.spawn, name="server started")
         self.spawn_service(_sum_up(), name="what the log left out")
         self.spawn_service(give_back(self.counters), name="memory")
         self._notifier.ready(self._condition()[1])
@@ -595,7 +593,3 @@ async def _sum_up() -> None:
     while True:
         await asyncio.sleep(_SUM_UP)
         log.sum_up()
-
-
-async def _await(waiting: Any) -> None:
-    await waiting

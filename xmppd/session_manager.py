@@ -637,17 +637,19 @@ class SessionManager:
             owed.futures.remove(until)
             if not owed.futures:
                 del self._owed_to[user.bare]
-                for record in owed.behind:
-                    self._turns.add(user.bare, record)
+                self._let_go(user.bare, owed)
 
         until.add_done_callback(done)
 
     def hold_no_more(self) -> None:
         """The node stops: what has waited goes where it can."""
         for user, owed in list(self._owed_to.items()):
-            behind, owed.behind = owed.behind, []
-            for record in behind:
-                self._turns.add(user, record)
+            self._let_go(user, owed)
+
+    def _let_go(self, user: str, owed: _Owed) -> None:
+        behind, owed.behind = owed.behind, []
+        for record in behind:
+            self._turns.add(user, record)
 
     def hold_arrivals(self, node: bytes, until: "asyncio.Future[None]") -> None:
         """Have messages that come from another node wait until that is done."""

@@ -97,12 +97,13 @@ class SpoolWatch:
         taken = await self._spool.take_over(self._cluster.me.node)
         if taken and (told := self._hooks.notify(MessagesTakenOver(taken))) is not None:
             await told
-        self._since = await self._find(began)
+        await self._find()
+        self._since = began
         if whole and self._is_whole():
             self._owing = False
 
-    async def _find(self, began: float, *, everywhere: bool = False) -> float:
-        """Those who have something new, and are here or, if that is asked for, anywhere; when that began."""
+    async def _find(self, *, everywhere: bool = False) -> None:
+        """Those who have something new, and are here or, if that is asked for, anywhere."""
         skew = max((abs(each) for each in self._cluster.skews.values()), default=0.0)
         users = await self._spool.freed_since(self._since - _OVERLAP - skew)
         self.looks += 1
@@ -115,7 +116,6 @@ class SpoolWatch:
                 self._hooks.notify_aside(MessagesFound(user), self._spawn, name="messages found")
             if count % _AT_ONCE == 0:
                 await asyncio.sleep(0)
-        return began
 
     # -- logins
 
@@ -148,9 +148,10 @@ class SpoolWatch:
         try:
             await asyncio.sleep(_SHARED)
             self._sharing = None
-            await self._find(self._clock(), everywhere=True)
+            await self._find(everywhere=True)
         except StorageError as exc:
             log.debug("nothing known of stored messages at a login", error=exc)
         finally:
-            self._sharing = None if self._sharing is sharing else self._sharing
+            if self._sharing is sharing:
+                self._sharing = None
             sharing.set_result(None)

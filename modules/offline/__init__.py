@@ -159,14 +159,13 @@ class Offline(Module[Config]):
 
     @hook(MessageUndeliverable, after=("push", "blocking", "privacy"))
     def keep(self, event: MessageUndeliverable) -> Handled | None:
-        message = event.message
-        verdict = judge(message, self.config.store_empty_body)
+        verdict = judge(event.message, self.config.store_empty_body)
         if verdict is Verdict.REFUSE:
             return None
         if verdict is Verdict.DROP:
             event.outcome.follow(SAFE)
         else:
-            event.outcome.follow(self._store(event.user, message))
+            event.outcome.follow(self._store(event.user, event.message))
         return HANDLED
 
     def _store(self, user: JID, message: Stanza) -> "asyncio.Future[None]":

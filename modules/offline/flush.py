@@ -143,9 +143,8 @@ class Flush:
         holder = message.holder
         if holder is None:
             return
-        if (
-            result is ERROR
-        ):  # refused where it went when this session had ended; its sender had been told that it is safe
+        if result is ERROR:
+            # Refused where it went when this session had ended; its sender had been told that it is safe.
             message.holder = None
             self._release((message.row_id,), holder)
         else:

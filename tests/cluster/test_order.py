@@ -201,6 +201,16 @@ async def test_after_a_split_what_the_older_session_has_comes_before_what_is_new
     assert again.bodies == ["1", "2", "3"]
 
 
+async def goes_on_elsewhere(nodes, juliet, romeo):
+    """Her session ends, all know that, she logs in on the third node, and romeo writes "3" when his node knows it."""
+    juliet.session.close(clean=False)
+    await nodes.net.until(lambda: not nodes[2].table.rows(JULIET) and not nodes[0].table.rows(JULIET))
+    coming = asyncio.create_task(nodes[2].online("juliet", "chamber"))
+    await nodes.net.until(lambda: nodes[0].manager.is_available(parse(JULIET)))
+    await say(romeo, "3")
+    return coming
+
+
 async def test_what_a_session_leaves_that_has_just_ended_elsewhere_is_waited_for(nodes):
     """Its row is in the database, and free a little later."""
     juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
@@ -219,12 +229,7 @@ async def test_what_a_session_leaves_that_has_just_ended_elsewhere_is_waited_for
         return asyncio.ensure_future(free())
 
     nodes[1].spool.release = later
-    juliet.session.close(clean=False)
-    await nodes.net.until(lambda: not nodes[2].table.rows(JULIET) and not nodes[0].table.rows(JULIET))
-
-    coming = asyncio.create_task(nodes[2].online("juliet", "chamber"))
-    await nodes.net.until(lambda: nodes[0].manager.is_available(parse(JULIET)))
-    await say(romeo, "3")
+    coming = await goes_on_elsewhere(nodes, juliet, romeo)
     await asyncio.sleep(0.05)
     freed.set()
     again = await coming
@@ -249,12 +254,7 @@ async def test_what_such_a_session_leaves_is_waited_for_until_it_is_free_not_onl
     world.spool.release = lambda ids, holder: asyncio.ensure_future(later(freed, lambda: release(ids, holder)))
     outcomes = await say(romeo, "1", "2")
     await nodes.net.until(lambda: len(juliet.bodies) == 2)
-    juliet.session.close(clean=False)
-    await nodes.net.until(lambda: not nodes[2].table.rows(JULIET) and not nodes[0].table.rows(JULIET))
-
-    coming = asyncio.create_task(nodes[2].online("juliet", "chamber"))
-    await nodes.net.until(lambda: nodes[0].manager.is_available(parse(JULIET)))
-    await say(romeo, "3")
+    coming = await goes_on_elsewhere(nodes, juliet, romeo)
     committed.set()
     for outcome in outcomes:
         await nodes[0].stored(outcome)

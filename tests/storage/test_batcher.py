@@ -24,6 +24,12 @@ async def write_numbers(connection, numbers):
     return [number * 10 for number in numbers]
 
 
+async def write_odd(connection, items):
+    """Even ones are refused."""
+    await write_numbers(connection, [item for item in items if item % 2])
+    return [item if item % 2 else ValueError(f"{item} is even") for item in items]
+
+
 @pytest.fixture
 async def numbers(storage: Storage) -> Storage:
     await storage.ensure_tables([NUMBERS])
@@ -127,11 +133,6 @@ async def test_items_of_a_kind_are_written_in_the_order_of_submit(numbers):
 
 
 async def test_an_item_that_is_refused_fails_alone(numbers):
-    async def write_odd(connection, items):
-        odd = [item for item in items if item % 2]
-        await write_numbers(connection, odd)
-        return [item if item % 2 else ValueError(f"{item} is even") for item in items]
-
     numbers.batcher.define("odd", write_odd)
 
     results = await asyncio.gather(
@@ -234,11 +235,6 @@ async def test_a_unit_whose_database_error_comes_late_leaves_nothing(numbers):
 
 
 async def test_of_items_submitted_together_each_has_its_own_result(numbers):
-    async def write_odd(connection, items):
-        odd = [item for item in items if item % 2]
-        await write_numbers(connection, odd)
-        return [item if item % 2 else ValueError(f"{item} is even") for item in items]
-
     numbers.batcher.define("odd", write_odd)
 
     results = await numbers.batcher.submit_all("odd", [1, 2, 3, 4])

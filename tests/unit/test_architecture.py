@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # From the bottom to the top: a room may use its own row and every row before it.
 LAYERS = (
     {"errors", "protocol"},
-    {"events", "hooks", "config", "log", "log_limits", "metrics", "notify"},
+    {"children", "events", "hooks", "config", "log", "log_limits", "metrics", "notify"},
     {"storage", "cluster", "identity", "sender"},
     {"spool", "chores", "delivery", "outbox", "login_limits", "auth", "access", "shaper"},
     {

@@ -211,11 +211,11 @@ class Handover:
 
         async def settle_in() -> None:
             try:
-                try:
-                    if waiting is not None:
+                if waiting is not None:
+                    try:
                         await waiting
-                finally:
-                    told.set_result(None)
+                    finally:
+                        told.set_result(None)
                 # All nodes know where it is; then the old one has all that was on its way to it, and has passed it on.
                 await self._calls.barrier()
                 if not await self._forwarder.hand_over(node, session.jid, session.row.bound_at):

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final
 
+from xmppd.children import when_ended
 from xmppd.cluster.nats_log import Fatal, Listening, LogFile, Reloaded, Said, understand
 from xmppd.cluster.pki import private_file
 from xmppd.errors import XmppdError
@@ -251,17 +252,11 @@ class Child:
         return False
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        loop = asyncio.get_running_loop()
-        handle = os.pidfd_open(process.pid)
-
         def ended() -> None:
-            loop.remove_reader(handle)
-            os.close(handle)
-            process.wait()
             if process is self._process:
                 self._exited.set()
 
-        loop.add_reader(handle, ended)
+        when_ended(process, ended)
 
     def _line(self, line: str) -> None:
         self._log_file.write(line)

@@ -416,10 +416,4 @@ class Cluster:
         self._compare_clocks(card, at + (self._loop.time() - began) / 2)
 
     def _notify(self, event: object) -> None:
-        waiting = self._hooks.notify(event)
-        if waiting is not None:
-            self._spawn(_wait(waiting), name="node up or down")
-
-
-async def _wait(waiting: Awaitable[None]) -> None:
-    await waiting
+        self._hooks.notify_aside(event, self._spawn, name="node up or down")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import xmppd
+from xmppd.children import when_ended
 from xmppd.log import get_logger
 from xmppd.sender.frames import ANSWER, BadFrame, Chain, Frames, answered, closing, opening, sending
 from xmppd.sender.target import Answer, HttpTarget
@@ -161,17 +162,11 @@ class Sender:
         self._hand_over()
 
     def _reap(self, process: subprocess.Popen[bytes]) -> None:
-        loop = asyncio.get_running_loop()
-        handle = os.pidfd_open(process.pid)
-
         def ended() -> None:
-            loop.remove_reader(handle)
-            os.close(handle)
-            process.wait()
             if process is self._process:
                 self._exited.set()
 
-        loop.add_reader(handle, ended)
+        when_ended(process, ended)
 
     async def _end(self) -> None:
         """Close our end, which ends it, or else it is killed."""

@@ -26,21 +26,15 @@ class Writing:
     def __init__(self, batcher: Batcher, holder: Callable[[str], Runner | None]) -> None:
         self._batcher = batcher
         self._holder = holder
-        self._young: list[Item] = []
-        self._older: list[Item] = []
-        self._timer: asyncio.TimerHandle | None = None
-        self._handed: list[Item] = []
-        self._handed_older: list[Item] = []
-        self._handed_timer: asyncio.TimerHandle | None = None
+        self._soon = _Ripening(lambda: _SOON, self._write_unless_handed)
+        self._late = _Ripening(lambda: _LATE, self.write)
         self._done: list[Mark] = []  # to be written at the end of this turn of the loop
         self._unmarked: dict[bytes, Mark] = {}
 
     def close(self) -> None:
         """What is still to be written is given to the group commit."""
-        for timer in (self._timer, self._handed_timer):
-            if timer is not None:
-                timer.cancel()
-        self._timer = self._handed_timer = None
+        self._soon.close()
+        self._late.close()
         self._write_done()
         self.flush()
 
@@ -49,9 +43,7 @@ class Writing:
     def in_a_moment(self, item: Item) -> None:
         """A row, unless it has arrived before. One that the process which makes requests has may take longer: that
         goes on when this node dies."""
-        self._young.append(item)
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_SOON, self._write_older)
+        self._soon.add(item)
 
     def write(self, item: Item) -> None:
         """A row, in the next commit; where it cannot be, the event stays in memory."""
@@ -67,30 +59,15 @@ class Writing:
 
     def write_all(self, sink: str) -> None:
         """It is going to be closed."""
-        for item in (*self._handed_older, *self._handed, *self._older, *self._young):
+        for item in (*self._late.items, *self._soon.items):
             if item.event.sink == sink:
                 self.write(item)
 
-    def _write_older(self) -> None:
-        older, self._older, self._young = self._older, self._young, []
-        for item in older:
-            if not item.handed:
-                self.write(item)
-            elif not item.done:
-                self._handed.append(item)
-        if self._handed and self._handed_timer is None:
-            self._handed_timer = asyncio.get_running_loop().call_later(_LATE, self._write_handed)
-        self._timer = None
-        if self._older:
-            self._timer = asyncio.get_running_loop().call_later(_SOON, self._write_older)
-
-    def _write_handed(self) -> None:
-        older, self._handed_older, self._handed = self._handed_older, self._handed, []
-        for item in older:
+    def _write_unless_handed(self, item: Item) -> None:
+        if not item.handed:
             self.write(item)
-        self._handed_timer = None
-        if self._handed_older:
-            self._handed_timer = asyncio.get_running_loop().call_later(_LATE, self._write_handed)
+        elif not item.done:
+            self._late.add(item)
 
     # -- marks -------------------------------------------------------------------------------------------------------
 
@@ -135,6 +112,43 @@ class Writing:
         for mark in marks:
             if mark.state != PENDING and len(self._unmarked) < _UNMARKED:
                 self._unmarked[mark.id] = mark
+
+
+class _Ripening:
+    """Items that wait until they are between once and twice `seconds()` old: two lists and one timer for all."""
+
+    def __init__(self, seconds: Callable[[], float], ripe: Callable[[Item], None]) -> None:
+        self._seconds = seconds
+        self._ripe = ripe
+        self._young: list[Item] = []
+        self._older: list[Item] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def items(self) -> list[Item]:
+        """The oldest first."""
+        return self._older + self._young
+
+    def add(self, item: Item) -> None:
+        self._young.append(item)
+        if self._timer is None:
+            self._wind_up()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wind_up(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._seconds(), self._turn)
+
+    def _turn(self) -> None:
+        ripe, self._older, self._young = self._older, self._young, []
+        for item in ripe:
+            self._ripe(item)
+        self._timer = None
+        if self._older:
+            self._wind_up()
 
 
 def _not_written(future: "asyncio.Future[Any]") -> None:
