@@ -88,6 +88,10 @@ class Users(Protocol):
         """End the session of a full JID, or all of a bare one, as far as they are on this node."""
         ...
 
+    def is_older(self, jid: JID, bound_at: int) -> bool:
+        """Whether a session of that full JID is here that was bound before that time, and no newer one is known."""
+        ...
+
     def yield_to(self, jid: JID, bound_at: int) -> None:
         """A session of that full JID was bound later on another node: end ours, if it is still there."""
         ...
@@ -509,15 +513,24 @@ class Forwarder:
     async def _handed_over(self, peer: Peer, payload: Any) -> None:
         jid, bound_at = payload
         user = parse(jid)
+        await self._has_come(user, bound_at)
         self._users.yield_to(user, bound_at)
         with suppress(TimeoutError):  # the caller waits no longer
-            async with asyncio.timeout(_OWED - _HANDOVER):
+            async with asyncio.timeout(_OWED - 2 * _HANDOVER):
                 waits = self._undecided(user.bare)
                 while waits:
                     await asyncio.sleep(_LOOK)
                     waits = self._undecided(user.bare)
                 await self._users.settled_here(user)
         await self._calls.barrier(timeout=_HANDOVER)
+
+    async def _has_come(self, user: JID, bound_at: int) -> None:
+        """The newer session is in the table here, which ends the older one: nobody is told that this resource has gone.
+        The question may be ahead of it when the asking node has just come up and its table is still being read."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_HANDOVER):
+                while self._users.is_older(user, bound_at):  # noqa: ASYNC110 - nothing tells us
+                    await asyncio.sleep(_LOOK)
 
 
 def _refusal(number: int, error: StanzaError) -> list[object]:

@@ -303,11 +303,15 @@ class SessionManager:
 
         self._spawn(until_settled(), name="messages for a session that has ended")
 
+    def is_older(self, jid: JID, bound_at: int) -> bool:
+        """Whether a session of that full JID is here that was bound before that time, and no newer one is known."""
+        row = self._table.rows(jid.bare).get(jid.resource)
+        return row is not None and row.session is not None and row.bound_at < bound_at
+
     def yield_to(self, jid: JID, bound_at: int) -> None:
         """A session of that full JID was bound at that time on another node: end ours, if it is older."""
-        row = self._table.rows(jid.bare).get(jid.resource)
-        if row is not None and row.session is not None and row.bound_at < bound_at:
-            row.session.replaced()
+        if self.is_older(jid, bound_at):
+            self._table.rows(jid.bare)[jid.resource].session.replaced()
 
     def _lost(self, row: SessionRow) -> None:
         """The table says that this row of ours was displaced by another node."""

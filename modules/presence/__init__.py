@@ -258,9 +258,10 @@ class Presence(Module[Config]):
         """RFC 6121 4.5.2. Plain, so that it comes before the session is taken apart."""
         session, presence = event.session, event.presence
         user, directed = session.user, self._take_directed(session)
-        if self._is_available_elsewhere(session.jid):
+        if newer := self._elsewhere.nodes_with(user, session.jid.resource):
             # Both were bound while their nodes did not see each other: the other one is who contacts see now.
             self._fanout.send(user, presence, directed)
+            self.spawn(self._have_shown(session.jid, newer), name="presence of a newer session")
             return
         if all(resource.priority is None for resource in self.sessions.resources(user)):
             self._last.remember(user, presence)
@@ -270,11 +271,23 @@ class Presence(Module[Config]):
         else:
             self._end(user, presence, directed, contacts, blocked)
 
-    def _is_available_elsewhere(self, jid: JID) -> bool:
-        return any(
-            resource.jid == jid and resource.priority is not None and resource.node is not None
-            for resource in self.sessions.resources(bare(jid))
-        )
+    async def _have_shown(self, jid: JID, nodes: set[bytes]) -> None:
+        """Some may have heard of the older session after the newer one, from this node when it was back."""
+        await self.nodes.barrier()
+        self.nodes.cast("again", jid.full, nodes)
+
+    @from_node("again")
+    async def show_again(self, node: bytes, full: str) -> None:
+        jid = parse(full)
+        try:
+            contacts, blocked = await self._roster_of(bare(jid)), await self._blocks.get(bare(jid))
+        except StorageError as exc:
+            self.log.warning("presence waits for the roster", user=jid.bare, error=exc)
+            return  # they see it with its next presence
+        for session in self._present(bare(jid)):
+            if session.jid == jid and session.presence is not None:
+                shown = delayed(session.presence, _state(session)["since"] or self.clock())
+                self._fanout.send(session.user, shown, self._audience(session.user, contacts, blocked))
 
     async def _end_later(self, user: JID, presence: Stanza, directed: list[JID]) -> None:
         contacts: Mapping[str, Contact] = {}

@@ -342,6 +342,51 @@ async def test_of_one_address_on_both_sides_the_newer_one_stays_and_is_seen(node
     assert len(list(nodes[0].manager.sessions(parse(JULIET)))) == 0
 
 
+async def both_sides(nodes):
+    """romeo on the third node sees juliet on the second; an older session of hers is cut off on the first."""
+    await nodes[0].come("juliet")
+    romeo = await nodes[2].come("romeo")
+    await nodes.calm()
+    split(nodes)
+    await nodes.calm()
+    await say(await nodes[1].come("juliet"), "new")
+    await nodes.calm()
+    romeo.received.clear()
+    return romeo
+
+
+async def test_the_older_session_ends_in_silence_when_its_node_is_asked_before_it_has_read_of_the_newer_one(nodes):
+    romeo = await both_sides(nodes)
+    nodes.net.hold("two", "one")
+    nodes.net.heal()
+    await nodes.net.until(lambda: nodes.replicas[0].synced(nodes.node(2)) and seen(romeo, JULIET))
+
+    nodes.replicas[0]._turns._call_soon = lambda turn: asyncio.get_running_loop().call_later(0.1, turn)
+    nodes.net.let_go("two", "one")
+    await nodes.synced()
+    await nodes.net.until(lambda: not list(nodes[0].manager.sessions(parse(JULIET))))
+    await nodes.calm()
+
+    assert ("balcony", "unavailable") not in ways(romeo, JULIET)
+    assert seen(romeo, JULIET)[-1] == ("balcony", "available", "new")
+
+
+async def test_the_newer_session_is_seen_though_the_older_one_was_shown_after_it(nodes):
+    """Its node came back to others before it heard of the newer one."""
+    romeo = await both_sides(nodes)
+    nodes.net.hold("two", "one")
+
+    nodes.net.heal()
+    await nodes.net.until(lambda: seen(romeo, JULIET))
+    assert seen(romeo, JULIET) == [("balcony", "available", "")]
+    nodes.net.let_go("two", "one")
+    await nodes.synced()
+    await nodes.net.until(lambda: not list(nodes[0].manager.sessions(parse(JULIET))))
+    await nodes.calm()
+
+    assert seen(romeo, JULIET)[-1] == ("balcony", "available", "new")
+
+
 async def test_twenty_splits_end_with_everybody_seeing_the_truth(nodes):
     dice = random.Random(7)
     clients = {}
