@@ -61,6 +61,7 @@ _log = get_logger("cluster")
 
 _KICK: Final = "sessions.kick"
 _HAND_OVER: Final = "sessions.hand_over"
+_YIELDED: Final = "sessions.yielded"
 
 
 class Users(Protocol):
@@ -94,6 +95,10 @@ class Users(Protocol):
 
     def yield_to(self, jid: JID, bound_at: int) -> None:
         """A session of that full JID was bound later on another node: end ours, if it is still there."""
+        ...
+
+    def take_over(self, node: bytes, jid: JID) -> None:
+        """An older session of that full JID has ended on a node: what it leaves comes first."""
         ...
 
     async def settled_here(self, user: JID) -> None:
@@ -214,6 +219,7 @@ class Forwarder:
         links.on_down(self._down)
         calls.on_cast(_KICK, self._kicked)
         calls.on_call(_HAND_OVER, self._handed_over)
+        calls.on_cast(_YIELDED, lambda peer, jid: self._users.take_over(peer.node, parse(jid)))
 
     @property
     def pending(self) -> int:
@@ -328,6 +334,10 @@ class Forwarder:
     def kick(self, nodes: Sequence[bytes], jid: JID, reason: str, condition: str) -> None:
         """End sessions on other nodes with a stream error: the one of a full JID, or all of a bare one."""
         self._calls.cast(_KICK, [jid.full, reason, condition], nodes)
+
+    def yielded(self, node: bytes, jid: JID) -> None:
+        """Say there that an older session of a full JID has ended here, and leaves something."""
+        self._calls.cast(_YIELDED, jid.full, (node,))
 
     async def hand_over(self, node: bytes, jid: JID, bound_at: int) -> bool:
         """Wait until a node has ended its session of a full JID that was bound elsewhere at that time (0: it is known

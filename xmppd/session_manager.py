@@ -49,6 +49,8 @@ from xmppd.protocol.stanza import Stanza
 Rows = Mapping[str, SessionRow]
 _OWED: Final = 10.0  # seconds for a node to take back its row of a full JID that is bound elsewhere, or to be seen dead
 _OWED_LOOK: Final = 0.02
+_YIELDING: Final = 1.0  # seconds in which it does so as a rule
+_MADE_WAY: Final = 10.0  # seconds for which it is remembered that it has
 _OWED_MESSAGES: Final = 10_000  # for one user that wait; more are refused
 _UNDISPUTED: Final = 2.0  # seconds a client waits for that when it binds
 SUBSCRIPTIONS = frozenset({"subscribe", "subscribed", "unsubscribe", "unsubscribed"})
@@ -115,6 +117,10 @@ class Remote(Protocol):
     def kick(self, nodes: Sequence[bytes], jid: JID, reason: str, condition: str) -> None: ...
 
     def hand_over(self, node: bytes, jid: JID, bound_at: int) -> Coroutine[object, object, bool]: ...
+
+    def yielded(self, node: bytes, jid: JID) -> None:
+        """Say there that an older session of a full JID has ended here, and leaves something."""
+        ...
 
 
 class ExtraCopy(Stanza):
@@ -219,10 +225,12 @@ class SessionManager:
         self._keeping: dict[str, deque[Pending]] = {}  # by bare JID: being stored
         self._taking: set[tuple[str, int, bytes]] = set()  # full JIDs, bound here when, on other nodes
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
+        # By bare JID: the node where a session made way for a newer one, its resource, and when; the oldest first.
+        self._made_way: dict[str, tuple[bytes, str, float]] = {}
         table.on_conflict.append(self._lost)
         table.on_appeared.append(self._appeared)
         table.on_left.append(self._left)
-        table.on_displacing.append(self._displaces)
+        table.on_displacing.append(lambda row, owner: self._displaces(row, owner.member))
         table.on_vanished.append(self._vanished)
 
     def connect(self, remote: Remote) -> None:
@@ -253,10 +261,10 @@ class SessionManager:
         taken_back = self._take_over(self._remote, node, row, row.session)
         return None if taken_back is None else self._soon(taken_back)
 
-    def _displaces(self, row: SessionRow, owner: Owner) -> None:
+    def _displaces(self, row: SessionRow, node: bytes) -> None:
         """After a split: the other node's session ends, and what it leaves is older than what comes from here on."""
         if self._remote is not None and row.session is not None and row.jid.full not in self._displacing:
-            self._take_over(self._remote, owner.member, row, row.session)
+            self._take_over(self._remote, node, row, row.session)
 
     def _take_over(
         self, remote: Remote, node: bytes, row: SessionRow, session: LiveSession
@@ -287,21 +295,39 @@ class SessionManager:
 
     def _left(self, owner: Owner, user: str, resource: str) -> None:
         """A session has gone from another node. What is on its way to it is stored there, or sent on; what is new waits
-        until it is where it belongs, or known to have arrived."""
+        until it is where it belongs, or known to have arrived. One that made way for a newer session, after a split,
+        may have been sent messages that are stored there by now: that is asked when the next one comes."""
         remote = self._remote
-        if remote is None or not remote.owes(owner.member, user):
+        if remote is None:
             return
-        jid, until = parse(f"{user}/{resource}"), asyncio.get_running_loop().create_future()
+        if remote.owes(owner.member, user):
+            self._hold_until_settled(remote, owner.member, parse(f"{user}/{resource}"))
+        elif (newer := self._table.rows(user).get(resource)) is not None and newer.owner != owner:
+            self._made_way.pop(user, None)
+            self._made_way[user] = (owner.member, resource, time.monotonic())
+            while self._made_way and next(iter(self._made_way.values()))[2] < time.monotonic() - _MADE_WAY:
+                del self._made_way[next(iter(self._made_way))]
+
+    def _hold_until_settled(self, remote: Remote, node: bytes, jid: JID) -> None:
+        until = asyncio.get_running_loop().create_future()
         self.hold_messages(jid, until)
 
         async def until_settled() -> None:
             # That they are safe is not enough: what is stored there may not be free yet.
             try:
-                await remote.hand_over(owner.member, jid, 0)
+                await remote.hand_over(node, jid, 0)
             finally:
                 until.set_result(None)
 
         self._spawn(until_settled(), name="messages for a session that has ended")
+
+    def _is_held(self, user: str) -> bool:
+        """Whether new messages wait; a node whose session made way is asked first for what that has left."""
+        if (way := self._made_way.pop(user, None)) is not None:
+            node, resource, at = way
+            if self._remote is not None and time.monotonic() < at + _MADE_WAY:
+                self._hold_until_settled(self._remote, node, parse(f"{user}/{resource}"))
+        return user in self._owed_to
 
     def is_older(self, jid: JID, bound_at: int) -> bool:
         """Whether a session of that full JID is here that was bound before that time, and no newer one is known."""
@@ -314,9 +340,20 @@ class SessionManager:
             self._table.rows(jid.bare)[jid.resource].session.replaced()
 
     def _lost(self, row: SessionRow) -> None:
-        """The table says that this row of ours was displaced by another node."""
-        if row.session is not None:
-            row.session.replaced()
+        """The table says that this row of ours was displaced by another node, which has not seen it, perhaps."""
+        session = row.session
+        if session is None:
+            return
+        newer = self._table.rows(row.jid.bare).get(row.jid.resource)
+        if self._remote is not None and newer is not None and session.waiting().unacknowledged:
+            self._remote.yielded(newer.owner.member, row.jid)
+        session.replaced()
+
+    def take_over(self, node: bytes, jid: JID) -> None:
+        """An older session of that full JID has ended on a node: what it leaves comes first."""
+        row = self._table.rows(jid.bare).get(jid.resource)
+        if row is not None:
+            self._displaces(row, node)
 
     def _appeared(self, user: str, row: SessionRow) -> None:
         if self._hooks.wants(SessionAppeared):
@@ -674,11 +711,12 @@ class SessionManager:
     def _owed(self, row: SessionRow) -> bool:
         """Whether the node where this session's full JID was bound before has something for the user of which nothing
         is known yet. As a rule it takes its row back within milliseconds; when it does not it is dead, perhaps, and
-        what it has will be routed again as soon as that is known."""
+        what it has will be routed again as soon as that is known. Until then it may also have stored something."""
         if row.hides is None or self._remote is None:
             return False
         node, since = row.hides
-        return time.monotonic() < since + _OWED and self._remote.owes(node, row.jid.bare)
+        now = time.monotonic()
+        return now < since + _YIELDING or (now < since + _OWED and self._remote.owes(node, row.jid.bare))
 
     async def _message_behind(self, stanza: Stanza) -> Outcome:
         assert stanza.to is not None
@@ -694,7 +732,7 @@ class SessionManager:
         elif self._turns and to.bare in self._turns:
             if (ahead := self._turns.ahead(to.bare, stanza)) is not None:
                 return self._gate.wait(stanza, self._message_held(stanza, ahead))
-        elif self._owed_to and to.bare in self._owed_to and not _waits_for_nobody(stanza):
+        elif (self._owed_to or self._made_way) and not _waits_for_nobody(stanza) and self._is_held(to.bare):
             return self._wait_behind(stanza, self._owed_to[to.bare])
         for one in rows.values():
             if one.hides is not None and self._owed(one) and not _waits_for_nobody(stanza):

@@ -65,6 +65,16 @@ class Resumed(Client):
             super().write(data)
 
 
+def later(event, work):
+    """What that gives, which begins when the event is set."""
+
+    async def wait():
+        await event.wait()
+        return await work()
+
+    return asyncio.ensure_future(wait())
+
+
 async def say(client, *bodies, to=JULIET):
     return [await client.send(message(to, body, id=f"id-{body}")) for body in bodies]
 
@@ -181,16 +191,66 @@ async def test_after_a_split_what_the_older_session_has_comes_before_what_is_new
     for outcome in await say(romeo, "1", "2"):
         await nodes[1].stored(outcome)
 
-    def later(ids, holder):
-        async def free():
-            await freed.wait()
-            await release(ids, holder)
-
-        return asyncio.ensure_future(free())
-
-    nodes[1].spool.release = later
+    nodes[1].spool.release = lambda ids, holder: later(freed, lambda: release(ids, holder))
     nodes.net.heal()
     await nodes.net.until(lambda: juliet.ended is not None)
+    saying = asyncio.create_task(say(elsewhere, "3"))
+    await asyncio.sleep(0.1)
+    assert again.bodies == []
+    freed.set()
+    await nodes.net.until(lambda: len(again.bodies) >= 3)
+    await saying
+
+    assert again.bodies == ["1", "2", "3"]
+
+
+async def two_sessions(nodes):
+    """An older session of juliet's on the second node, which has messages that are in the database; and a newer one on
+    the third, which has not met it yet. What the older one leaves is free when the event is set."""
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
+    managed(juliet)
+    await nodes.calm()
+    nodes.net.cut("one", "two")
+    nodes.net.cut("three", "two")
+    await nodes.net.until(lambda: not nodes[2].table.rows(JULIET))
+    again = await nodes[2].online("juliet")
+    nodes.net.heal("one", "two")
+    nodes.net.cut("one", "three")
+    await nodes.net.until(lambda: nodes[0].table.nodes_of(JULIET) == {nodes.node(1)})
+    await nodes.calm()
+    for outcome in await say(romeo, "1", "2"):
+        await nodes[0].stored(outcome)
+    freed, release = asyncio.Event(), nodes[1].spool.release
+    nodes[1].spool.release = lambda ids, holder: later(freed, lambda: release(ids, holder))
+    return juliet, romeo, again, freed
+
+
+async def test_after_a_split_others_ask_for_what_the_older_session_has_left(nodes):
+    """The newer one's node has not heard of it when they know that it has ended."""
+    juliet, romeo, again, freed = await two_sessions(nodes)
+    nodes.net.hold("two", "three")
+    nodes.net.heal()
+    await nodes.net.until(lambda: nodes[0].table.nodes_of(JULIET) == {nodes.node(2)})
+    await nodes.net.until(lambda: juliet.ended is not None)
+
+    saying = asyncio.create_task(say(romeo, "3"))
+    await asyncio.sleep(0.1)
+    assert again.bodies == []
+    nodes.net.let_go("two", "three")
+    freed.set()
+    await nodes.net.until(lambda: len(again.bodies) >= 3)
+    await saying
+
+    assert again.bodies == ["1", "2", "3"]
+
+
+async def test_after_a_split_the_newer_session_is_told_of_an_older_one_that_it_has_never_seen(nodes):
+    juliet, _, again, freed = await two_sessions(nodes)
+    elsewhere = await nodes[2].online("romeo", "elsewhere")
+    nodes[2].table.on_displacing.clear()  # it had ended before the table came
+    nodes.net.heal()
+    await nodes.net.until(lambda: juliet.ended is not None and again.session.holds_messages)
+
     saying = asyncio.create_task(say(elsewhere, "3"))
     await asyncio.sleep(0.1)
     assert again.bodies == []
@@ -221,14 +281,7 @@ async def test_what_a_session_leaves_that_has_just_ended_elsewhere_is_waited_for
     freed = asyncio.Event()
     release = nodes[1].spool.release
 
-    def later(ids, holder):
-        async def free():
-            await freed.wait()
-            await release(ids, holder)
-
-        return asyncio.ensure_future(free())
-
-    nodes[1].spool.release = later
+    nodes[1].spool.release = lambda ids, holder: later(freed, lambda: release(ids, holder))
     coming = await goes_on_elsewhere(nodes, juliet, romeo)
     await asyncio.sleep(0.05)
     freed.set()
@@ -246,12 +299,8 @@ async def test_what_such_a_session_leaves_is_waited_for_until_it_is_free_not_onl
     world, freed, committed = nodes[1], asyncio.Event(), asyncio.Event()
     release, write = world.spool.release, world.spool.submit_all
 
-    async def later(event, work):
-        await event.wait()
-        return await work()
-
-    world.spool.submit_all = lambda items: asyncio.ensure_future(later(committed, lambda: write(items)))
-    world.spool.release = lambda ids, holder: asyncio.ensure_future(later(freed, lambda: release(ids, holder)))
+    world.spool.submit_all = lambda items: later(committed, lambda: write(items))
+    world.spool.release = lambda ids, holder: later(freed, lambda: release(ids, holder))
     outcomes = await say(romeo, "1", "2")
     await nodes.net.until(lambda: len(juliet.bodies) == 2)
     coming = await goes_on_elsewhere(nodes, juliet, romeo)
@@ -300,15 +349,8 @@ async def test_a_session_that_moves_gets_what_is_being_stored_before_what_it_was
     committed = asyncio.Event()
     keep = nodes[0].spool.keep
 
-    def later(*args, **options):
-        async def store():
-            await committed.wait()
-            return await keep(*args, **options)
-
-        return asyncio.ensure_future(store())
-
     romeo = await nodes[0].online("romeo")
-    nodes[0].spool.keep = later
+    nodes[0].spool.keep = lambda *args, **options: later(committed, lambda: keep(*args, **options))
     await say(romeo, "1", "2")
     juliet = nodes[0].login("juliet")
     state = managed(juliet)

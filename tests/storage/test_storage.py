@@ -18,7 +18,7 @@ from tests import mariadb
 from tests.harness.folders import let_in
 from xmppd.errors import ConfigError, StorageError, StorageUnavailable
 from xmppd.spool import Kept, Spool
-from xmppd.storage import Accounts, Duplicate, Storage, module_table, new_id
+from xmppd.storage import Accounts, Duplicate, Storage, engine, module_table, new_id
 from xmppd.storage.tables import spool as spool_table
 
 COUNTER = module_table("counter", Column("id", Integer, primary_key=True, autoincrement=False), Column("n", Integer))
@@ -615,6 +615,56 @@ async def test_a_server_that_is_not_strict_does_not_cut_values_off(
             )
     finally:
         mariadb_server.query(f"SET GLOBAL sql_mode = '{before[0]}'")
+
+
+@pytest.mark.mariadb
+async def test_a_transaction_in_the_midst_of_which_its_node_is_frozen_keeps_others_waiting_for_its_rows_only(
+    mariadb_database, make_storage
+):
+    frozen, other = make_storage(mariadb_database), make_storage(mariadb_database)
+    await frozen.open()
+    await other.open()
+    await Spool(other).keep("example.net", "juliet", "r@x", b"<message/>", dedup=None, quota=None)
+    take = text("UPDATE spool SET told = NULL WHERE server_host = 'example.net' AND username >= 'j'")
+    entered, left = asyncio.Event(), asyncio.Event()
+
+    async def half(connection):
+        await connection.execute(take)
+        entered.set()
+        await left.wait()
+        raise LookupError
+
+    task = asyncio.create_task(frozen.run(half))
+    await entered.wait()
+    async with asyncio.timeout(2):  # another row, in the midst of what is locked
+        await Spool(other).keep("example.net", "nurse", "r@x", b"<message/>", dedup=None, quota=None)
+    async with asyncio.timeout(12):  # the row itself: the server ends that transaction after 3 s
+        await other.run(lambda connection: connection.execute(take))
+    left.set()
+    with pytest.raises((StorageError, LookupError)):
+        await task
+
+
+@pytest.mark.mariadb
+@pytest.mark.parametrize(("format", "isolation"), [("MIXED", "READ-COMMITTED"), ("STATEMENT", "REPEATABLE-READ")])
+async def test_transactions_read_what_is_committed_unless_the_log_is_one_of_statements(
+    mariadb_server, mariadb_database, make_storage, monkeypatch, format, isolation
+):
+    show = engine.MysqlConnection.show
+
+    async def with_a_log(connection, what):  # the server of the tests has none, and it takes a restart
+        return {**await show(connection, what), "log_bin": "ON"}
+
+    monkeypatch.setattr(engine.MysqlConnection, "show", with_a_log)
+    mariadb_server.query(f"SET GLOBAL binlog_format = '{format}'")
+    try:
+        storage = make_storage(mariadb_database)
+        await storage.open()
+        async with storage.connect() as connection:
+            asked = text("SELECT VARIABLE_VALUE FROM information_schema.SESSION_VARIABLES WHERE VARIABLE_NAME = :name")
+            assert (await connection.execute(asked, {"name": "TX_ISOLATION"})).scalar_one() == isolation
+    finally:
+        mariadb_server.query("SET GLOBAL binlog_format = 'MIXED'")
 
 
 @pytest.mark.mariadb

@@ -90,7 +90,10 @@ class Accounts:
 
     async def adopt(self, host: str, username: str, secrets: Mapping[str, Secret]) -> bool:
         """As `create`, for many at a time: those of one moment are one transaction."""
-        made: bool = await self._storage.batcher.submit(_ADOPT, Account(username, host, secrets))
+        try:
+            made: bool = await self._storage.batcher.submit(_ADOPT, Account(username, host, secrets))
+        except Duplicate:  # made by somebody else at this moment
+            return False
         return made
 
     async def set_secrets(self, host: str, username: str, secrets: Mapping[str, Secret]) -> bool:
@@ -166,9 +169,8 @@ def _is(table: Any, host: str, username: str) -> tuple[Any, Any]:
 async def _write_adopts(connection: AsyncConnection, accounts: list[Account]) -> list[bool]:
     there: set[tuple[str, str]] = set()
     for host, names in by_host(sorted({(new.host, new.username) for new in accounts})).items():
-        # Locked, so that nobody makes one of them meanwhile.
         query = select(account.c.username).where(account.c.server_host == host, account.c.username.in_(names))
-        there |= {(host, name) for name in (await connection.execute(query.with_for_update())).scalars()}
+        there |= {(host, name) for name in (await connection.execute(query)).scalars()}
     made = []
     for new in accounts:
         made.append((new.host, new.username) not in there)

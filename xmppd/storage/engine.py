@@ -29,8 +29,13 @@ STRICT: Final = ("STRICT_TRANS_TABLES", "STRICT_ALL_TABLES")
 # A transaction whose node is gone without a word (a dead line, a proxy that hangs) holds its locks until the server
 # notices; who repeats it waits for those. With this it notices while a write may still wait (30 s). MariaDB's alone.
 _ORPHANS: Final = "idle_transaction_timeout"
-_ORPHANED_AFTER: Final = 10  # seconds
-_FACTS: Final = f"VARIABLES WHERE Variable_name IN ('version', 'sql_mode', 'wsrep_on', 'read_only', '{_ORPHANS}')"
+_ORPHANED_AFTER: Final = 3  # seconds
+# Each transaction locks the rows that it changes, and not the gaps between them too, where others insert: a node that
+# is frozen in the midst of one, or slow, keeps nobody waiting but for these rows. What was read is not read again.
+_ISOLATION: Final = ("transaction_isolation", "tx_isolation")  # MySQL and newer MariaDB; MariaDB
+_COMMITTED: Final = "READ-COMMITTED"
+_NAMES: Final = ("version", "sql_mode", "wsrep_on", "read_only", "log_bin", "binlog_format", _ORPHANS, *_ISOLATION)
+_FACTS: Final = f"VARIABLES WHERE Variable_name IN ({', '.join(repr(name) for name in _NAMES)})"
 # Galera: reads, UPDATEs and INSERTs wait until this server has what the others had committed when they began.
 # https://mariadb.com/kb/en/galera-cluster-system-variables/#wsrep_sync_wait
 _SYNC_WAIT: Final = "wsrep_sync_wait = 7"
@@ -41,7 +46,7 @@ class MysqlConnection(aiomysql.Connection):  # type: ignore[misc]
 
     statement_timeout: float | None = STATEMENT_TIMEOUT
     cipher: str = ""  # of TLS, as the server tells it
-    facts: Mapping[str, str] = {}  # what the server said of itself: version, sql_mode, wsrep_on, read_only
+    facts: Mapping[str, str] = {}  # what the server said of itself: `_NAMES`
     rests_since: float | None = None  # monotonic; None while it is in use
 
     async def _request_authentication(self) -> None:
@@ -126,6 +131,11 @@ class MysqlConnection(aiomysql.Connection):  # type: ignore[misc]
             wanted.append(_SYNC_WAIT)
         if self.facts.get(_ORPHANS) == "0":
             wanted.append(f"{_ORPHANS} = {_ORPHANED_AFTER}")
+        isolation = next((name for name in _ISOLATION if name in self.facts), None)
+        # A log of statements cannot say what such transactions do: the server refuses their writes.
+        by_statement = self.facts.get("log_bin") == "ON" and self.facts.get("binlog_format") == "STATEMENT"
+        if isolation is not None and self.facts[isolation] != _COMMITTED and not by_statement:
+            wanted.append(f"{isolation} = '{_COMMITTED}'")
         if wanted:
             await self.query(f"SET SESSION {', '.join(wanted)}")
 
