@@ -7,7 +7,8 @@ from typing import ClassVar, Final, Protocol
 
 from xmppd.errors import StorageError
 from xmppd.protocol.stanza import Stanza
-from xmppd.spool import Holder
+from xmppd.spool import Holder, SpoolRow
+from xmppd.storage import place_of
 
 RETRY_FIRST: Final = 1.0  # seconds
 RETRY_LONGEST: Final = 30.0
@@ -35,6 +36,14 @@ class KeptMessage(Stanza):
     kept: ClassVar[bool] = True
     row_id: bytes
     holder: Holder | None  # None as soon as the row is free again
+
+    @classmethod
+    def of(cls, row: SpoolRow, holder: Holder) -> "KeptMessage":
+        """The message of a row, at the place which it has had from the beginning. ValueError, JidError."""
+        message = cls.from_bytes(row.stanza)
+        assert isinstance(message, KeptMessage)
+        message.row_id, message.holder, message.place = row.id, holder, place_of(row.id)
+        return message
 
 
 class Chores:

@@ -392,12 +392,13 @@ class Server:
         self.cookies = Cookies(self.cluster, self.folder, external=self.config.cluster.nats_url is not None)
         self.forwarder = Forwarder(links, calls, self.sessions, bounce=self.router.bounce)
         self.sessions.connect(self.forwarder)
-        self.parts.resumption.handover = Handover(links, calls, self.forwarder, lambda: self.parts)
+        self.parts.resumption.handover = handover = Handover(links, calls, self.forwarder, lambda: self.parts)
         self._node_handlers = NodeHandlers()
         self._node_handlers.connect(calls, self.spawn)
         Removals(calls, self.accounts, self.hooks, self.spawn)
         self.spool.standing = SpoolPlace(self.cluster)
         watch = SpoolWatch(self.spool, self.cluster, self.hooks, self.sessions.takes_messages_here, self.spawn, clock)
+        handover.look_first = watch.look_first
         self.spawn_service(watch.run(), name="spool watch")
         try:
             yield

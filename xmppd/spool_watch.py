@@ -4,20 +4,20 @@ are available here are not left waiting for what is stored for them.
 Tables between nodes lag a little, so a node may store a message for somebody who has just become available on another
 one. The nodes tell each other; this look at the database is for what that misses.
 
-While a member of the cluster is not seen, and until what was stored meanwhile has been found, whoever binds a resource
-may come from there, where what they have written was stored for somebody who is here: it comes before what they write
-next, so they wait for such a look.
+While a member of the cluster is not seen, by this node or another one, and until what was stored meanwhile has been
+found, whoever binds a resource or brings their session along may come from where what they have written was stored for
+somebody whom that node did not see: it comes before what they write next, so they wait for such a look.
 """
 
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from xmppd.cluster.cluster import Cluster
 from xmppd.errors import JidError, StorageError
-from xmppd.events import MessagesFound, MessagesTakenOver, NodeDown, SessionBound
+from xmppd.events import MessagesFound, MessagesTakenOver, NodeDown, NodeUp, SessionBound
 from xmppd.hooks import Hooks
 from xmppd.log import get_logger
 from xmppd.protocol.jid import JID, make
@@ -71,6 +71,7 @@ class SpoolWatch:
         self.looks = 0
         self._owing = True  # no look has succeeded since all members were seen
         hooks.add(_OWNER, NodeDown, self._parted)
+        hooks.add(_OWNER, NodeUp, self._met)
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -120,10 +121,14 @@ class SpoolWatch:
     # -- logins
 
     def _is_whole(self) -> bool:
-        cluster = self._cluster
-        return all(each.node in cluster.links.peers for each in cluster.membership.others)
+        return self._cluster.links.is_whole(each.node for each in self._cluster.membership.others)
 
     def _parted(self, event: NodeDown) -> None:
+        self._owing = True
+        self._listen()
+
+    def _met(self, event: NodeUp) -> None:
+        """It may have been started a moment ago, and not see all the others yet."""
         self._owing = True
         self._listen()
 
@@ -138,6 +143,14 @@ class SpoolWatch:
                 self._hooks.remove(_OWNER, SessionBound)
 
     async def _look_first(self, event: SessionBound) -> None:
+        await self._shared()
+
+    def look_first(self) -> Coroutine[Any, Any, None] | None:
+        """For a session that comes from another node: what its client has written there may be stored. None: nothing
+        has to be waited for."""
+        return self._shared() if self._listens else None
+
+    async def _shared(self) -> None:
         sharing = self._sharing
         if sharing is None:
             sharing = self._sharing = asyncio.get_running_loop().create_future()

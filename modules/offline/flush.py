@@ -118,16 +118,14 @@ class Flush:
 
     def _send(self, row: SpoolRow, blocked: Blocklist | None) -> None:
         try:
-            message = KeptMessage.from_bytes(row.stanza)
+            message = KeptMessage.of(row, self._holder)
         except (ValueError, JidError) as exc:
             self._log.error("offline message cannot be read and is lost", user=self._session.user, exc=exc)
             self._chores.delete(row.id)
             return
-        assert isinstance(message, KeptMessage)
         if blocked is not None and message.from_ is not None and blocked.blocks(message.from_):
             self._chores.delete(row.id)  # blocked after it was stored
             return
-        message.row_id, message.holder = row.id, self._holder
         size = len(row.stanza)
         self._bytes += size
         outcome = self._session.send(message)

@@ -438,6 +438,23 @@ def test_a_pair_that_is_cut_talks_through_a_third_and_nobody_goes_down():
     assert status(three_, one).via is None
 
 
+def test_a_cluster_is_whole_when_all_say_that_they_reach_all():
+    sim, one, other, third = three()
+    members = [node.links.owner.member for node in (one, other, third)]
+
+    def whole(node):
+        return node.links.is_whole(member for member in members if member != node.links.owner.member)
+
+    assert whole(one)
+    sim.cut("two", "three")
+    sim.run_until(lambda: not whole(one))
+    assert len(one.links.peers) == len(other.links.peers) == 2  # nobody is down
+    sim.heal()
+    sim.run_until(lambda: whole(one) and whole(other) and whole(third))
+    sim.kill("three")
+    sim.run_until(lambda: not whole(one))
+
+
 def test_the_first_frame_after_a_cut_arrives_within_a_second_through_the_third():
     sim, one, _, three_ = three()
     sim.cut("one", "three")

@@ -10,6 +10,7 @@ from tests.cluster.link_net import LinkNet
 from tests.cluster.nats_nodes import CLUSTER, Node, mesh, until
 from xmppd.cluster.calls import NodeCalls
 from xmppd.cluster.interfaces import Kind
+from xmppd.cluster.link_types import Settings
 from xmppd.cluster.links import LinkSet
 from xmppd.cluster.tables import Owner
 from xmppd.errors import NodeUnreachable
@@ -106,7 +107,10 @@ class NatsLinks:
     def __init__(self, node: Node, number: int) -> None:
         self.node = node
         owner = Owner(node.id, 0, number)
-        self.links = LinkSet(owner, node.name, "0.1.0", CLUSTER, asyncio.get_running_loop())
+        # A nats-server that starts again may take its time on a busy machine.
+        self.links = LinkSet(
+            owner, node.name, "0.1.0", CLUSTER, asyncio.get_running_loop(), settings=Settings(suspect=5.0)
+        )
         self.calls = NodeCalls(self.links)
         self.got: list[bytes] = []
         self.links.on(Kind.STANZA, lambda peer, body: self.got.append(body))

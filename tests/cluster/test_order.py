@@ -357,13 +357,8 @@ async def test_a_session_that_moves_gets_what_is_being_stored_before_what_it_was
     arriving = asyncio.create_task(juliet.available())
     await nodes.net.until(lambda: juliet.session.holds_messages)
     await say(romeo, "3")
-    juliet.session.lost(clean=False, resumable=True)
-    await nodes.net.until(lambda: nodes[1].manager.is_bound(juliet.session.jid))
-
-    moved = await nodes[1].parts.resumption.handover.fetch(state.id, parse(JULIET), 0)
-    assert isinstance(moved, Session)
-    there = Resumed(moved)
-    moved.managed.resume(there)
+    session = await moved(nodes, juliet, state)
+    session.managed.resume(there := Resumed(session))
     saying = asyncio.create_task(say(romeo, "4"))
     await asyncio.sleep(0.05)
     assert there.bodies == []
@@ -373,6 +368,50 @@ async def test_a_session_that_moves_gets_what_is_being_stored_before_what_it_was
     await asyncio.gather(arriving, saying)
 
     assert there.bodies == ["1", "2", "3", "4"]
+
+
+async def moved(nodes, juliet, state):
+    """Her session, on the second node."""
+    juliet.session.lost(clean=False, resumable=True)
+    await nodes.net.until(lambda: nodes[1].manager.is_bound(juliet.session.jid))
+    session = await nodes[1].parts.resumption.handover.fetch(state.id, parse(JULIET), 0)
+    assert isinstance(session, Session)
+    return session
+
+
+async def test_a_stored_message_that_goes_along_with_a_session_keeps_its_place(nodes):
+    """There it may have to be stored anew: before what was stored since, as ever."""
+    romeo = await nodes[0].online("romeo")
+    for outcome in await say(romeo, "1"):
+        await nodes[0].stored(outcome)
+    juliet = nodes[0].login("juliet")
+    state = managed(juliet)
+    await juliet.available()
+    await nodes.net.until(lambda: juliet.bodies)
+
+    session = await moved(nodes, juliet, state)
+    session.managed.resume(there := Resumed(session))
+    await nodes.net.until(lambda: there.bodies)
+    await say(romeo, "2")
+    await nodes.net.until(lambda: len(there.bodies) == 2)
+
+    places = [entry.stanza.place for entry in session.managed.outbound.entries()]
+    assert len(places) == 2
+    assert 0 < places[0] < places[1]
+
+
+async def test_who_comes_along_with_a_session_writes_nothing_before_the_look_at_the_spool(nodes):
+    juliet = await nodes[0].online("juliet")
+    state = managed(juliet)
+    looked = asyncio.Event()
+    nodes[1].parts.resumption.handover.look_first = looked.wait
+
+    moving = asyncio.create_task(moved(nodes, juliet, state))
+    await nodes.net.until(lambda: not list(nodes[0].manager.sessions(parse(JULIET))))
+    await asyncio.sleep(0.05)
+    assert not moving.done()
+    looked.set()
+    await moving
 
 
 async def test_an_error_waits_for_nothing(nodes):

@@ -9,7 +9,7 @@ import pytest
 from tests.cluster import worlds
 from tests.cluster.test_presence import JULIET
 from tests.modules.world import message
-from xmppd.events import NodeDown
+from xmppd.events import NodeDown, NodeUp
 from xmppd.protocol.jid import parse
 from xmppd.spool_watch import SpoolWatch
 
@@ -24,6 +24,16 @@ async def nodes(databases, tmp_path):
         yield made
 
 
+class Links:
+    """Each of `peers` is up, and sees all the others."""
+
+    def __init__(self):
+        self.peers = []
+
+    def is_whole(self, nodes):
+        return all(node in self.peers for node in nodes)
+
+
 def watch(world):
     """Its looks at the database, when they are wanted."""
     cluster = SimpleNamespace(
@@ -31,7 +41,7 @@ def watch(world):
         skews={},
         joined=True,
         holds_lease=True,
-        links=SimpleNamespace(peers=[]),
+        links=Links(),
         membership=SimpleNamespace(others=[SimpleNamespace(node=b"the other one")]),
     )
     return SpoolWatch(world.spool, cluster, world.hooks, world.manager.takes_messages_here, world.spawn)
@@ -158,10 +168,16 @@ async def test_when_all_is_found_a_login_looks_no_more(nodes):
     await looks.look()
     looks._listen()
     assert looks._listens
+    before = looks.looks
+    await looks.look_first()
+    assert looks.looks == before + 1
     looks._cluster.links.peers.append(b"the other one")
     await looks.look()
     looks._listen()
     assert not looks._listens
+    assert looks.look_first() is None
+    nodes[1].hooks.notify(NodeUp("three", b"a third one"))  # which may not see all yet
+    assert looks._listens
 
 
 async def test_what_is_written_behind_stored_messages_does_not_overtake_them(nodes):

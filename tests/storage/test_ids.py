@@ -4,7 +4,7 @@ import asyncio
 import os
 
 from xmppd.storage.clock import Clock
-from xmppd.storage.ids import IdMaker, Places, id_of, id_time
+from xmppd.storage.ids import IdMaker, Places, id_of, id_time, place_of
 
 
 def test_ids_rise_strictly_even_when_the_clock_stands_or_goes_back():
@@ -92,3 +92,10 @@ def test_a_forked_process_does_not_draw_the_same():
     theirs = {other[at : at + 16] for at in range(0, len(other), 16)}
     assert len(theirs) == 200
     assert not theirs & {id_of(5) for _ in range(200)}
+
+
+def test_an_id_tells_its_place():
+    places = Places()
+
+    for place in (places(), places(), places()):
+        assert place_of(id_of(place)) == place

@@ -18,7 +18,7 @@ The payload of the call is [id, user, h]; the answer has one of
 import asyncio
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -62,6 +62,8 @@ class Handover:
         self._forwarder = forwarder
         self._parts = parts
         self._leaving: dict[str, _Leaving] = {}  # by full JID
+        # What is waited for before a client that comes from another node goes on, or None.
+        self.look_first: Callable[[], Coroutine[Any, Any, None] | None] = lambda: None
         calls.on_call(_RESUME, self._asked)
 
     # -- the old node
@@ -161,6 +163,8 @@ class Handover:
             # Not ended with the connection that asks: what another node has given away must not be lost.
             try:
                 found = await self._fetch(id, user, h)
+                if isinstance(found, Session) and (look := self.look_first()) is not None:
+                    await look
             except StreamError as error:
                 if not result.done():
                     result.set_exception(error)

@@ -7,7 +7,7 @@ from xmppd.storage.clock import clock
 from xmppd.storage.database import Storage
 from xmppd.storage.endpoint import Endpoint
 from xmppd.storage.faults import BadValue, Duplicate
-from xmppd.storage.ids import first_id, id_at, id_of, id_time, new_id, next_place
+from xmppd.storage.ids import first_id, id_at, id_of, id_time, new_id, next_place, place_of
 from xmppd.storage.lease import Lease
 from xmppd.storage.loader import Loader
 from xmppd.storage.settings import shared_setting
@@ -54,6 +54,7 @@ __all__ = [
     "module_table",
     "new_id",
     "next_place",
+    "place_of",
     "shared_setting",
     "short_bytes",
     "upsert",

@@ -97,6 +97,11 @@ def id_of(place: int) -> bytes:
     return (place << _ID_BITS - _PLACE_BITS).to_bytes(9, "big") + _random()
 
 
+def place_of(row_id: bytes) -> int:
+    """The place whose id that is; of one that `new_id` made, about the same."""
+    return int.from_bytes(row_id[:9], "big") >> _ID_BITS - _PLACE_BITS
+
+
 def id_at(when: float) -> bytes:
     """An id as if it were made at that time, of which no two should be given the same millisecond."""
     return max(0, int(when * 1000)).to_bytes(6, "big") + secrets.token_bytes(ID_BYTES - 6)
