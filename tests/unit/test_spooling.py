@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from xmppd.c2s.backlog import LATE, SOON
 from xmppd.c2s.managed import Managed
 from xmppd.c2s.resumption import Resumption
-from xmppd.c2s.spooling import LATE, SOON, Spooling
+from xmppd.c2s.spooling import Spooling
 from xmppd.cluster.tables import Owner
 from xmppd.delivery import ERROR, SAFE
 from xmppd.errors import StorageUnavailable

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from xmppd.c2s.spooling import Backlog
+from xmppd.c2s.backlog import Backlog
 from xmppd.c2s.stream_management import REQUEST, HandledTooHigh, Inbound, Outbound, Sent, resumed
 from xmppd.delivery import SAFE, Outcome, Pending, Record, Unsettled
 from xmppd.errors import StreamError
