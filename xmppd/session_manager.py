@@ -431,6 +431,9 @@ class SessionManager:
     def _unfinished(self, user: str) -> "Iterator[asyncio.Future[None]]":
         if (turn := self._turns.ahead(user, None)) is not None:
             yield turn
+        yield from self._being_kept(user)
+
+    def _being_kept(self, user: str) -> "Iterator[asyncio.Future[None]]":
         if keeping := self._keeping.get(user):
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -697,6 +700,11 @@ class SessionManager:
         if self._remote is not None:
             self._remote.hold(node, until)
 
+    def _goes_past_stored(self, stanza: Stanza, user: str, rows: Rows) -> bool:
+        """Whether it was sent here, where the user has been, while what came before it is being stored."""
+        being_stored = user in self.freeing or user in self._keeping
+        return being_stored and not stanza.moved and not stanza.kept and not _here(rows)
+
     async def _message_held(self, stanza: Stanza, until: "asyncio.Future[None]") -> Outcome:
         await asyncio.wait((until,))
         return self.route(stanza)
@@ -718,6 +726,12 @@ class SessionManager:
         now = time.monotonic()
         return now < since + _YIELDING or (now < since + _OWED and self._remote.owes(node, row.jid.bare))
 
+    async def _message_stored(self, stanza: Stanza, user: str) -> Outcome:
+        waiting = [*self.freeing.get(user, ()), *self._being_kept(user)]
+        if waiting:
+            await asyncio.wait(waiting, timeout=_OWED)
+        return self.route(stanza)
+
     async def _message_behind(self, stanza: Stanza) -> Outcome:
         assert stanza.to is not None
         user, owed = stanza.to.bare, True
@@ -734,6 +748,8 @@ class SessionManager:
                 return self._gate.wait(stanza, self._message_held(stanza, ahead))
         elif (self._owed_to or self._made_way) and not _waits_for_nobody(stanza) and self._is_held(to.bare):
             return self._wait_behind(stanza, self._owed_to[to.bare])
+        elif stanza.hops and rows and self._goes_past_stored(stanza, to.bare, rows):
+            return self._gate.wait(stanza, self._message_stored(stanza, to.bare))
         for one in rows.values():
             if one.hides is not None and self._owed(one) and not _waits_for_nobody(stanza):
                 return self._gate.wait(stanza, self._message_behind(stanza))

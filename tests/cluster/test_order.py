@@ -370,6 +370,32 @@ async def test_a_session_that_moves_gets_what_is_being_stored_before_what_it_was
     assert there.bodies == ["1", "2", "3", "4"]
 
 
+async def test_what_is_sent_to_where_somebody_was_does_not_pass_what_is_being_stored_there(nodes):
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
+    managed(juliet)
+    await nodes.calm()
+    committed, write, release = asyncio.Event(), nodes[1].spool.submit_all, nodes[1].spool.release
+    nodes[1].spool.submit_all = lambda items: later(committed, lambda: write(items))
+    nodes[1].spool.release = lambda ids, holder: later(committed, lambda: release(ids, holder))
+    await say(romeo, "1")
+    await nodes.net.until(lambda: juliet.bodies)
+    nodes.net.hold("two", "one")  # romeo's node does not hear that she has moved
+    nodes.net.hold("three", "one")
+    juliet.session.close(clean=False)
+    again = await nodes[2].online("juliet", "chamber")
+    await nodes.net.until(lambda: nodes[1].manager.is_available(parse(JULIET)))
+
+    await say(romeo, "2")
+    await asyncio.sleep(0.1)
+    assert again.bodies == []
+    committed.set()
+    await nodes.net.until(lambda: len(again.bodies) == 2)
+    nodes.net.let_go("two", "one")
+    nodes.net.let_go("three", "one")
+
+    assert again.bodies == ["1", "2"]
+
+
 async def moved(nodes, juliet, state):
     """Her session, on the second node."""
     juliet.session.lost(clean=False, resumable=True)
