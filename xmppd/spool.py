@@ -676,6 +676,24 @@ class Spool:
 
         return await self._storage.read(work)
 
+    async def held_from(
+        self, senders: Iterable[str], members: Iterable[bytes], *, limit: int = 1000
+    ) -> list[tuple[User, bytes]]:
+        """The users for whom one of these members holds rows of one of these senders (bare JIDs), and the member."""
+        columns = (table.c.server_host, table.c.username, table.c.holder_member)
+        query = (
+            select(*columns)
+            .where(table.c.holder_member.in_(sorted(members)), table.c.sender.in_(sorted(senders)))
+            .group_by(*columns)
+            .limit(limit)
+        )
+
+        async def work(connection: AsyncConnection) -> list[tuple[User, bytes]]:
+            rows = await connection.execute(query)
+            return [((row.server_host, row.username), row.holder_member) for row in rows]
+
+        return await self._storage.read(work)
+
     # -- writing in batches ------------------------------------------------------------------------------------------
 
     async def _write_frees(self, connection: AsyncConnection, items: list[_FreeItem]) -> list[None]:

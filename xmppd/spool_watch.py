@@ -6,13 +6,15 @@ one. The nodes tell each other; this look at the database is for what that misse
 
 While a member of the cluster is not seen, by this node or another one, and until what was stored meanwhile has been
 found, whoever binds a resource or brings their session along may come from where what they have written was stored for
-somebody whom that node did not see: it comes before what they write next, so they wait for such a look.
+somebody whom that node did not see: it comes before what they write next, so they wait for such a look. What such a
+node still holds of it cannot be had before it is free: what is new for those users waits for that, for a while.
 """
 
 import asyncio
 import random
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Final
 
 from xmppd.cluster.cluster import Cluster
@@ -28,6 +30,10 @@ _OVERLAP: Final = 10.0  # seconds a commit may take to show, and a clock may be 
 _AT_ONCE: Final = 200  # users between two turns of the others
 _SHARED: Final = 0.02  # seconds in which all who come share a look
 _PATIENCE: Final = 2.0  # seconds that a login waits for it
+_HELD: Final = (
+    10.0  # seconds that new messages wait for what a node holds that is not seen: its lease, and a look or two
+)
+_HELD_LOOK: Final = 0.25
 _OWNER: Final = "spool watch"  # of hooks
 log = get_logger("spool")
 
@@ -48,7 +54,8 @@ class Place:
 
 
 class SpoolWatch:
-    """One per node. `is_here` tells whether a user (a bare JID) has a session on this node that takes messages."""
+    """One per node. `is_here` tells whether a user (a bare JID) has a session on this node that takes messages; `hold`
+    has messages for a user wait who `is_available` anywhere."""
 
     def __init__(
         self,
@@ -58,6 +65,9 @@ class SpoolWatch:
         is_here: Callable[[JID], bool],
         spawn: Callable[..., Any],
         clock: Callable[[], float] = time.time,
+        *,
+        is_available: Callable[[JID], bool],
+        hold: "Callable[[JID, asyncio.Future[None]], None]",
     ) -> None:
         self._spool = spool
         self._cluster = cluster
@@ -66,7 +76,11 @@ class SpoolWatch:
         self._spawn = spawn
         self._clock = clock
         self._since = clock()  # what was stored before has been seen, but for the overlap
+        self._is_available = is_available
+        self._hold = hold
         self._sharing: asyncio.Future[None] | None = None  # a look that has not begun
+        self._senders: set[str] = set()  # for whom it will be
+        self._held: set[str] = set()  # users whose messages wait
         self._listens = False  # to logins
         self.looks = 0
         self._owing = True  # no look has succeeded since all members were seen
@@ -121,7 +135,10 @@ class SpoolWatch:
     # -- logins
 
     def _is_whole(self) -> bool:
-        return self._cluster.links.is_whole(each.node for each in self._cluster.membership.others)
+        return not self._unseen()
+
+    def _unseen(self) -> set[bytes]:
+        return self._cluster.links.unseen(each.node for each in self._cluster.membership.others)
 
     def _parted(self, event: NodeDown) -> None:
         self._owing = True
@@ -143,14 +160,15 @@ class SpoolWatch:
                 self._hooks.remove(_OWNER, SessionBound)
 
     async def _look_first(self, event: SessionBound) -> None:
-        await self._shared()
+        await self._shared(event.session.user)
 
-    def look_first(self) -> Coroutine[Any, Any, None] | None:
+    def look_first(self, user: JID) -> Coroutine[Any, Any, None] | None:
         """For a session that comes from another node: what its client has written there may be stored. None: nothing
         has to be waited for."""
-        return self._shared() if self._listens else None
+        return self._shared(user) if self._listens else None
 
-    async def _shared(self) -> None:
+    async def _shared(self, user: JID) -> None:
+        self._senders.add(user.bare)
         sharing = self._sharing
         if sharing is None:
             sharing = self._sharing = asyncio.get_running_loop().create_future()
@@ -161,6 +179,8 @@ class SpoolWatch:
         try:
             await asyncio.sleep(_SHARED)
             self._sharing = None
+            senders, self._senders = self._senders, set()
+            await self._find_held(senders)
             await self._find(everywhere=True)
         except StorageError as exc:
             log.debug("nothing known of stored messages at a login", error=exc)
@@ -168,3 +188,33 @@ class SpoolWatch:
             if self._sharing is sharing:
                 self._sharing = None
             sharing.set_result(None)
+
+    async def _find_held(self, senders: set[str]) -> None:
+        """What they have written that a node holds which is not seen by all."""
+        unseen = self._unseen()
+        if not unseen:
+            return
+        holders: dict[JID, set[bytes]] = {}
+        for (host, username), member in await self._spool.held_from(senders, unseen):
+            with suppress(JidError):
+                holders.setdefault(make(username, host), set()).add(member)
+        for user, members in holders.items():
+            if user.bare not in self._held and self._is_available(user):
+                self._held.add(user.bare)
+                until: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._hold(user, until)
+                self._spawn(self._until_free(user, members, until), name="messages that an unseen node holds")
+
+    async def _until_free(self, user: JID, members: set[bytes], until: "asyncio.Future[None]") -> None:
+        give_up = time.monotonic() + _HELD
+        try:
+            holding = await self._spool.holders(user.domain, user.local)
+            while members & holding and time.monotonic() < give_up:
+                await asyncio.sleep(_HELD_LOOK)
+                holding = await self._spool.holders(user.domain, user.local)
+            self._hooks.notify_aside(MessagesFound(user), self._spawn, name="messages found")
+        except StorageError as exc:
+            log.debug("messages that an unseen node holds not waited for", user=user.bare, error=exc)
+        finally:
+            self._held.discard(user.bare)
+            until.set_result(None)

@@ -438,21 +438,22 @@ def test_a_pair_that_is_cut_talks_through_a_third_and_nobody_goes_down():
     assert status(three_, one).via is None
 
 
-def test_a_cluster_is_whole_when_all_say_that_they_reach_all():
+def test_a_node_is_unseen_while_somebody_does_not_reach_it():
     sim, one, other, third = three()
-    members = [node.links.owner.member for node in (one, other, third)]
+    members = {name: node.links.owner.member for name, node in (("one", one), ("two", other), ("three", third))}
 
-    def whole(node):
-        return node.links.is_whole(member for member in members if member != node.links.owner.member)
+    def unseen(node, me):
+        found = node.links.unseen(member for name, member in members.items() if name != me)
+        return sorted(name for name, member in members.items() if member in found)
 
-    assert whole(one)
+    assert unseen(one, "one") == []
     sim.cut("two", "three")
-    sim.run_until(lambda: not whole(one))
+    sim.run_until(lambda: unseen(one, "one") == ["three", "two"])
     assert len(one.links.peers) == len(other.links.peers) == 2  # nobody is down
     sim.heal()
-    sim.run_until(lambda: whole(one) and whole(other) and whole(third))
+    sim.run_until(lambda: unseen(one, "one") == [] and unseen(third, "three") == [])
     sim.kill("three")
-    sim.run_until(lambda: not whole(one))
+    sim.run_until(lambda: unseen(one, "one") == ["three"])
 
 
 def test_the_first_frame_after_a_cut_arrives_within_a_second_through_the_third():

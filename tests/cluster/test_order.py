@@ -430,7 +430,7 @@ async def test_who_comes_along_with_a_session_writes_nothing_before_the_look_at_
     juliet = await nodes[0].online("juliet")
     state = managed(juliet)
     looked = asyncio.Event()
-    nodes[1].parts.resumption.handover.look_first = looked.wait
+    nodes[1].parts.resumption.handover.look_first = lambda user: looked.wait()
 
     moving = asyncio.create_task(moved(nodes, juliet, state))
     await nodes.net.until(lambda: not list(nodes[0].manager.sessions(parse(JULIET))))

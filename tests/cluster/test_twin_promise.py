@@ -8,9 +8,10 @@ import pytest
 
 from tests.cluster import worlds
 from tests.cluster.test_presence import JULIET
-from tests.modules.world import message
+from tests.modules.world import HOST, message
 from xmppd.events import NodeDown, NodeUp
 from xmppd.protocol.jid import parse
+from xmppd.spool import Holder
 from xmppd.spool_watch import SpoolWatch
 
 ROUNDS = 40
@@ -30,8 +31,8 @@ class Links:
     def __init__(self):
         self.peers = []
 
-    def is_whole(self, nodes):
-        return all(node in self.peers for node in nodes)
+    def unseen(self, nodes):
+        return {node for node in nodes if node not in self.peers}
 
 
 def watch(world):
@@ -44,7 +45,16 @@ def watch(world):
         links=Links(),
         membership=SimpleNamespace(others=[SimpleNamespace(node=b"the other one")]),
     )
-    return SpoolWatch(world.spool, cluster, world.hooks, world.manager.takes_messages_here, world.spawn)
+    manager = world.manager
+    return SpoolWatch(
+        world.spool,
+        cluster,
+        world.hooks,
+        manager.takes_messages_here,
+        world.spawn,
+        is_available=manager.is_available,
+        hold=manager.hold_messages,
+    )
 
 
 async def test_what_is_stored_while_its_recipient_appears_elsewhere_comes_at_once(nodes, monkeypatch):
@@ -162,6 +172,28 @@ async def test_what_they_wrote_comes_first_to_somebody_on_another_node_too(nodes
     assert juliet.bodies == ["1", "2"]
 
 
+async def test_what_a_node_holds_that_is_not_seen_comes_before_what_its_sender_writes_elsewhere(nodes):
+    """It has a session of hers that others do not know of, and dies, say."""
+    looks = watch(nodes[1])
+    looks._cluster.membership.others = [SimpleNamespace(node=nodes[0].owner.member)]
+    juliet = await nodes[1].come("juliet")
+    holder = Holder(nodes[0].owner.member, nodes[0].owner.incarnation, "a session of hers")
+    xml = f"<message from='romeo@{HOST}' to='{JULIET}' type='chat'><body>1</body></message>".encode()
+    _, item = nodes[0].spool.keep_item(HOST, "juliet", f"romeo@{HOST}", xml, dedup=None, quota=None, holder=holder)
+    await nodes[0].spool.submit(item)
+    nodes[1].hooks.notify(NodeDown("one", nodes[0].owner.member, "killed"))
+
+    romeo = await nodes[1].enter("romeo")
+    writing = asyncio.create_task(romeo.send(message(JULIET, "2", id="m2")))
+    await asyncio.sleep(0.3)
+    assert juliet.bodies == []
+    await nodes[0].spool.release((item.id,), holder)
+    await nodes[1].until(lambda: len(juliet.bodies) == 2)
+    await writing
+
+    assert juliet.bodies == ["1", "2"]
+
+
 async def test_when_all_is_found_a_login_looks_no_more(nodes):
     looks = watch(nodes[1])
     nodes[1].hooks.notify(NodeDown("one", nodes[0].owner.member, "silent"))
@@ -169,13 +201,13 @@ async def test_when_all_is_found_a_login_looks_no_more(nodes):
     looks._listen()
     assert looks._listens
     before = looks.looks
-    await looks.look_first()
+    await looks.look_first(parse(JULIET))
     assert looks.looks == before + 1
     looks._cluster.links.peers.append(b"the other one")
     await looks.look()
     looks._listen()
     assert not looks._listens
-    assert looks.look_first() is None
+    assert looks.look_first(parse(JULIET)) is None
     nodes[1].hooks.notify(NodeUp("three", b"a third one"))  # which may not see all yet
     assert looks._listens
 

@@ -63,7 +63,7 @@ class Handover:
         self._parts = parts
         self._leaving: dict[str, _Leaving] = {}  # by full JID
         # What is waited for before a client that comes from another node goes on, or None.
-        self.look_first: Callable[[], Coroutine[Any, Any, None] | None] = lambda: None
+        self.look_first: Callable[[JID], Coroutine[Any, Any, None] | None] = lambda user: None
         calls.on_call(_RESUME, self._asked)
 
     # -- the old node
@@ -163,7 +163,7 @@ class Handover:
             # Not ended with the connection that asks: what another node has given away must not be lost.
             try:
                 found = await self._fetch(id, user, h)
-                if isinstance(found, Session) and (look := self.look_first()) is not None:
+                if isinstance(found, Session) and (look := self.look_first(user)) is not None:
                     await look
             except StreamError as error:
                 if not result.done():

@@ -327,13 +327,15 @@ class LinkSet:
             if target in link.reaches and link.node != target and link.direct(now)
         ]
 
-    def is_whole(self, nodes: Iterable[bytes]) -> bool:
-        """Whether all these nodes are up, and as far as they say each of them reaches all the others, too. One that is
+    def unseen(self, nodes: Iterable[bytes]) -> set[bytes]:
+        """Those of the nodes that are not up, or that one of the others does not reach, as far as it says. One that is
         reached through another one is not counted as reached."""
         wanted = frozenset(nodes)
-        return wanted <= self._peers.keys() and all(
-            wanted - {link.node} <= link.reaches for link in self._links.values() if link.node in wanted
-        )
+        missing = set(wanted - self._peers.keys())
+        for link in self._up.values():
+            if link.node in wanted:
+                missing |= wanted - link.reaches - {link.node}
+        return missing
 
     def _reaches(self) -> tuple[bytes, ...]:
         now = self._loop.time()
