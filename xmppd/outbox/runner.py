@@ -21,7 +21,7 @@ from xmppd.sender.target import Answer
 log = get_logger("outbox")
 
 _BATCH_BYTES: Final = 4 << 20  # in one request
-_AHEAD: Final = 16  # as many times the requests that may be under way are handed to the process that makes them,
+_AHEAD: Final = 64  # as many times the requests that may be under way are handed to the process that makes them,
 _AHEAD_BYTES: Final = 4 << 20  # up to so much, while the sink is well: so that neither process waits for the other
 _CHAIN: Final = 16  # events of a conversation that are handed over at once
 _LAST: Final = 1.0  # seconds for requests under way at the end
@@ -192,7 +192,7 @@ class Runner:
     @property
     def is_quick(self) -> bool:
         """What is added now may well have arrived in a moment."""
-        return self._open and not self.paused and self._has_turn() and self.breaker.is_well
+        return self._open and not self.paused and self.breaker.is_well
 
     # -- sending -----------------------------------------------------------------------------------------------------
 

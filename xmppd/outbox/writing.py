@@ -14,7 +14,7 @@ from xmppd.storage.batcher import Batcher
 
 log = get_logger("outbox")
 
-_SOON: Final = 0.005  # seconds: an event that is not on its way when it is between this and twice this old is written
+_SOON: Final = 0.02  # seconds: an event that is not on its way when it is between this and twice this old is written
 _LATE: Final = 0.5  # seconds: the same of one that is on its way
 _MARKS: Final = 500  # at once
 _UNMARKED: Final = 100_000  # marks that wait for the database; past it events may be sent once more
