@@ -286,7 +286,7 @@ class Presence(Module[Config]):
             return  # they see it with its next presence
         for session in self._present(bare(jid)):
             if session.jid == jid and session.presence is not None:
-                shown = delayed(session.presence, _state(session)["since"] or self.clock())
+                shown = _shown(session, session.presence)
                 self._fanout.send(session.user, shown, self._audience(session.user, contacts, blocked))
 
     async def _end_later(self, user: JID, presence: Stanza, directed: list[JID]) -> None:
@@ -425,8 +425,7 @@ class Presence(Module[Config]):
         near = [user] * (user.bare in users) + [to for to in near if not blocked.blocks(to)]
         far = [to for to in directed if to.resource and not blocked.blocks(to) and self._is_on(to, node)]
         if near or far:
-            since = _state(session)["since"]
-            shown = delayed(presence, since) if since else presence
+            shown = _shown(session, presence)
             if near:
                 self._fanout.send(user, shown, near, only=node)
             for to in far:
@@ -515,8 +514,7 @@ class Presence(Module[Config]):
             if presence is None or session.jid == asker or only not in ("", session.jid.resource):
                 continue
             found = True
-            since = _state(session)["since"]
-            self.route((delayed(presence, since) if since else presence).addressed(asker))
+            self.route(_shown(session, presence).addressed(asker))
         return found
 
     # -- routing.iq_needs_presence
@@ -589,6 +587,12 @@ def _is_seen(contact: Contact) -> bool:
 
 def _seen(contacts: Mapping[str, Contact]) -> Iterator[JID]:
     return iter([contact.jid for contact in contacts.values() if contact.is_seen])
+
+
+def _shown(session: Session, presence: Stanza) -> Stanza:
+    """A session's presence for somebody who is told of it later than others."""
+    since = _state(session)["since"]
+    return delayed(presence, since) if since else presence
 
 
 def _state(session: Session) -> dict[str, Any]:

@@ -179,6 +179,19 @@ async def test_what_a_frozen_node_holds_comes_before_what_is_sent_to_the_new_ses
     assert juliet.ended is not None
 
 
+async def waits_until_free(nodes, writer, again, freed, first=lambda: None):
+    """What is written to her now comes behind "1" and "2", which are not free before the event is set."""
+    saying = asyncio.create_task(say(writer, "3"))
+    await asyncio.sleep(0.1)
+    assert again.bodies == []
+    first()
+    freed.set()
+    await nodes.net.until(lambda: len(again.bodies) >= 3)
+    await saying
+
+    assert again.bodies == ["1", "2", "3"]
+
+
 async def test_after_a_split_what_the_older_session_has_comes_before_what_is_new(nodes):
     juliet, romeo = await nodes[1].online("juliet"), await nodes[1].online("romeo")
     managed(juliet)
@@ -194,14 +207,7 @@ async def test_after_a_split_what_the_older_session_has_comes_before_what_is_new
     nodes[1].spool.release = lambda ids, holder: later(freed, lambda: release(ids, holder))
     nodes.net.heal()
     await nodes.net.until(lambda: juliet.ended is not None)
-    saying = asyncio.create_task(say(elsewhere, "3"))
-    await asyncio.sleep(0.1)
-    assert again.bodies == []
-    freed.set()
-    await nodes.net.until(lambda: len(again.bodies) >= 3)
-    await saying
-
-    assert again.bodies == ["1", "2", "3"]
+    await waits_until_free(nodes, elsewhere, again, freed)
 
 
 async def two_sessions(nodes):
@@ -233,15 +239,7 @@ async def test_after_a_split_others_ask_for_what_the_older_session_has_left(node
     await nodes.net.until(lambda: nodes[0].table.nodes_of(JULIET) == {nodes.node(2)})
     await nodes.net.until(lambda: juliet.ended is not None)
 
-    saying = asyncio.create_task(say(romeo, "3"))
-    await asyncio.sleep(0.1)
-    assert again.bodies == []
-    nodes.net.let_go("two", "three")
-    freed.set()
-    await nodes.net.until(lambda: len(again.bodies) >= 3)
-    await saying
-
-    assert again.bodies == ["1", "2", "3"]
+    await waits_until_free(nodes, romeo, again, freed, first=lambda: nodes.net.let_go("two", "three"))
 
 
 async def test_after_a_split_the_newer_session_is_told_of_an_older_one_that_it_has_never_seen(nodes):
@@ -251,14 +249,7 @@ async def test_after_a_split_the_newer_session_is_told_of_an_older_one_that_it_h
     nodes.net.heal()
     await nodes.net.until(lambda: juliet.ended is not None and again.session.holds_messages)
 
-    saying = asyncio.create_task(say(elsewhere, "3"))
-    await asyncio.sleep(0.1)
-    assert again.bodies == []
-    freed.set()
-    await nodes.net.until(lambda: len(again.bodies) >= 3)
-    await saying
-
-    assert again.bodies == ["1", "2", "3"]
+    await waits_until_free(nodes, elsewhere, again, freed)
 
 
 async def goes_on_elsewhere(nodes, juliet, romeo):

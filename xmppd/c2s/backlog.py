@@ -4,7 +4,7 @@ session ends or moves to another node."""
 import time
 from functools import partial
 from secrets import token_hex
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeGuard
 
 from xmppd.c2s.spooling import Flight
 from xmppd.c2s.stream_management import ELSEWHERE, ROUTED, Outbound, Sent
@@ -194,13 +194,13 @@ class Backlog:
 
     def _forget(self, entry: Sent) -> None:
         row, entry.row = entry.row, None
-        if row is not None and len(row) > 1:
+        if _is_row(row):
             self.rows -= 1
             self._spooling.delete(row)
 
     def acknowledged(self, entry: Sent) -> None:
         """The client has it."""
-        if entry.row is not None and len(entry.row) > 1:
+        if _is_row(entry.row):
             self._spooling.acknowledged_late += 1
         self._forget(entry)
 
@@ -226,16 +226,13 @@ class Backlog:
                 holder, stanza.holder = stanza.holder, None
                 rows.setdefault(holder, []).append(stanza.row_id)
                 entry.settle(SAFE)
-            elif row is not None and _is_row(row):
+            elif _is_row(row):
                 rows.setdefault(self.holder, []).append(row)
             elif row != ELSEWHERE:
                 records.append(Record(stanza, entry if entry.result is None else Pending()))
         if rows:
             self._spooling.release(self._session.user, rows)
-        for entry, item in self._again:
-            if entry.result is None and entry.row == item.id:
-                self._spooling.submit(self, entry, item)  # the last attempt
-        self._again = []
+        self._retry()  # for the last time
         return records
 
     def leaving(self) -> list[tuple[Stanza, Pending | None]]:
@@ -283,5 +280,5 @@ def _row_of(entry: Unsettled) -> bytes | None:
     return entry.row if isinstance(entry, Sent) else None
 
 
-def _is_row(row: bytes | None) -> bool:
+def _is_row(row: bytes | None) -> TypeGuard[bytes]:
     return row is not None and len(row) > 1
