@@ -63,15 +63,12 @@ class Chores:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._write_deletes)
 
-    def delete_all(self, ids: list[bytes]) -> None:
-        """The same for those that somebody has gathered already."""
-
-        def again() -> None:
-            for row_id in ids:
-                self.delete(row_id)
-
+    def delete_all(self, ids: list[bytes], done: Callable[[], None] = lambda: None) -> None:
+        """The same for those that somebody has gathered already; `done` is called when that is committed."""
         if ids:
-            self._attempt(lambda: self._spool.delete(ids), again, lambda: None)
+            self._attempt(lambda: self._spool.delete(ids), partial(self.delete_all, ids, done), done)
+        else:
+            done()
 
     def release(self, ids: Iterable[bytes], holder: Holder, done: Callable[[], None] = lambda: None) -> None:
         """They did not arrive: somebody else may take them; `done` is called when that is committed."""

@@ -59,6 +59,12 @@ class Session(Protocol):
         ...
 
     @property
+    def aside(self) -> bool:
+        """Whether it gets no stored messages for now: it has no stream, and its client may be on a node that is not
+        seen. It gets them when it is resumed."""
+        ...
+
+    @property
     def idle_seconds(self) -> float:
         """How long nothing has come from its client."""
         ...

@@ -396,16 +396,18 @@ class Server:
         self._node_handlers = NodeHandlers()
         self._node_handlers.connect(calls, self.spawn)
         Removals(calls, self.accounts, self.hooks, self.spawn)
-        self.spool.standing = SpoolPlace(self.cluster)
+        self.spool.standing = place = SpoolPlace(self.cluster)
         watch = SpoolWatch(
             self.spool,
             self.cluster,
+            place,
             self.hooks,
             self.sessions.takes_messages_here,
             self.spawn,
             clock,
             is_available=self.sessions.is_available,
             hold=self.sessions.hold_messages,
+            set_aside=self.parts.resumption.set_aside,
         )
         handover.look_first = watch.look_first
         self.spawn_service(watch.run(), name="spool watch")

@@ -51,6 +51,7 @@ _OWED: Final = 10.0  # seconds for a node to take back its row of a full JID tha
 _OWED_LOOK: Final = 0.02
 _YIELDING: Final = 1.0  # seconds in which it does so as a rule
 _MADE_WAY: Final = 10.0  # seconds for which it is remembered that it has
+_ASKED: Final = 1.0  # seconds until a node is asked once more what it has for somebody who is not available there
 _OWED_MESSAGES: Final = 10_000  # for one user that wait; more are refused
 _UNDISPUTED: Final = 2.0  # seconds a client waits for that when it binds
 SUBSCRIPTIONS = frozenset({"subscribe", "subscribed", "unsubscribe", "unsubscribed"})
@@ -227,6 +228,7 @@ class SessionManager:
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         # By bare JID: the node where a session made way for a newer one, its resource, and when; the oldest first.
         self._made_way: dict[str, tuple[bytes, str, float]] = {}
+        self._asked: dict[str, float] = {}  # bare JIDs and when a node was asked what it has; the oldest first
         table.on_conflict.append(self._lost)
         table.on_appeared.append(self._appeared)
         table.on_left.append(self._left)
@@ -320,6 +322,24 @@ class SessionManager:
                 until.set_result(None)
 
         self._spawn(until_settled(), name="messages for a session that has ended")
+
+    def _asks_first(self, user: str, rows: Rows) -> bool:
+        """Of somebody who is bound, but not available: whether a node was sent messages for them of which nothing is
+        known, as when it has not looked at them since the link came up. It is asked for these before others are stored,
+        which would come before them."""
+        remote, now = self._remote, time.monotonic()
+        if remote is None:
+            return False
+        while self._asked and next(iter(self._asked.values())) < now - _ASKED:
+            del self._asked[next(iter(self._asked))]
+        if user in self._asked:
+            return False
+        for row in rows.values():
+            if row.session is None and remote.owes(row.owner.member, user):
+                self._asked[user] = now
+                self._hold_until_settled(remote, row.owner.member, row.jid)
+                return True
+        return False
 
     def _is_held(self, user: str) -> bool:
         """Whether new messages wait; a node whose session made way is asked first for what that has left."""
@@ -741,15 +761,17 @@ class SessionManager:
         return self.route(stanza)
 
     def _message(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
-        if stanza.type == "error":
-            pass  # what it answers is acknowledged: it must not be lost while it waits
-        elif self._turns and to.bare in self._turns:
-            if (ahead := self._turns.ahead(to.bare, stanza)) is not None:
-                return self._gate.wait(stanza, self._message_held(stanza, ahead))
-        elif (self._owed_to or self._made_way) and not _waits_for_nobody(stanza) and self._is_held(to.bare):
-            return self._wait_behind(stanza, self._owed_to[to.bare])
-        elif stanza.hops and rows and self._goes_past_stored(stanza, to.bare, rows):
-            return self._gate.wait(stanza, self._message_stored(stanza, to.bare))
+        user = to.bare
+        if stanza.type != "error":  # what that answers is acknowledged: it must not be lost while it waits
+            waits = not _waits_for_nobody(stanza)
+            if self._turns and user in self._turns:
+                if (ahead := self._turns.ahead(user, stanza)) is not None:
+                    return self._gate.wait(stanza, self._message_held(stanza, ahead))
+                waits = not stanza.kept  # wherever it has come from, it is routed from here again
+            if waits and (self._owed_to or self._made_way) and self._is_held(user):
+                return self._wait_behind(stanza, self._owed_to[user])
+            if stanza.hops and rows and self._goes_past_stored(stanza, user, rows):
+                return self._gate.wait(stanza, self._message_stored(stanza, user))
         for one in rows.values():
             if one.hides is not None and self._owed(one) and not _waits_for_nobody(stanza):
                 return self._gate.wait(stanza, self._message_behind(stanza))
@@ -763,6 +785,8 @@ class SessionManager:
         takers = _not_negative(rows)
         if takers:
             return self._message_to_some(stanza, to, takers, kind)
+        if rows and not _waits_for_nobody(stanza) and self._asks_first(to.bare, rows):
+            return self._wait_behind(stanza, self._owed_to[to.bare])
         if rows or self._accounts.known(to.domain, to.local):
             return self._message_to_none(stanza, to, kind)
         return self._gate.wait(stanza, self._message_to_stranger(stanza, to, kind))

@@ -83,6 +83,10 @@ class Standing(Protocol):
         """Whether that is another member of the cluster, and one that is not up as seen from here."""
         ...
 
+    def sees_all(self) -> bool:
+        """Whether every member of the cluster is seen, by this node and by the others."""
+        ...
+
 
 class Alone:
     """The Standing of a node without others."""
@@ -92,6 +96,9 @@ class Alone:
 
     def is_silent(self, member: bytes) -> bool:
         return False
+
+    def sees_all(self) -> bool:
+        return True
 
 
 class Kept(enum.Enum):

@@ -7,7 +7,8 @@ one. The nodes tell each other; this look at the database is for what that misse
 While a member of the cluster is not seen, by this node or another one, and until what was stored meanwhile has been
 found, whoever binds a resource or brings their session along may come from where what they have written was stored for
 somebody whom that node did not see: it comes before what they write next, so they wait for such a look. What such a
-node still holds of it cannot be had before it is free: what is new for those users waits for that, for a while.
+node still holds of it cannot be had before it is free: what is new for those users waits for that, for a while. So a
+node that does not see all the others holds nothing for sessions without a stream: their clients may be elsewhere.
 """
 
 import asyncio
@@ -52,15 +53,24 @@ class Place:
         cluster = self._cluster
         return member != cluster.me.node and member not in cluster.links.peers and cluster.membership.is_member(member)
 
+    def sees_all(self) -> bool:
+        return not self.unseen()
+
+    def unseen(self) -> set[bytes]:
+        """The other members that are not up, as seen from here or by one that is."""
+        return self._cluster.links.unseen(each.node for each in self._cluster.membership.others)
+
 
 class SpoolWatch:
     """One per node. `is_here` tells whether a user (a bare JID) has a session on this node that takes messages; `hold`
-    has messages for a user wait who `is_available` anywhere."""
+    has messages for a user wait who `is_available` anywhere; `set_aside` leaves what waits for sessions without a
+    stream to whoever comes."""
 
     def __init__(
         self,
         spool: Spool,
         cluster: Cluster,
+        place: Place,
         hooks: Hooks,
         is_here: Callable[[JID], bool],
         spawn: Callable[..., Any],
@@ -68,9 +78,11 @@ class SpoolWatch:
         *,
         is_available: Callable[[JID], bool],
         hold: "Callable[[JID, asyncio.Future[None]], None]",
+        set_aside: Callable[[], None],
     ) -> None:
         self._spool = spool
         self._cluster = cluster
+        self._place = place
         self._hooks = hooks
         self._is_here = is_here
         self._spawn = spawn
@@ -78,6 +90,7 @@ class SpoolWatch:
         self._since = clock()  # what was stored before has been seen, but for the overlap
         self._is_available = is_available
         self._hold = hold
+        self._set_aside = set_aside
         self._sharing: asyncio.Future[None] | None = None  # a look that has not begun
         self._senders: set[str] = set()  # for whom it will be
         self._held: set[str] = set()  # users whose messages wait
@@ -92,6 +105,8 @@ class SpoolWatch:
         away = False
         while True:
             self._listen()
+            if not self._place.sees_all():
+                self._set_aside()
             await asyncio.sleep(_PERIOD * random.uniform(0.8, 1.2))  # not all nodes at once
             if not self._cluster.joined or not self._cluster.holds_lease:
                 continue
@@ -108,13 +123,13 @@ class SpoolWatch:
 
     async def look(self) -> None:
         """Once. Raises StorageError."""
-        began, whole = self._clock(), self._is_whole()
+        began, whole = self._clock(), self._place.sees_all()
         taken = await self._spool.take_over(self._cluster.me.node)
         if taken and (told := self._hooks.notify(MessagesTakenOver(taken))) is not None:
             await told
         await self._find()
         self._since = began
-        if whole and self._is_whole():
+        if whole and self._place.sees_all():
             self._owing = False
 
     async def _find(self, *, everywhere: bool = False) -> None:
@@ -134,15 +149,10 @@ class SpoolWatch:
 
     # -- logins
 
-    def _is_whole(self) -> bool:
-        return not self._unseen()
-
-    def _unseen(self) -> set[bytes]:
-        return self._cluster.links.unseen(each.node for each in self._cluster.membership.others)
-
     def _parted(self, event: NodeDown) -> None:
         self._owing = True
         self._listen()
+        self._set_aside()
 
     def _met(self, event: NodeUp) -> None:
         """It may have been started a moment ago, and not see all the others yet."""
@@ -151,7 +161,7 @@ class SpoolWatch:
 
     def _listen(self) -> None:
         """While a member is not seen, and until what was stored meanwhile has been; a login costs nothing otherwise."""
-        wanted = self._cluster.joined and (self._owing or not self._is_whole())
+        wanted = self._cluster.joined and (self._owing or not self._place.sees_all())
         if wanted != self._listens:
             self._listens = wanted
             if wanted:
@@ -191,7 +201,7 @@ class SpoolWatch:
 
     async def _find_held(self, senders: set[str]) -> None:
         """What they have written that a node holds which is not seen by all."""
-        unseen = self._unseen()
+        unseen = self._place.unseen()
         if not unseen:
             return
         holders: dict[JID, set[bytes]] = {}

@@ -69,7 +69,7 @@ from xmppd.protocol.jid import JID, make, parse
 from xmppd.protocol.stanza import Stanza, xml_with_child
 
 from . import moving
-from .flush import RETRY_FIRST, RETRY_LONGEST, Flush
+from .flush import RETRY_FIRST, RETRY_LONGEST, Flush, takes
 from .retrieval import Retrieval, count_form, nodes
 from .rules import EmptyBody, Verdict, bears_our_stamp, delay_in, expiry, judge, repetition_key, sender_of
 
@@ -84,6 +84,7 @@ _HELD_BACK: Final = 50.0  # seconds that they do while the database cannot give 
 _LOOKED: Final = 10.0  # seconds that all that comes from a node waits for a look at what it has stored
 _SILENT: Final = 8.0  # seconds for what a silent node holds to be taken over: its lease, and a look or two
 _STORED_LOOK: Final = 0.02
+_WAKE_EVERY: Final = 0.05  # seconds between two words to other nodes about what is stored for one user
 _SILENT_LOOK: Final = 0.25  # seconds between two looks
 _FETCH: Final = f"{{{ns.OFFLINE}}}fetch"
 _PURGE: Final = f"{{{ns.OFFLINE}}}purge"
@@ -115,7 +116,10 @@ class Offline(Module[Config]):
         self._looking: dict[bytes, asyncio.Future[None]] = {}  # nodes that are back: done when users were looked for
         self._parted: set[str] = set()  # users for whom something was stored while a node was down
         self._returning: dict[bytes, dict[str, asyncio.Future[None]]] = {}  # by node: users whose messages wait
+        # The same of users who are here: by the node where something is being stored for them.
+        self._awaited: dict[bytes, dict[str, asyncio.Future[None]]] = {}
         self._apart_since: dict[bytes, float] = {}  # nodes that are down, or not in step again
+        self._woken: dict[str, bool] = {}  # bare JIDs of which other nodes were just told, and whether to tell again
         self._stored_lately: dict[str, float] = {}  # bare JID -> when; the oldest first
         self._retrieving_elsewhere: dict[str, set[bytes]] = {}  # bare JID -> nodes with such a session
 
@@ -126,8 +130,8 @@ class Offline(Module[Config]):
             yield f"access_max_user_messages: there is no shaper rule {rule!r}"
 
     async def start(self) -> None:
-        takers = [s for s in self.sessions.local() if s.priority is not None and s.priority >= 0]
-        takers = [session for session in takers if not self._is_retrieving(session.user)]
+        local = self.sessions.local()
+        takers = [session for session in local if takes(session) and not self._is_retrieving(session.user)]
         if takers:
             self.spawn(self._catch_up(takers), name="messages from before")
 
@@ -139,6 +143,8 @@ class Offline(Module[Config]):
             for held in users.values():
                 if not held.done():
                     held.set_result(None)
+        for node in list(self._awaited):
+            self._await_no_more(node)
 
     async def _catch_up(self, takers: list[Session]) -> None:
         """Deliver what was stored while the module did not run, or was just being delivered when it was reloaded."""
@@ -417,7 +423,7 @@ class Offline(Module[Config]):
             return
         takers = self._takers(user)
         if not takers:
-            self.nodes.cast("wake", user.full, self.nodes.of(user))
+            self._wake_elsewhere(user)
             return
         session = max(takers, key=lambda taker: taker.priority or 0)
         flush = self._flushes.get(session)
@@ -429,6 +435,19 @@ class Offline(Module[Config]):
         flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         session.hold_messages(flushed)  # what was stored was written before them
         self.spawn(self._flush_woken(session, flushed), name=f"offline flush {session.jid}")
+
+    def _wake_elsewhere(self, user: JID) -> None:
+        """Now, and once more a little later if more was stored meanwhile."""
+        if user.bare in self._woken:
+            self._woken[user.bare] = True
+            return
+        self._woken[user.bare] = False
+        self.nodes.cast("wake", user.full, self.nodes.of(user))
+        asyncio.get_running_loop().call_later(_WAKE_EVERY, self._wake_again, user)
+
+    def _wake_again(self, user: JID) -> None:
+        if self._woken.pop(user.bare) and not self._stopped:
+            self._wake(user)
 
     async def _flush_woken(self, session: Session, flushed: "asyncio.Future[None]") -> None:
         try:
@@ -471,8 +490,8 @@ class Offline(Module[Config]):
 
     @hook(SessionAppeared, switched=True)
     def poke(self, event: SessionAppeared) -> None:
-        """Its node looks again. What is stored comes before what is written from here on: that waits until the other
-        node has delivered what there is."""
+        """Its node looks again. What is stored comes before what is written from here on, on whatever node: that waits
+        until the other node has delivered what there is."""
         user = event.user.bare
         if user in self._parted or user in self._storing:
             self._parted.discard(user)
@@ -480,6 +499,7 @@ class Offline(Module[Config]):
                 self.spawn(self._let_flush(event.node), name="messages from before a split")
             held = self._returning[event.node].setdefault(user, asyncio.get_running_loop().create_future())
             self.sessions.hold_messages(event.user, held)
+            self.nodes.cast("storing", user, (event.node,))
         elif user in self._stored_lately:
             self.nodes.cast("wake", user, (event.node,))
 
@@ -499,7 +519,32 @@ class Offline(Module[Config]):
                     del users[user]
                     if not held.done():
                         held.set_result(None)
+                self.nodes.cast("flushed", list(some), (node,))
         self._returning.pop(node, None)
+
+    @from_node("storing")
+    def await_stored(self, node: bytes, user: str) -> None:
+        """That node says when it has had what is stored there for a user flushed here, or waits no longer."""
+        awaited = self._awaited.setdefault(node, {})
+        if user not in awaited:
+            awaited[user] = stored = asyncio.get_running_loop().create_future()
+            for session in self._takers(parse(user)):
+                session.hold_messages(_at_most(stored, _HELD_BACK))
+
+    @from_node("flushed")
+    def await_no_more(self, node: bytes, users: list[str]) -> None:
+        """New messages need not wait for what that node has stored."""
+        self._await_no_more(node, users)
+
+    def _await_no_more(self, node: bytes, users: Iterable[str] | None = None) -> None:
+        """`users`: None for all."""
+        awaited = self._awaited.get(node, {})
+        for user in list(awaited if users is None else users):
+            stored = awaited.pop(user, None)
+            if stored is not None and not stored.done():
+                stored.set_result(None)
+        if not awaited:
+            self._awaited.pop(node, None)
 
     @from_node("flush")
     async def flush_now(self, node: bytes, users: list[str]) -> None:
@@ -518,6 +563,7 @@ class Offline(Module[Config]):
     def note_parting(self, event: NodeDown) -> None:
         self._apart_since.setdefault(event.node, self.clock())
         self._end_look(event.node)
+        self._await_no_more(event.node)
 
     @hook(NodeUp)
     def hold_back(self, event: NodeUp) -> None:
@@ -583,7 +629,7 @@ class Offline(Module[Config]):
             del self._retrieving_elsewhere[user]
 
     def _takers(self, user: JID) -> list[Session]:
-        return [s for s in self.sessions.sessions(user) if s.priority is not None and s.priority >= 0]
+        return [session for session in self.sessions.sessions(user) if takes(session)]
 
     def _retry(self, session: Session, *, hold: bool = True) -> None:
         """Again and again until the database can. What is written to them meanwhile waits, for a while."""
@@ -601,7 +647,7 @@ class Offline(Module[Config]):
             try:
                 while True:
                     await asyncio.sleep(wait * random.uniform(0.3, 1.0))
-                    if session.priority is None or session.priority < 0 or self._is_retrieving(session.user):
+                    if not takes(session) or self._is_retrieving(session.user):
                         return
                     if await self._flush(session):
                         return

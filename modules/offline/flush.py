@@ -46,6 +46,11 @@ class Log(Protocol):
     def error(self, phrase: str, /, *, exc: BaseException | None = None, **fields: object) -> None: ...
 
 
+def takes(session: Session) -> bool:
+    """Whether a session is one that gets offline messages."""
+    return session.priority is not None and session.priority >= 0 and not session.aside
+
+
 class Flush:
     """Takes a user's messages and writes them to one session, oldest first, until there are none.
 
@@ -91,8 +96,7 @@ class Flush:
     @property
     def takes(self) -> bool:
         """Whether the session is still one that gets offline messages."""
-        priority = self._session.priority
-        return priority is not None and priority >= 0
+        return takes(self._session)
 
     def end(self) -> None:
         """The session has ended: wait no longer for room."""

@@ -18,9 +18,10 @@ from xmppd.chores import KeptMessage
 from xmppd.delivery import ERROR, SAFE, Pending, Record
 from xmppd.errors import StorageUnavailable
 from xmppd.events import SessionArrived
+from xmppd.forward import Forwarded
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza
-from xmppd.spool import Holder
+from xmppd.spool import Alone, Holder
 from xmppd.storage import new_id, next_place
 
 JULIET = f"juliet@{HOST}"
@@ -306,6 +307,29 @@ async def test_what_such_a_session_leaves_is_waited_for_until_it_is_free_not_onl
     assert again.bodies == ["1", "2", "3"]
 
 
+async def test_who_writes_where_she_is_now_waits_for_what_is_being_stored_where_she_was(nodes):
+    """Nothing of it is in the database yet when she has been given what is there."""
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[1].online("romeo")
+    managed(juliet)
+    elsewhere = await nodes[2].online("romeo", "elsewhere")
+    await nodes.calm()
+    world, committed = nodes[1], asyncio.Event()
+    release, write = world.spool.release, world.spool.submit_all
+    world.spool.submit_all = lambda items: later(committed, lambda: write(items))
+    world.spool.release = lambda ids, holder: later(committed, lambda: release(ids, holder))
+    await say(romeo, "1", "2")
+    await nodes.net.until(lambda: len(juliet.bodies) == 2)
+    juliet.session.close(clean=False)
+    await nodes.net.until(lambda: not nodes[2].table.rows(JULIET))
+    coming = asyncio.create_task(nodes[2].online("juliet", "chamber"))
+    await nodes.net.until(lambda: nodes[1].manager.is_available(parse(JULIET)))
+    await asyncio.sleep(0.5)
+    again = nodes[2].manager.sessions(parse(JULIET))[0].carrier
+
+    await waits_until_free(nodes, elsewhere, again, committed)
+    await coming
+
+
 async def test_what_could_not_go_where_its_session_went_is_waited_for_until_it_is_free(nodes):
     """The session is lost on its way; who asks whether all it had is where it belongs has to wait."""
     world, user = nodes[0], parse(JULIET)
@@ -325,6 +349,33 @@ async def test_what_could_not_go_where_its_session_went_is_waited_for_until_it_i
     assert not asked.done()
     freed.set()
     await asyncio.wait_for(asked, 10)
+
+
+async def test_what_such_a_session_had_not_stored_comes_behind_what_it_had(nodes):
+    again = await nodes[1].online("juliet")
+    await nodes.calm()
+    world, freed, user = nodes[0], asyncio.Event(), parse(JULIET)
+    holder = Holder(world.owner.member, world.owner.incarnation, "session")
+    xml = message(JULIET, "1").encode()
+    await world.spool.keep(
+        user.domain, user.local, "", xml, dedup=None, quota=None, holder=holder, row_id=(row := new_id())
+    )
+    kept = KeptMessage.from_bytes(xml)
+    kept.row_id, kept.holder = row, holder
+    release = world.spool.release
+    world.spool.release = lambda ids, holder: later(freed, lambda: release(ids, holder))
+    rest = [
+        Stanza.from_bytes(message(JULIET, "2").encode()),
+        Forwarded.again(Stanza.from_bytes(message(JULIET, "3").encode())),
+    ]
+
+    world.manager.reroute([Record(stanza, Pending()) for stanza in (kept, *rest)])
+    await asyncio.sleep(0.1)
+    assert again.bodies == []
+    freed.set()
+    await nodes.net.until(lambda: len(again.bodies) >= 3)
+
+    assert again.bodies == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("slow", [False, True])
@@ -429,6 +480,103 @@ async def test_who_comes_along_with_a_session_writes_nothing_before_the_look_at_
     assert not moving.done()
     looked.set()
     await moving
+
+
+async def test_what_a_node_has_not_looked_at_yet_comes_before_what_is_stored_for_a_session_that_is_not_available(nodes):
+    """She binds the same resource anew on a node that lets all wait that comes from another one."""
+    await nodes[1].online("juliet")
+    romeo = await nodes[0].online("romeo")
+    await nodes.calm()
+    looked = asyncio.get_running_loop().create_future()
+    nodes[1].manager.hold_arrivals(nodes.node(0), looked)
+    await say(romeo, "1", "2")
+    again = nodes[1].login("juliet")
+    await nodes.net.until(lambda: not nodes[0].manager.is_available(parse(JULIET)))
+    await say(romeo, "3")
+    await asyncio.sleep(0.05)
+    await again.available()
+
+    assert await nodes[0].rows() == []
+    looked.set_result(None)
+    await nodes.net.until(lambda: len(again.bodies) >= 3)
+
+    assert again.bodies == ["1", "2", "3"]
+
+
+class Parted(Alone):
+    """The Standing of a node that does not see all the others."""
+
+    def sees_all(self):
+        return False
+
+
+async def without_a_stream(nodes):
+    """Romeo, and a session of juliet's that has no stream and 2 of 3 messages which she has not acknowledged, on a node
+    that sees no other one."""
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[1].online("romeo")
+    state = managed(juliet)
+    await nodes.calm()
+    for outcome in await say(romeo, "1", "2", "3"):
+        await nodes[1].stored(outcome)
+    state.acknowledged(1)
+    nodes.net.cut("one", "two")
+    nodes.net.cut("three", "two")
+    await nodes.net.until(lambda: not nodes[0].table.rows(JULIET))
+    juliet.session.lost(clean=False, resumable=True)
+    nodes[1].spool.standing = Parted()
+    nodes[1].parts.resumption.set_aside()
+    return romeo, juliet.session
+
+
+async def test_a_node_that_does_not_see_all_holds_nothing_for_a_session_without_a_stream(nodes):
+    """Its client is where the sender goes as well."""
+    romeo, session = await without_a_stream(nodes)
+    for outcome in await say(romeo, "4"):
+        await nodes[1].stored(outcome)
+    again, elsewhere = await nodes[0].online("juliet"), await nodes[0].online("romeo", "elsewhere")
+    await say(elsewhere, "5")
+    await nodes.net.until(lambda: len(again.bodies) >= 4)
+
+    assert again.bodies == ["2", "3", "4", "5"]
+    nodes[1].spool.standing = Alone()
+    nodes.net.heal()
+    await nodes.net.until(lambda: session.closed)
+    await nodes.calm()
+    assert again.bodies == ["2", "3", "4", "5"]
+
+
+async def test_such_a_session_gets_it_all_from_the_spool_when_it_is_resumed(nodes):
+    romeo, session = await without_a_stream(nodes)
+    for outcome in await say(romeo, "4"):
+        await nodes[1].stored(outcome)
+    await nodes.net.until(lambda: not nodes[1].parts.spooling.freeing)
+    assert await nodes[1].spool.count(HOST, "juliet") == 3
+    assert await session.managed.come_back(2)
+    session.managed.resume(there := Resumed(session))
+    await say(romeo, "5")
+    await nodes.net.until(lambda: len(there.bodies) >= 3)
+
+    assert there.bodies == ["3", "4", "5"]
+    session.managed.acknowledged(5)
+    await nodes.net.until(lambda: not session.managed.backlog.rows)
+    await nodes.calm()
+    assert await nodes[1].rows() == []
+
+
+async def test_such_a_session_gets_it_when_it_is_resumed_on_another_node(nodes):
+    romeo, session = await without_a_stream(nodes)
+    nodes.net.heal()
+    await nodes.net.until(lambda: nodes[0].manager.is_bound(session.jid))
+    for outcome in await say(romeo, "4"):
+        await nodes[1].stored(outcome)
+    await nodes.net.until(lambda: not nodes[1].parts.spooling.freeing)
+    assert await nodes[1].spool.count(HOST, "juliet") == 3
+    moved = await nodes[0].parts.resumption.handover.fetch(session.managed.id, parse(JULIET), 2)
+    moved.managed.resume(there := Resumed(moved))
+    await say(romeo, "5")
+    await nodes.net.until(lambda: len(there.bodies) >= 3)
+
+    assert there.bodies == ["3", "4", "5"]
 
 
 async def test_an_error_waits_for_nothing(nodes):

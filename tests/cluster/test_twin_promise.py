@@ -12,7 +12,7 @@ from tests.modules.world import HOST, message
 from xmppd.events import NodeDown, NodeUp
 from xmppd.protocol.jid import parse
 from xmppd.spool import Holder
-from xmppd.spool_watch import SpoolWatch
+from xmppd.spool_watch import Place, SpoolWatch
 
 ROUNDS = 40
 
@@ -49,11 +49,13 @@ def watch(world):
     return SpoolWatch(
         world.spool,
         cluster,
+        Place(cluster),
         world.hooks,
         manager.takes_messages_here,
         world.spawn,
         is_available=manager.is_available,
         hold=manager.hold_messages,
+        set_aside=world.parts.resumption.set_aside,
     )
 
 

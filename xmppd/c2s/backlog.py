@@ -22,6 +22,7 @@ SOON: Final = 0.1  # seconds an acknowledgement may take, at least
 LATE: Final = 1.0  # and at most
 _ROUND_TRIPS: Final = 3  # one for a request that is under way already, one for the next, and some air
 _AGAIN: Final = 0.5  # seconds until what could not be written is tried again
+_NONE: Final[set[bytes]] = set()  # never changed
 _PARTS: Final = 8  # of the measured round trip, of which the last measurement is two
 log = get_logger("c2s")
 
@@ -34,6 +35,7 @@ class Backlog:
         "_again_at",
         "_examined",
         "_flying",
+        "_free",
         "_holder",
         "_left",
         "_marks",
@@ -42,6 +44,7 @@ class Backlog:
         "_over",
         "_session",
         "_spooling",
+        "aside",
         "round_trip",
         "rows",
         "watched",
@@ -51,6 +54,7 @@ class Backlog:
         self.watched = False
         self.round_trip = 0.0  # seconds, as measured
         self.rows = 0  # in the spool, or on their way there
+        self.aside = False  # what is in the spool is left to whoever comes
         self._session = session
         self._outbound = outbound
         self._spooling = session.parts.spooling
@@ -62,6 +66,7 @@ class Backlog:
         self._over = False
         self._left = False  # it is on another node
         self._flying: set[Flight] = set()
+        self._free = _NONE  # rows of messages that wait here which are
         self._moved: dict[bytes, KeptMessage] = {}  # by row: on their way to where the session is now
 
     def watch(self) -> None:
@@ -161,6 +166,8 @@ class Backlog:
             self._forget(entry)  # another session has it
             return
         self._spooling.promise(entry)
+        if self.aside and entry.row == item.id and not self._over:
+            self._set_free([entry])
 
     def not_written(self, entry: Sent, item: KeepItem, error: Exception) -> None:
         """It is not, as far as anybody knows."""
@@ -196,6 +203,8 @@ class Backlog:
         row, entry.row = entry.row, None
         if _is_row(row):
             self.rows -= 1
+            if self._free:
+                self._free.discard(row)
             self._spooling.delete(row)
 
     def acknowledged(self, entry: Sent) -> None:
@@ -203,6 +212,54 @@ class Backlog:
         if _is_row(entry.row):
             self._spooling.acknowledged_late += 1
         self._forget(entry)
+
+    # -- aside
+
+    def set_aside(self) -> None:
+        """Its client may be on a node that is not seen, and get what is newer there: what is in the spool is free from
+        now on, as soon as it is written, until there is a stream again."""
+        if not self.aside and self._spooling.spool is not None and not self._session.anonymous:
+            self.aside = True
+            self._set_free([entry for entry in self._outbound.entries() if isinstance(entry, Sent)])
+
+    def _set_free(self, entries: list[Sent]) -> None:
+        rows: dict[Holder, list[bytes]] = {}
+        for entry in entries:
+            stanza, row = entry.stanza, entry.row
+            if isinstance(stanza, KeptMessage):
+                if stanza.holder is None:
+                    continue
+                holder, stanza.holder = stanza.holder, None
+                row = entry.row = stanza.row_id  # which goes if its client has it after all
+                self.rows += 1
+                entry.settle(SAFE)
+            elif _is_row(row) and entry.result is not None:
+                holder = self.holder
+            else:
+                continue  # not there, or not yet
+            self._free = self._free or set()
+            self._free.add(row)
+            rows.setdefault(holder, []).append(row)
+        if rows:
+            self._spooling.release(self._session.user, rows)
+
+    def _is_free(self, entry: Stanza | Unsettled) -> bool:
+        return isinstance(entry, Sent) and entry.row in self._free
+
+    def resume(self) -> None:
+        """There is a stream. What was set aside comes from the spool, like all that is there."""
+        if not self.aside:
+            return
+        self.aside = False
+        self._drop_free()
+        self._examined = self._outbound.end
+        self._spooling.return_to(self._session.user)
+
+    def _drop_free(self) -> None:
+        if self._free:
+            self._outbound.drop(self._is_free)
+            self.rows -= len(self._free)
+            self._free = _NONE
 
     # -- the end
 
@@ -219,6 +276,8 @@ class Backlog:
         records: list[Record] = []
         rows: dict[Holder, list[bytes]] = {}
         for entry in left:
+            if self._is_free(entry):
+                continue
             if spooled and isinstance(entry, Sent) and entry.row is None:
                 self._put(entry)
             stanza, row = entry.stanza, _row_of(entry)
@@ -239,6 +298,9 @@ class Backlog:
         """The session goes on on another node. What waits for its client, with whoever waits for what becomes of it: a
         row here is deleted when that is safe there."""
         self._over = self._left = True
+        self._drop_free()
+        if self.aside:
+            self._spooling.return_to(self._session.user)
         self._spooling.write_deletes()
         for entry, item in self._again:
             if entry.row == item.id:

@@ -59,6 +59,8 @@ _ENABLE: Final = f"{{{ns.SM}}}enable"
 _ACK: Final = f"{{{ns.SM}}}a"
 _MANAGEMENT: Final = f"{{{ns.SM}}}"
 _SIOCOUTQ: Final = termios.TIOCOUTQ
+_TCP_CLOSE: Final = 7  # tcpi_state, the first byte of TCP_INFO
+_UNKNOWN: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,18 +439,22 @@ class Connection(asyncio.Protocol):
             self._cut_off("reads too slowly")
 
     def unsent(self) -> int:
-        """Bytes the peer's machine has not acknowledged: ours, the transport's and the kernel's."""
+        """Bytes the peer's machine has not acknowledged: ours, the transport's and the kernel's. Where the connection
+        is over that cannot be told, and it is more than any that count."""
         if self._transport is None:
-            return 1
+            return _UNKNOWN
         queued = self.queued()
-        if queued or self._socket is None:
+        if self._socket is None:
             return queued
         try:
             answer = fcntl.ioctl(self._socket.fileno(), _SIOCOUTQ, b"\0\0\0\0")
+            state = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         except (OSError, ValueError):  # closed a moment ago, and we are about to be told
-            return 1
+            return _UNKNOWN
+        if state == _TCP_CLOSE:  # the peer has reset it, and the kernel has thrown away what was not taken
+            return _UNKNOWN
         unacknowledged: int = struct.unpack("i", answer)[0]
-        return unacknowledged
+        return queued + unacknowledged
 
     def queued(self) -> int:
         """Bytes that wait in this process."""

@@ -272,6 +272,8 @@ class Managed:
         self.outbound.shut()
         self._await_resumption()
         session.set_waiting(True)
+        if self._spooling.is_apart():
+            self.backlog.set_aside()
         self.backlog.at_once()
         return True
 
@@ -317,6 +319,7 @@ class Managed:
         self._session.set_waiting(False)
         connection.carry(self._session)
         connection.write(resumed(self.id, self.inbound.rewind()))
+        self.backlog.resume()
         self._session.parts.resumption.redelivered += self.outbound.written
         self.outbound.rewind()
         self._pump()

@@ -74,6 +74,12 @@ class Resumption:
             return None
         return inbound.handled % MODULO
 
+    def set_aside(self) -> None:
+        """Not every node is seen: leave what waits for sessions without a stream to whoever comes."""
+        for session in list(self._sessions.values()):
+            if session.managed is not None and session.managed.waiting:
+                session.managed.backlog.set_aside()
+
     def take(self, session: "Session", managed: Managed) -> None:
         """A session has come from another node."""
         self._sessions[managed.id] = session

@@ -329,6 +329,11 @@ class Session:
         """Whether messages for it wait; of one that has left: whether they did."""
         return self._flushes > 0
 
+    @property
+    def aside(self) -> bool:
+        """Whether what is for it is left in the spool, for whoever comes."""
+        return self.managed is not None and self.managed.backlog.aside
+
     def _flushed(self) -> None:
         self._flushes -= 1
         if not self._flushes:
@@ -449,6 +454,8 @@ class Session:
         entries: list[tuple[Stanza, Pending | None]] = []
         if managed is not None:
             self.parts.resumption.forget(managed)
+            if managed.backlog.aside:
+                self._flushes += 1  # what is stored for it comes before what it is sent from here on
             entries = managed.leave()
         self._notify(event, self.state.clear)
         self.priority = self.presence = None  # whoever is at work for it stops

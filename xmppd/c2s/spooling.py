@@ -181,12 +181,25 @@ class Spooling:
         self._deleted.append(row)
         self._wind_up()
 
-    def write_deletes(self) -> None:
-        """What was to be deleted is, now."""
-        if self._deleted:
-            assert self._chores is not None
-            deleted, self._deleted = self._deleted, []
-            self._chores.delete_all(deleted)
+    def write_deletes(self, done: Callable[[], None] = lambda: None) -> None:
+        """What was to be deleted is, now; `done` is called when that is committed."""
+        deleted, self._deleted = self._deleted, []
+        if self._chores is None:
+            done()
+        else:
+            self._chores.delete_all(deleted, done)
+
+    def is_apart(self) -> bool:
+        """Whether clients may be on nodes that are not seen."""
+        return self.spool is not None and not self.spool.standing.sees_all()
+
+    def return_to(self, user: JID) -> None:
+        """A session of the user goes on for which nothing was held: it is to get what is free, but for what its client
+        has acknowledged."""
+        assert self._hooks is not None
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._hooks.notify(MessagesFreeing(user, done))
+        self.write_deletes(lambda: done.set_result(None))
 
     def give_back(self, message: Stanza) -> None:
         """One that is a row, and cannot be delivered now, is free for whoever comes."""

@@ -271,6 +271,16 @@ class Outbound:
             yield stanza
         self.open = True
 
+    def drop(self, gone: Callable[[Stanza | Unsettled], bool]) -> None:
+        """Some of it is somebody else's business now, and will not be written again."""
+        left: list[Stanza | Unsettled] = []
+        for entry in self._queue:
+            if gone(entry):
+                self._size -= len((entry.stanza if isinstance(entry, Unsettled) else entry).xml)
+            else:
+                left.append(entry)
+        self._queue = left
+
     def entries(self) -> list[Stanza | Unsettled]:
         """All that is not acknowledged, oldest first."""
         return list(self._queue)
