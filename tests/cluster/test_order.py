@@ -545,38 +545,62 @@ async def test_a_node_that_does_not_see_all_holds_nothing_for_a_session_without_
     assert again.bodies == ["2", "3", "4", "5"]
 
 
-async def test_such_a_session_gets_it_all_from_the_spool_when_it_is_resumed(nodes):
-    romeo, session = await without_a_stream(nodes)
+async def four_and_five(nodes, romeo):
+    """ "4" is in the database too, and "5" will be when the event is set."""
     for outcome in await say(romeo, "4"):
         await nodes[1].stored(outcome)
     await nodes.net.until(lambda: not nodes[1].parts.spooling.freeing)
     assert await nodes[1].spool.count(HOST, "juliet") == 3
-    assert await session.managed.come_back(2)
-    session.managed.resume(there := Resumed(session))
-    await say(romeo, "5")
-    await nodes.net.until(lambda: len(there.bodies) >= 3)
+    committed, write = asyncio.Event(), nodes[1].spool.submit_all
+    nodes[1].spool.submit_all = lambda items: later(committed, lambda: write(items))
+    [fifth] = await say(romeo, "5")
+    return fifth, committed
 
-    assert there.bodies == ["3", "4", "5"]
-    session.managed.acknowledged(5)
-    await nodes.net.until(lambda: not session.managed.backlog.rows)
-    await nodes.calm()
+
+async def until_acknowledged(nodes, session, there, count):
+    """All is as if nothing had been, when she has."""
+    session.managed.acknowledged(count)
+    await nodes.net.until(lambda: not session.managed.backlog.rows and not len(session.managed.outbound))
+    for _ in range(100):
+        if await nodes[1].rows() == []:
+            break
+        await nodes.calm()
     assert await nodes[1].rows() == []
+    assert not any(node.parts.spooling.unacknowledged for node in nodes.worlds)
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_such_a_session_gets_it_all_from_the_spool_when_it_is_resumed(nodes, late):
+    """`late`: what is not in the database yet is committed after that."""
+    romeo, session = await without_a_stream(nodes)
+    fifth, committed = await four_and_five(nodes, romeo)
+    coming = asyncio.create_task(session.managed.come_back(2))
+    if not late:
+        committed.set()
+    assert await coming
+    session.managed.resume(there := Resumed(session))
+    [sixth] = await say(romeo, "6")
+    await nodes.net.until(lambda: len(there.bodies) >= 4)
+
+    assert there.bodies == ["3", "4", "5", "6"]
+    committed.set()
+    await until_acknowledged(nodes, session, there, 6)
+    assert [fifth.result, sixth.result] == [SAFE, SAFE]
 
 
 async def test_such_a_session_gets_it_when_it_is_resumed_on_another_node(nodes):
     romeo, session = await without_a_stream(nodes)
     nodes.net.heal()
     await nodes.net.until(lambda: nodes[0].manager.is_bound(session.jid))
-    for outcome in await say(romeo, "4"):
-        await nodes[1].stored(outcome)
-    await nodes.net.until(lambda: not nodes[1].parts.spooling.freeing)
-    assert await nodes[1].spool.count(HOST, "juliet") == 3
+    _, committed = await four_and_five(nodes, romeo)
     moved = await nodes[0].parts.resumption.handover.fetch(session.managed.id, parse(JULIET), 2)
     moved.managed.resume(there := Resumed(moved))
-    await say(romeo, "5")
-    await nodes.net.until(lambda: len(there.bodies) >= 3)
+    await say(romeo, "6")
+    committed.set()
+    await nodes.net.until(lambda: len(there.bodies) >= 4)
 
-    assert there.bodies == ["3", "4", "5"]
+    assert there.bodies == ["3", "4", "5", "6"]
+    await until_acknowledged(nodes, moved, there, 6)
 
 
 async def test_an_error_waits_for_nothing(nodes):

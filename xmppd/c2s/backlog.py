@@ -173,9 +173,9 @@ class Backlog:
         """It is not, as far as anybody knows."""
         if entry.row != item.id:
             return
-        if self._left:
+        moved = self._moved.get(item.id)
+        if self._left or moved is not None:
             entry.row = None
-            moved = self._moved.get(item.id)
             if entry.result is None and (moved is None or moved.holder is None):
                 self._spooling.reroute(entry.stanza, entry)
             return
@@ -246,14 +246,19 @@ class Backlog:
     def _is_free(self, entry: Stanza | Unsettled) -> bool:
         return isinstance(entry, Sent) and entry.row in self._free
 
-    def resume(self) -> None:
-        """There is a stream. What was set aside comes from the spool, like all that is there."""
+    def resume(self) -> list[tuple[Stanza, Pending]]:
+        """There is a stream. What was set aside comes from the spool, like all that is there; what comes back is
+        younger, and to be delivered behind that."""
         if not self.aside:
-            return
+            return []
         self.aside = False
         self._drop_free()
+        self._give_up()
+        behind = [entry for entry in self._outbound.entries() if _is_message(entry)]
+        self._outbound.drop(_is_message)
         self._examined = self._outbound.end
         self._spooling.return_to(self._session.user)
+        return [self._pass_on(entry) for entry in behind]
 
     def _drop_free(self) -> None:
         if self._free:
@@ -302,15 +307,23 @@ class Backlog:
         if self.aside:
             self._spooling.return_to(self._session.user)
         self._spooling.write_deletes()
+        self._give_up()
+        return [self._leave(entry) for entry in self._outbound.entries()]
+
+    def _give_up(self) -> None:
+        """What could not be written will not be, from here."""
         for entry, item in self._again:
             if entry.row == item.id:
                 entry.row = None
+                self.rows -= 1
         self._again = []
-        return [self._leave(entry) for entry in self._outbound.entries()]
 
     def _leave(self, entry: Stanza | Unsettled) -> tuple[Stanza, Pending | None]:
-        if not isinstance(entry, Sent):
-            return (entry.stanza, entry) if isinstance(entry, Unsettled) else (entry, None)
+        if isinstance(entry, Sent):
+            return self._pass_on(entry)
+        return (entry.stanza, entry) if isinstance(entry, Unsettled) else (entry, None)
+
+    def _pass_on(self, entry: Sent) -> tuple[Stanza, Pending]:
         stanza = entry.stanza
         if entry.row is None:
             return stanza, entry
@@ -326,6 +339,7 @@ class Backlog:
 
     def _arrived(self, entry: Sent, moved: KeptMessage, result: Settled) -> None:
         self._moved.pop(moved.row_id, None)
+        self.rows -= 1
         if moved.holder is not None:
             promised = entry.result is SAFE
             entry.settle(result)
@@ -336,6 +350,10 @@ class Backlog:
         elif entry.row is None and entry.result is None:
             self._spooling.reroute(entry.stanza, entry)  # it has come back, and is not in the database
         # Else it has come back and is free.
+
+
+def _is_message(entry: Stanza | Unsettled) -> TypeGuard[Sent]:
+    return isinstance(entry, Sent) and entry.stanza.kind == "message"
 
 
 def _row_of(entry: Unsettled) -> bytes | None:

@@ -319,10 +319,13 @@ class Managed:
         self._session.set_waiting(False)
         connection.carry(self._session)
         connection.write(resumed(self.id, self.inbound.rewind()))
-        self.backlog.resume()
+        before = len(self.outbound)
+        behind = self.backlog.resume()
+        self._spooling.unacknowledged -= before - len(self.outbound)
         self._session.parts.resumption.redelivered += self.outbound.written
         self.outbound.rewind()
         self._pump()
+        self._session.deliver_again(behind)
         return undecided
 
     def _pump(self) -> None:

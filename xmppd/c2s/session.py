@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from xmppd.c2s.managed import Managed, Nobody
 from xmppd.c2s.resumption import Resumption
@@ -47,6 +47,7 @@ _SHOW: Final = f"{{{ns.CLIENT}}}show"
 _STATUS: Final = f"{{{ns.CLIENT}}}status"
 _IQ_TYPES: Final = frozenset({"get", "set", "result", "error"})
 _HELD_MESSAGES: Final = 10_000
+_P = TypeVar("_P", Pending, Pending | None)
 
 
 class Carrier(Protocol):
@@ -344,11 +345,7 @@ class Session:
         self._release(_in_place(held))
 
     def _release(self, held: list[tuple[Stanza, Pending]]) -> None:
-        for stanza, pending in held:
-            try:
-                pending.follow(self._deliver(stanza))
-            except Exception as exc:
-                pending.fail(as_stanza_error(exc))
+        _deliver_all(held, self._deliver)
 
     def _become_unavailable(self, presence: Stanza) -> None:
         if self.priority is None:
@@ -382,6 +379,10 @@ class Session:
         if held is not None and stanza.kind == "message" and (not stanza.moved or stanza.behind):
             return self._hold(held, stanza)
         return self._deliver(stanza)
+
+    def deliver_again(self, behind: list[tuple[Stanza, Pending]]) -> None:
+        """What waited for a stream, and comes behind what is stored."""
+        _deliver_all(behind, self.deliver)
 
     def _hold(self, held: list[tuple[Stanza, Pending]], stanza: Stanza) -> Outcome:
         if len(held) >= _HELD_MESSAGES:
@@ -454,9 +455,12 @@ class Session:
         entries: list[tuple[Stanza, Pending | None]] = []
         if managed is not None:
             self.parts.resumption.forget(managed)
-            if managed.backlog.aside:
-                self._flushes += 1  # what is stored for it comes before what it is sent from here on
             entries = managed.leave()
+            if managed.backlog.aside:  # what is stored for it comes first
+                self._flushes += 1
+                messages = [entry for entry in entries if entry[0].kind == "message"]
+                entries = [entry for entry in entries if entry[0].kind != "message"]
+                self._leaving = _in_place(messages + self._leaving)
         self._notify(event, self.state.clear)
         self.priority = self.presence = None  # whoever is at work for it stops
         return entries
@@ -623,7 +627,15 @@ class Session:
         )
 
 
-def _in_place(waiting: list[tuple[Stanza, Pending]]) -> list[tuple[Stanza, Pending]]:
+def _deliver_all(waiting: list[tuple[Stanza, Pending]], deliver: Callable[[Stanza], Outcome]) -> None:
+    for stanza, pending in waiting:
+        try:
+            pending.follow(deliver(stanza))
+        except Exception as exc:
+            pending.fail(as_stanza_error(exc))
+
+
+def _in_place(waiting: list[tuple[Stanza, _P]]) -> list[tuple[Stanza, _P]]:
     """What has waited, in the order of places, which is not that in which it came when some took a longer way. What has
     none stays behind what it came behind."""
     places, last = [], 0
