@@ -12,7 +12,7 @@ that turns out to be dead loses nothing: the records are routed again.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from enum import Enum
 from typing import Any, Final, Protocol, TypeVar
 
@@ -24,6 +24,7 @@ from xmppd.protocol.stanza import Stanza
 
 _log = get_logger("xmppd.delivery")
 E = TypeVar("E")
+T = TypeVar("T")
 
 
 class Bounce(Protocol):
@@ -192,6 +193,18 @@ def first_of(outcomes: list[Outcome]) -> Outcome:
     for outcome in waiting:
         outcome.then(one)
     return combined
+
+
+def in_place(waiting: Iterable[tuple[Stanza, T]]) -> list[tuple[Stanza, T]]:
+    """What has waited, in the order of places, which is not that in which it came when some took a longer way. What has
+    none stays behind what it came behind."""
+    entries = list(waiting)
+    places, last = [], 0
+    for stanza, _ in entries:
+        last = stanza.place or last
+        places.append(last)
+    order = sorted(range(len(entries)), key=places.__getitem__)
+    return [entries[index] for index in order]
 
 
 class Record:

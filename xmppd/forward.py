@@ -64,6 +64,22 @@ _HAND_OVER: Final = "sessions.hand_over"
 _YIELDED: Final = "sessions.yielded"
 
 
+class Heirs(Protocol):
+    """Sessions of one full JID that follow each other, as the forwarder sees them."""
+
+    def is_older(self, jid: JID, bound_at: int) -> bool:
+        """Whether a session of that full JID is here that was bound before that time, and no newer one is known."""
+        ...
+
+    def yield_to(self, jid: JID, bound_at: int) -> None:
+        """A session of that full JID was bound later on another node: end ours, if it is still there."""
+        ...
+
+    def take_over(self, node: bytes, jid: JID) -> None:
+        """An older session of that full JID has ended on a node: what it leaves comes first."""
+        ...
+
+
 class Users(Protocol):
     """The session manager as the forwarder sees it."""
 
@@ -89,17 +105,8 @@ class Users(Protocol):
         """End the session of a full JID, or all of a bare one, as far as they are on this node."""
         ...
 
-    def is_older(self, jid: JID, bound_at: int) -> bool:
-        """Whether a session of that full JID is here that was bound before that time, and no newer one is known."""
-        ...
-
-    def yield_to(self, jid: JID, bound_at: int) -> None:
-        """A session of that full JID was bound later on another node: end ours, if it is still there."""
-        ...
-
-    def take_over(self, node: bytes, jid: JID) -> None:
-        """An older session of that full JID has ended on a node: what it leaves comes first."""
-        ...
+    @property
+    def succession(self) -> Heirs: ...
 
     async def settled_here(self, user: JID) -> None:
         """Wait until what sessions of a user have left in the spool is free for others."""
@@ -219,7 +226,7 @@ class Forwarder:
         links.on_down(self._down)
         calls.on_cast(_KICK, self._kicked)
         calls.on_call(_HAND_OVER, self._handed_over)
-        calls.on_cast(_YIELDED, lambda peer, jid: self._users.take_over(peer.node, parse(jid)))
+        calls.on_cast(_YIELDED, lambda peer, jid: self._users.succession.take_over(peer.node, parse(jid)))
 
     @property
     def pending(self) -> int:
@@ -524,7 +531,7 @@ class Forwarder:
         jid, bound_at = payload
         user = parse(jid)
         await self._has_come(user, bound_at)
-        self._users.yield_to(user, bound_at)
+        self._users.succession.yield_to(user, bound_at)
         with suppress(TimeoutError):  # the caller waits no longer
             async with asyncio.timeout(_OWED - 2 * _HANDOVER):
                 waits = self._undecided(user.bare)
@@ -539,7 +546,7 @@ class Forwarder:
         The question may be ahead of it when the asking node has just come up and its table is still being read."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_HANDOVER):
-                while self._users.is_older(user, bound_at):  # noqa: ASYNC110 - nothing tells us
+                while self._users.succession.is_older(user, bound_at):  # noqa: ASYNC110 - nothing tells us
                     await asyncio.sleep(_LOOK)
 
 

@@ -7,7 +7,7 @@ negative; NONNEG all that are not negative; OFF means MessageUndeliverable, wher
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,6 @@ from xmppd.errors import StanzaError
 from xmppd.events import (
     DirectedPresenceArrived,
     LostSession,
-    MessagesFreeing,
     MessageUndeliverable,
     PresenceBounced,
     ProbeReceiving,
@@ -43,17 +42,12 @@ from xmppd.events import (
 from xmppd.forward import HOPS, Copy, Forwarded
 from xmppd.hooks import Hooks, Spawn
 from xmppd.iq import IqDispatcher
-from xmppd.protocol.jid import JID, bare, parse
+from xmppd.protocol.jid import JID, bare
 from xmppd.protocol.stanza import Stanza
+from xmppd.succession import Holds, Others, Succession
 
 Rows = Mapping[str, SessionRow]
-_OWED: Final = 10.0  # seconds for a node to take back its row of a full JID that is bound elsewhere, or to be seen dead
-_OWED_LOOK: Final = 0.02
-_YIELDING: Final = 1.0  # seconds in which it does so as a rule
-_MADE_WAY: Final = 10.0  # seconds for which it is remembered that it has
-_ASKED: Final = 1.0  # seconds until a node is asked once more what it has for somebody who is not available there
-_OWED_MESSAGES: Final = 10_000  # for one user that wait; more are refused
-_UNDISPUTED: Final = 2.0  # seconds a client waits for that when it binds
+_STORING: Final = 10.0  # seconds that a message which came from another node waits for what is being stored here
 SUBSCRIPTIONS = frozenset({"subscribe", "subscribed", "unsubscribe", "unsubscribed"})
 
 
@@ -94,7 +88,7 @@ class KnownAccounts(Protocol):
     async def exists(self, host: str, username: str) -> bool: ...
 
 
-class Remote(Protocol):
+class Remote(Others, Protocol):
     """The forwarder: what leads to sessions of other nodes, which are named by their UUIDs."""
 
     def is_up(self, node: bytes) -> bool: ...
@@ -109,19 +103,9 @@ class Remote(Protocol):
 
     def spread(self, node: bytes, stanza: Stanza, users: Sequence[str]) -> None: ...
 
-    def owes(self, node: bytes, user: str) -> bool:
-        """Whether a message was sent there for a bare JID of which nothing is known yet."""
-        ...
-
     def hold(self, node: bytes, until: "asyncio.Future[None]") -> None: ...
 
     def kick(self, nodes: Sequence[bytes], jid: JID, reason: str, condition: str) -> None: ...
-
-    def hand_over(self, node: bytes, jid: JID, bound_at: int) -> Coroutine[object, object, bool]: ...
-
-    def yielded(self, node: bytes, jid: JID) -> None:
-        """Say there that an older session of a full JID has ended here, and leaves something."""
-        ...
 
 
 class ExtraCopy(Stanza):
@@ -135,16 +119,6 @@ class ExtraCopy(Stanza):
         copy = cls(stanza.kind, stanza.type, stanza.id, stanza.to, stanza.from_, stanza.xml)
         copy.place = stanza.place
         return copy
-
-
-class _Owed:
-    """What is waited for on behalf of a user, and the messages that wait."""
-
-    __slots__ = ("behind", "futures")
-
-    def __init__(self) -> None:
-        self.futures: list[asyncio.Future[None]] = []
-        self.behind: list[Record] = []
 
 
 class _Unreachable(Exception):
@@ -222,22 +196,16 @@ class SessionManager:
         self.rerouted = 0  # stanzas whose session turned out to be dead
         self._remote: Remote | None = None
         self.freeing: Mapping[str, set[asyncio.Future[None]]] = {}  # what ended sessions leave in the spool
-        self._owed_to: dict[str, _Owed] = {}  # bare JIDs: new messages wait for older ones
+        self._holds = Holds(bounce, self._turns.add)
+        self.succession = Succession(table, self._holds, hooks, spawn)
         self._keeping: dict[str, deque[Pending]] = {}  # by bare JID: being stored
-        self._taking: set[tuple[str, int, bytes]] = set()  # full JIDs, bound here when, on other nodes
-        self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
-        # By bare JID: the node where a session made way for a newer one, its resource, and when; the oldest first.
-        self._made_way: dict[str, tuple[bytes, str, float]] = {}
-        self._asked: dict[str, float] = {}  # bare JIDs and when a node was asked what it has; the oldest first
-        table.on_conflict.append(self._lost)
         table.on_appeared.append(self._appeared)
-        table.on_left.append(self._left)
-        table.on_displacing.append(lambda row, owner: self._displaces(row, owner.member))
         table.on_vanished.append(self._vanished)
 
     def connect(self, remote: Remote) -> None:
         """Hand in the way to the sessions of other nodes."""
         self._remote = remote
+        self.succession.connect(remote)
 
     def open(self, session: LiveSession, *, priority: int | None = None, later_than: int = 0) -> SessionRow:
         """Enter a session that was just bound; one with the same full JID, here or elsewhere, ends with `conflict`
@@ -250,130 +218,8 @@ class SessionManager:
             if displaced.session is not None:
                 displaced.session.replaced()
             else:
-                self._displacing[row.jid.full] = displaced.owner.member
+                self.succession.displaces(row, displaced.owner.member)
         return row
-
-    def undisputed(self, row: SessionRow) -> Awaitable[None] | None:
-        """What must be awaited before the client is told that it is bound: another node takes back what it has said of
-        the session that was displaced there. Where that node does not answer soon the client is told, but gets no
-        messages before it has answered, or is known to be dead: what waited there comes first."""
-        node = self._displacing.pop(row.jid.full, None) if self._displacing else None
-        if node is None or self._remote is None or row.session is None:
-            return None
-        taken_back = self._take_over(self._remote, node, row, row.session)
-        return None if taken_back is None else self._soon(taken_back)
-
-    def _displaces(self, row: SessionRow, node: bytes) -> None:
-        """After a split: the other node's session ends, and what it leaves is older than what comes from here on."""
-        if self._remote is not None and row.session is not None and row.jid.full not in self._displacing:
-            self._take_over(self._remote, node, row, row.session)
-
-    def _take_over(
-        self, remote: Remote, node: bytes, row: SessionRow, session: LiveSession
-    ) -> "asyncio.Future[None] | None":
-        """Done when a node has given up what it had for this full JID; None: that is waited for already."""
-        key = (row.jid.full, row.bound_at, node)
-        if key in self._taking:
-            return None
-        self._taking.add(key)
-        taken_back: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        taken_back.add_done_callback(lambda done: self._taking.discard(key))
-        session.hold_messages(taken_back)
-        self._hooks.notify_aside(MessagesFreeing(bare(row.jid), taken_back), self._spawn, name="messages freeing")
-        self._spawn(self._take_back(remote, node, row, taken_back), name="session of another node taken back")
-        return taken_back
-
-    @staticmethod
-    async def _soon(taken_back: "asyncio.Future[None]") -> None:
-        await asyncio.wait((taken_back,), timeout=_UNDISPUTED)
-
-    @staticmethod
-    async def _take_back(remote: Remote, node: bytes, row: SessionRow, taken_back: "asyncio.Future[None]") -> None:
-        try:
-            await remote.hand_over(node, row.jid, row.bound_at)
-        finally:
-            if not taken_back.done():
-                taken_back.set_result(None)
-
-    def _left(self, owner: Owner, user: str, resource: str) -> None:
-        """A session has gone from another node. What is on its way to it is stored there, or sent on; what is new waits
-        until it is where it belongs, or known to have arrived. One that made way for a newer session, after a split,
-        may have been sent messages that are stored there by now: that is asked when the next one comes."""
-        remote = self._remote
-        if remote is None:
-            return
-        if remote.owes(owner.member, user):
-            self._hold_until_settled(remote, owner.member, parse(f"{user}/{resource}"))
-        elif (newer := self._table.rows(user).get(resource)) is not None and newer.owner != owner:
-            self._made_way.pop(user, None)
-            self._made_way[user] = (owner.member, resource, time.monotonic())
-            while self._made_way and next(iter(self._made_way.values()))[2] < time.monotonic() - _MADE_WAY:
-                del self._made_way[next(iter(self._made_way))]
-
-    def _hold_until_settled(self, remote: Remote, node: bytes, jid: JID) -> None:
-        until = asyncio.get_running_loop().create_future()
-        self.hold_messages(jid, until)
-
-        async def until_settled() -> None:
-            # That they are safe is not enough: what is stored there may not be free yet.
-            try:
-                await remote.hand_over(node, jid, 0)
-            finally:
-                until.set_result(None)
-
-        self._spawn(until_settled(), name="messages for a session that has ended")
-
-    def _asks_first(self, user: str, rows: Rows) -> bool:
-        """Of somebody who is bound, but not available: whether a node was sent messages for them of which nothing is
-        known, as when it has not looked at them since the link came up. It is asked for these before others are stored,
-        which would come before them."""
-        remote, now = self._remote, time.monotonic()
-        if remote is None:
-            return False
-        while self._asked and next(iter(self._asked.values())) < now - _ASKED:
-            del self._asked[next(iter(self._asked))]
-        if user in self._asked:
-            return False
-        for row in rows.values():
-            if row.session is None and remote.owes(row.owner.member, user):
-                self._asked[user] = now
-                self._hold_until_settled(remote, row.owner.member, row.jid)
-                return True
-        return False
-
-    def _is_held(self, user: str) -> bool:
-        """Whether new messages wait; a node whose session made way is asked first for what that has left."""
-        if (way := self._made_way.pop(user, None)) is not None:
-            node, resource, at = way
-            if self._remote is not None and time.monotonic() < at + _MADE_WAY:
-                self._hold_until_settled(self._remote, node, parse(f"{user}/{resource}"))
-        return user in self._owed_to
-
-    def is_older(self, jid: JID, bound_at: int) -> bool:
-        """Whether a session of that full JID is here that was bound before that time, and no newer one is known."""
-        row = self._table.rows(jid.bare).get(jid.resource)
-        return row is not None and row.session is not None and row.bound_at < bound_at
-
-    def yield_to(self, jid: JID, bound_at: int) -> None:
-        """A session of that full JID was bound at that time on another node: end ours, if it is older."""
-        if self.is_older(jid, bound_at):
-            self._table.rows(jid.bare)[jid.resource].session.replaced()
-
-    def _lost(self, row: SessionRow) -> None:
-        """The table says that this row of ours was displaced by another node, which has not seen it, perhaps."""
-        session = row.session
-        if session is None:
-            return
-        newer = self._table.rows(row.jid.bare).get(row.jid.resource)
-        if self._remote is not None and newer is not None and session.waiting().unacknowledged:
-            self._remote.yielded(newer.owner.member, row.jid)
-        session.replaced()
-
-    def take_over(self, node: bytes, jid: JID) -> None:
-        """An older session of that full JID has ended on a node: what it leaves comes first."""
-        row = self._table.rows(jid.bare).get(jid.resource)
-        if row is not None:
-            self._displaces(row, node)
 
     def _appeared(self, user: str, row: SessionRow) -> None:
         if self._hooks.wants(SessionAppeared):
@@ -694,26 +540,11 @@ class SessionManager:
     def hold_messages(self, user: JID, until: "asyncio.Future[None]") -> None:
         """Have messages for a user that are routed on this node wait until that is done. Their streams go on: others
         are not to wait for this user."""
-        owed = self._owed_to.setdefault(user.bare, _Owed())
-        owed.futures.append(until)
-
-        def done(until: "asyncio.Future[None]") -> None:
-            owed.futures.remove(until)
-            if not owed.futures:
-                del self._owed_to[user.bare]
-                self._let_go(user.bare, owed)
-
-        until.add_done_callback(done)
+        self._holds.add(user.bare, until)
 
     def hold_no_more(self) -> None:
         """The node stops: what has waited goes where it can."""
-        for user, owed in list(self._owed_to.items()):
-            self._let_go(user, owed)
-
-    def _let_go(self, user: str, owed: _Owed) -> None:
-        behind, owed.behind = owed.behind, []
-        for record in behind:
-            self._turns.add(user, record)
+        self._holds.end()
 
     def hold_arrivals(self, node: bytes, until: "asyncio.Future[None]") -> None:
         """Have messages that come from another node wait until that is done."""
@@ -729,52 +560,26 @@ class SessionManager:
         await asyncio.wait((until,))
         return self.route(stanza)
 
-    def _wait_behind(self, stanza: Stanza, owed: "_Owed") -> Outcome:
-        if len(owed.behind) >= _OWED_MESSAGES:
-            raise StanzaError("resource-constraint", "too many messages wait for this recipient")
-        pending = Pending(failed=lambda error: self._bounce(stanza, error))
-        owed.behind.append(Record(stanza, pending))
-        return pending
-
-    def _owed(self, row: SessionRow) -> bool:
-        """Whether the node where this session's full JID was bound before has something for the user of which nothing
-        is known yet. As a rule it takes its row back within milliseconds; when it does not it is dead, perhaps, and
-        what it has will be routed again as soon as that is known. Until then it may also have stored something."""
-        if row.hides is None or self._remote is None:
-            return False
-        node, since = row.hides
-        now = time.monotonic()
-        return now < since + _YIELDING or (now < since + _OWED and self._remote.owes(node, row.jid.bare))
-
     async def _message_stored(self, stanza: Stanza, user: str) -> Outcome:
         waiting = [*self.freeing.get(user, ()), *self._being_kept(user)]
         if waiting:
-            await asyncio.wait(waiting, timeout=_OWED)
-        return self.route(stanza)
-
-    async def _message_behind(self, stanza: Stanza) -> Outcome:
-        assert stanza.to is not None
-        user, owed = stanza.to.bare, True
-        while owed:
-            await asyncio.sleep(_OWED_LOOK)
-            owed = any(self._owed(row) for row in self._table.rows(user).values())
+            await asyncio.wait(waiting, timeout=_STORING)
         return self.route(stanza)
 
     def _message(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
-        user = to.bare
+        user, succession = to.bare, self.succession
         if stanza.type != "error":  # what that answers is acknowledged: it must not be lost while it waits
-            waits = not _waits_for_nobody(stanza)
-            if self._turns and user in self._turns:
-                if (ahead := self._turns.ahead(user, stanza)) is not None:
-                    return self._gate.wait(stanza, self._message_held(stanza, ahead))
-                waits = not stanza.kept  # wherever it has come from, it is routed from here again
-            if waits and (self._owed_to or self._made_way) and self._is_held(user):
-                return self._wait_behind(stanza, self._owed_to[user])
+            again = self._turns and user in self._turns  # from whichever node it has come, it is routed from here
+            if again and (ahead := self._turns.ahead(user, stanza)) is not None:
+                return self._gate.wait(stanza, self._message_held(stanza, ahead))
+            if not stanza.kept and (again or not stanza.hops):
+                for one in rows.values():
+                    if one.hides is not None:
+                        succession.ask_hidden(one)
+                if succession.holds_some and succession.holds(user):
+                    return self._holds.wait(user, stanza)
             if stanza.hops and rows and self._goes_past_stored(stanza, user, rows):
                 return self._gate.wait(stanza, self._message_stored(stanza, user))
-        for one in rows.values():
-            if one.hides is not None and self._owed(one) and not _waits_for_nobody(stanza):
-                return self._gate.wait(stanza, self._message_behind(stanza))
         if to.resource:
             row = rows.get(to.resource)
             if row is not None:
@@ -785,8 +590,8 @@ class SessionManager:
         takers = _not_negative(rows)
         if takers:
             return self._message_to_some(stanza, to, takers, kind)
-        if rows and not _waits_for_nobody(stanza) and self._asks_first(to.bare, rows):
-            return self._wait_behind(stanza, self._owed_to[to.bare])
+        if rows and not stanza.hops and not stanza.kept and succession.asks_first(user, rows.values()):
+            return self._holds.wait(user, stanza)
         if rows or self._accounts.known(to.domain, to.local):
             return self._message_to_none(stanza, to, kind)
         return self._gate.wait(stanza, self._message_to_stranger(stanza, to, kind))
@@ -950,10 +755,6 @@ class _LostSessions:
 
     def __iter__(self) -> Iterator[LostSession]:
         return (LostSession(row.jid, row.guarded) for row in self._rows if row.priority is not None)
-
-
-def _waits_for_nobody(stanza: Stanza) -> bool:
-    return bool(stanza.hops) or stanza.kept or stanza.type == "error"
 
 
 def _here(rows: Rows) -> Rows:

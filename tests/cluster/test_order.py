@@ -9,7 +9,7 @@ from lxml import etree
 
 from tests.cluster import worlds
 from tests.modules.world import HOST, Client, message
-from xmppd import session_manager
+from xmppd import succession
 from xmppd.c2s.handover import Handover
 from xmppd.c2s.resumption import Resumption
 from xmppd.c2s.session import Session
@@ -156,7 +156,7 @@ async def test_the_place_of_a_message_is_that_at_which_it_was_received_not_store
 
 
 async def test_what_a_frozen_node_holds_comes_before_what_is_sent_to_the_new_session(nodes, monkeypatch):
-    monkeypatch.setattr(session_manager, "_UNDISPUTED", 0.05)
+    monkeypatch.setattr(succession, "_UNDISPUTED", 0.05)
     juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
     managed(juliet)
     await nodes.calm()
@@ -551,8 +551,9 @@ async def four_and_five(nodes, romeo):
         await nodes[1].stored(outcome)
     await nodes.net.until(lambda: not nodes[1].parts.spooling.freeing)
     assert await nodes[1].spool.count(HOST, "juliet") == 3
-    committed, write = asyncio.Event(), nodes[1].spool.submit_all
+    committed, write, release = asyncio.Event(), nodes[1].spool.submit_all, nodes[1].spool.release
     nodes[1].spool.submit_all = lambda items: later(committed, lambda: write(items))
+    nodes[1].spool.release = lambda ids, holder: later(committed, lambda: release(ids, holder))
     [fifth] = await say(romeo, "5")
     return fifth, committed
 
@@ -580,10 +581,13 @@ async def test_such_a_session_gets_it_all_from_the_spool_when_it_is_resumed(node
     assert await coming
     session.managed.resume(there := Resumed(session))
     [sixth] = await say(romeo, "6")
+    if late:
+        await asyncio.sleep(0.1)
+        assert there.bodies == []
+        committed.set()
     await nodes.net.until(lambda: len(there.bodies) >= 4)
 
     assert there.bodies == ["3", "4", "5", "6"]
-    committed.set()
     await until_acknowledged(nodes, session, there, 6)
     assert [fifth.result, sixth.result] == [SAFE, SAFE]
 

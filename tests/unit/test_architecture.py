@@ -24,6 +24,7 @@ LAYERS = (
         "router",
         "local_router",
         "session_manager",
+        "succession",
         "s2s_manager",
         "forward",
         "nodes",

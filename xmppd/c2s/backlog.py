@@ -1,6 +1,7 @@
 """What a client has not acknowledged: when that is overdue, what of it is in the spool, and what becomes of it when the
 session ends or moves to another node."""
 
+import asyncio
 import time
 from functools import partial
 from secrets import token_hex
@@ -38,12 +39,14 @@ class Backlog:
         "_free",
         "_holder",
         "_left",
+        "_let_go",
         "_marks",
         "_moved",
         "_outbound",
         "_over",
         "_session",
         "_spooling",
+        "_to_free",
         "aside",
         "round_trip",
         "rows",
@@ -67,6 +70,8 @@ class Backlog:
         self._left = False  # it is on another node
         self._flying: set[Flight] = set()
         self._free = _NONE  # rows of messages that wait here which are
+        self._to_free: list[Sent] = []
+        self._let_go = _NONE  # rows on their way to the database of messages that do not wait here any more
         self._moved: dict[bytes, KeptMessage] = {}  # by row: on their way to where the session is now
 
     def watch(self) -> None:
@@ -120,6 +125,8 @@ class Backlog:
 
     def _put(self, entry: Sent) -> None:
         stanza = entry.stanza
+        if stanza.kept and self.aside:
+            self._set_free([entry])
         if entry.result is not None or entry.row is not None or stanza.kept or stanza.copy:
             return
         item: KeepItem | bool | None = False
@@ -161,21 +168,34 @@ class Backlog:
         if kept is Kept.DUPLICATE:
             self._spooling.duplicates += 1
             entry.row = ELSEWHERE
-            self.rows -= 1
+            self.rows -= item.id not in self._let_go
         elif entry.result is not None and not self._over:
             self._forget(entry)  # another session has it
             return
-        self._spooling.promise(entry)
-        if self.aside and entry.row == item.id and not self._over:
-            self._set_free([entry])
+        if self._let_go:
+            self._let_go.discard(item.id)
+        self._spooling.promise(self, entry)
+
+    def promised(self, entry: Sent) -> None:
+        """Its sender may know that it is in the database."""
+        entry.settle(SAFE)
+        if self.aside and not self._over and _is_row(entry.row):
+            if not self._to_free:
+                asyncio.get_running_loop().call_soon(self._free_promised)
+            self._to_free.append(entry)
+
+    def _free_promised(self) -> None:
+        entries, self._to_free = self._to_free, []
+        if self.aside and not self._over:
+            self._set_free(entries)
 
     def not_written(self, entry: Sent, item: KeepItem, error: Exception) -> None:
         """It is not, as far as anybody knows."""
         if entry.row != item.id:
             return
-        moved = self._moved.get(item.id)
-        if self._left or moved is not None:
+        if self._left or item.id in self._let_go:
             entry.row = None
+            moved = self._moved.get(item.id)
             if entry.result is None and (moved is None or moved.holder is None):
                 self._spooling.reroute(entry.stanza, entry)
             return
@@ -220,12 +240,15 @@ class Backlog:
         now on, as soon as it is written, until there is a stream again."""
         if not self.aside and self._spooling.spool is not None and not self._session.anonymous:
             self.aside = True
-            self._set_free([entry for entry in self._outbound.entries() if isinstance(entry, Sent)])
+            self._set_free([entry for entry in self._outbound.entries() if _is_message(entry)])
 
-    def _set_free(self, entries: list[Sent]) -> None:
+    def _set_free(self, entries: list[Sent], *, flying: bool = False) -> None:
+        """`flying`: also what is on its way to the database, where it is free then at once."""
         rows: dict[Holder, list[bytes]] = {}
         for entry in entries:
             stanza, row = entry.stanza, entry.row
+            if row in self._free:
+                continue
             if isinstance(stanza, KeptMessage):
                 if stanza.holder is None:
                     continue
@@ -233,7 +256,7 @@ class Backlog:
                 row = entry.row = stanza.row_id  # which goes if its client has it after all
                 self.rows += 1
                 entry.settle(SAFE)
-            elif _is_row(row) and entry.result is not None:
+            elif _is_row(row) and (flying or entry.result is not None):
                 holder = self.holder
             else:
                 continue  # not there, or not yet
@@ -247,24 +270,27 @@ class Backlog:
         return isinstance(entry, Sent) and entry.row in self._free
 
     def resume(self) -> list[tuple[Stanza, Pending]]:
-        """There is a stream. What was set aside comes from the spool, like all that is there; what comes back is
-        younger, and to be delivered behind that."""
+        """There is a stream. What was set aside comes from the spool, like all that is there; what is not comes back,
+        to be delivered behind that."""
         if not self.aside:
             return []
-        self.aside = False
-        self._drop_free()
-        self._give_up()
-        behind = [entry for entry in self._outbound.entries() if _is_message(entry)]
-        self._outbound.drop(_is_message)
+        behind = self._leave_to_spool()
         self._examined = self._outbound.end
-        self._spooling.return_to(self._session.user)
-        return [self._pass_on(entry) for entry in behind]
+        return behind
 
-    def _drop_free(self) -> None:
-        if self._free:
-            self._outbound.drop(self._is_free)
-            self.rows -= len(self._free)
-            self._free = _NONE
+    def _leave_to_spool(self) -> list[tuple[Stanza, Pending]]:
+        self.aside = False
+        self._give_up()
+        entries = [entry for entry in self._outbound.entries() if _is_message(entry)]
+        self._outbound.drop(_is_message)
+        self._set_free(entries, flying=True)
+        free, self._free = self._free, _NONE
+        self.rows -= len(free)
+        self._let_go = {entry.row for entry in entries if _is_row(entry.row) and entry.result is None} or _NONE
+        self._spooling.return_to(self._session.user)
+        return [
+            (entry.stanza, entry if entry.result is None else Pending()) for entry in entries if entry.row not in free
+        ]
 
     # -- the end
 
@@ -302,13 +328,11 @@ class Backlog:
     def leaving(self) -> list[tuple[Stanza, Pending | None]]:
         """The session goes on on another node. What waits for its client, with whoever waits for what becomes of it: a
         row here is deleted when that is safe there."""
+        behind = self._leave_to_spool() if self.aside else []
         self._over = self._left = True
-        self._drop_free()
-        if self.aside:
-            self._spooling.return_to(self._session.user)
         self._spooling.write_deletes()
         self._give_up()
-        return [self._leave(entry) for entry in self._outbound.entries()]
+        return [*(self._leave(entry) for entry in self._outbound.entries()), *behind]
 
     def _give_up(self) -> None:
         """What could not be written will not be, from here."""
@@ -319,11 +343,8 @@ class Backlog:
         self._again = []
 
     def _leave(self, entry: Stanza | Unsettled) -> tuple[Stanza, Pending | None]:
-        if isinstance(entry, Sent):
-            return self._pass_on(entry)
-        return (entry.stanza, entry) if isinstance(entry, Unsettled) else (entry, None)
-
-    def _pass_on(self, entry: Sent) -> tuple[Stanza, Pending]:
+        if not isinstance(entry, Sent):
+            return (entry.stanza, entry) if isinstance(entry, Unsettled) else (entry, None)
         stanza = entry.stanza
         if entry.row is None:
             return stanza, entry
@@ -339,7 +360,6 @@ class Backlog:
 
     def _arrived(self, entry: Sent, moved: KeptMessage, result: Settled) -> None:
         self._moved.pop(moved.row_id, None)
-        self.rows -= 1
         if moved.holder is not None:
             promised = entry.result is SAFE
             entry.settle(result)

@@ -8,12 +8,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 from xmppd.c2s.managed import Managed, Nobody
 from xmppd.c2s.resumption import Resumption
 from xmppd.c2s.spooling import Spooling
-from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Record, Records, Settled, as_stanza_error
+from xmppd.delivery import ERROR, SAFE, Gate, Outcome, Pending, Record, Records, Settled, as_stanza_error, in_place
 from xmppd.errors import JidError, StanzaError, StreamError
 from xmppd.events import (
     DirectedPresenceSending,
@@ -47,7 +47,6 @@ _SHOW: Final = f"{{{ns.CLIENT}}}show"
 _STATUS: Final = f"{{{ns.CLIENT}}}status"
 _IQ_TYPES: Final = frozenset({"get", "set", "result", "error"})
 _HELD_MESSAGES: Final = 10_000
-_P = TypeVar("_P", Pending, Pending | None)
 
 
 class Carrier(Protocol):
@@ -156,7 +155,10 @@ class Session:
 
     def bound(self) -> Awaitable[None] | None:
         """Tell the modules; what comes back must be awaited before the client is told."""
-        told, undisputed = self.parts.hooks.notify(SessionBound(self)), self.parts.manager.undisputed(self.row)
+        told, undisputed = (
+            self.parts.hooks.notify(SessionBound(self)),
+            self.parts.manager.succession.undisputed(self.row),
+        )
         return told if undisputed is None else _both(told, undisputed)
 
     # -- from the client
@@ -342,7 +344,7 @@ class Session:
 
     def _release_held(self) -> None:
         held, self._held = self._held or [], None
-        self._release(_in_place(held))
+        self._release(in_place(held))
 
     def _release(self, held: list[tuple[Stanza, Pending]]) -> None:
         _deliver_all(held, self._deliver)
@@ -449,7 +451,8 @@ class Session:
     def leave(self, event: SessionLeft) -> list[tuple[Stanza, Pending | None]]:
         """It goes on on another node: until it shows up there, what comes for it waits. What was not acknowledged."""
         self.closed = True
-        self._leaving = [*_in_place([*(self._held or ()), *(self._arriving or ())])]
+        waiting = in_place([*(self._held or ()), *(self._arriving or ())])
+        self._leaving = [*waiting]
         self._held = self._arriving = None
         managed, self.managed = self.managed, None
         entries: list[tuple[Stanza, Pending | None]] = []
@@ -460,7 +463,7 @@ class Session:
                 self._flushes += 1
                 messages = [entry for entry in entries if entry[0].kind == "message"]
                 entries = [entry for entry in entries if entry[0].kind != "message"]
-                self._leaving = _in_place(messages + self._leaving)
+                self._leaving = in_place(messages + self._leaving)
         self._notify(event, self.state.clear)
         self.priority = self.presence = None  # whoever is at work for it stops
         return entries
@@ -489,7 +492,7 @@ class Session:
         """All that was on its way through the old node has come."""
         arriving, self._arriving = self._arriving or [], None
         held = self._held
-        arriving = _in_place(arriving)
+        arriving = in_place(arriving)
         if held is None:
             self._release(arriving)
             return
@@ -538,7 +541,7 @@ class Session:
             self.parts.resumption.leave(managed, self.user.bare)
             left += managed.close()
         # What waited comes behind, and waits no longer: whoever comes next is to find all in its order.
-        waiting = _in_place([*(self._held or ()), *(self._arriving or ())])
+        waiting = in_place([*(self._held or ()), *(self._arriving or ())])
         self._held = self._arriving = None
         for stanza, pending in waiting:
             if stanza.kind == "presence":
@@ -633,17 +636,6 @@ def _deliver_all(waiting: list[tuple[Stanza, Pending]], deliver: Callable[[Stanz
             pending.follow(deliver(stanza))
         except Exception as exc:
             pending.fail(as_stanza_error(exc))
-
-
-def _in_place(waiting: list[tuple[Stanza, _P]]) -> list[tuple[Stanza, _P]]:
-    """What has waited, in the order of places, which is not that in which it came when some took a longer way. What has
-    none stays behind what it came behind."""
-    places, last = [], 0
-    for stanza, _ in waiting:
-        last = stanza.place or last
-        places.append(last)
-    order = sorted(range(len(waiting)), key=places.__getitem__)
-    return [waiting[index] for index in order]
 
 
 async def _both(told: Awaitable[None] | None, undisputed: Awaitable[None]) -> None:

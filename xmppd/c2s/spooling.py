@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from xmppd.c2s.stream_management import Sent
 from xmppd.chores import Chores, KeptMessage
 from xmppd.cluster.tables import Owner
-from xmppd.delivery import SAFE, Pending, Record
+from xmppd.delivery import Pending, Record
 from xmppd.errors import StorageUnavailable
 from xmppd.events import MessagesFreeing, MessageSpooling
 from xmppd.hooks import Hooks
@@ -58,7 +58,7 @@ class Spooling:
         self._chores = None if spool is None else Chores(spool, log)
         self._watched: list[Backlog] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._unpromised: list[Sent] = []  # committed while this node had no lease
+        self._unpromised: list[tuple[Backlog, Sent]] = []  # committed while this node had no lease
         self._overdue: list[_Overdue] | None = None  # of a round of visits that goes on
         self._deleted: list[bytes] = []  # rows that the next tick deletes
         self.freeing: dict[str, set[asyncio.Future[None]]] = {}  # by bare JID: rows on their way to be free
@@ -92,20 +92,20 @@ class Spooling:
         self.write_deletes()  # behind what is stored: as a rule that is one transaction
         if self._unpromised and self.holds_lease():
             unpromised, self._unpromised = self._unpromised, []
-            for entry in unpromised:
-                entry.settle(SAFE)
+            for backlog, entry in unpromised:
+                backlog.promised(entry)
         again = self._watched or self._unpromised or self._deleted
         self._timer = asyncio.get_running_loop().call_later(_TICK, self._tick) if again else None
 
     def holds_lease(self) -> bool:
         return self.spool is None or self.spool.standing.holds_lease()
 
-    def promise(self, entry: Sent) -> None:
+    def promise(self, backlog: "Backlog", entry: Sent) -> None:
         """It is in the database: its sender may know, unless others may be about to take over what this node holds."""
-        if self.holds_lease():
-            entry.settle(SAFE)
+        if not self._unpromised and self.holds_lease():
+            backlog.promised(entry)
             return
-        self._unpromised.append(entry)
+        self._unpromised.append((backlog, entry))
         self._wind_up()
 
     def stop(self) -> None:

@@ -4,7 +4,6 @@ Every row has one writer, its owner, which is named in it. Look-ups go through o
 bare JID or of one domain, so that a table can later be split over nodes without touching those who ask.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -32,8 +31,8 @@ class SessionRow:
         self.waiting = False  # it has no stream and may be resumed; changed by SessionTable.set_waiting alone
         self.anonymous = anonymous  # the account is this session's alone: this row is all there is of it
         self.guarded = False  # a module guards it: not everybody may see it; as set_priority
-        # The other node whose older row of the same full JID is there still, and when (time.monotonic()) it was found.
-        self.hides: tuple[bytes, float] | None = None
+        # The other node whose older row of the same full JID is there still.
+        self.hides: bytes | None = None
 
 
 _NO_ROWS: Final[dict[str, SessionRow]] = {}
@@ -330,7 +329,7 @@ def _enter(found: dict[str, SessionRow], row: SessionRow) -> None:
         return
     newer, older = (row, other) if _later(row, other) else (other, row)
     found[resource] = newer
-    newer.hides = (older.owner.member, time.monotonic())
+    newer.hides = older.owner.member
 
 
 def _later(row: SessionRow, other: SessionRow) -> bool:
