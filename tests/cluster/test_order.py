@@ -597,14 +597,15 @@ async def test_such_a_session_gets_it_when_it_is_resumed_on_another_node(nodes):
     nodes.net.heal()
     await nodes.net.until(lambda: nodes[0].manager.is_bound(session.jid))
     _, committed = await four_and_five(nodes, romeo)
+    await romeo.send(message(JULIET, "not to be kept", inner="<no-store xmlns='urn:xmpp:hints'/>"))
     moved = await nodes[0].parts.resumption.handover.fetch(session.managed.id, parse(JULIET), 2)
     moved.managed.resume(there := Resumed(moved))
     await say(romeo, "6")
     committed.set()
-    await nodes.net.until(lambda: len(there.bodies) >= 4)
+    await nodes.net.until(lambda: len(there.bodies) >= 5)
 
-    assert there.bodies == ["3", "4", "5", "6"]
-    await until_acknowledged(nodes, moved, there, 6)
+    assert there.bodies == ["3", "4", "5", "not to be kept", "6"]
+    await until_acknowledged(nodes, moved, there, 7)
 
 
 async def test_an_error_waits_for_nothing(nodes):

@@ -458,8 +458,9 @@ class Session:
         entries: list[tuple[Stanza, Pending | None]] = []
         if managed is not None:
             self.parts.resumption.forget(managed)
+            aside = managed.backlog.aside
             entries = managed.leave()
-            if managed.backlog.aside:  # what is stored for it comes first
+            if aside:  # what is stored for it comes first
                 self._flushes += 1
                 messages = [entry for entry in entries if entry[0].kind == "message"]
                 entries = [entry for entry in entries if entry[0].kind != "message"]
