@@ -107,7 +107,8 @@ class Succession:
         self._hooks = hooks
         self._spawn = spawn
         self._others: Others | None = None
-        self._taking: set[tuple[str, int, bytes]] = set()  # full JIDs, bound here when, on other nodes
+        # Full JIDs, bound here when, on other nodes: done when these have given them up.
+        self._taking: dict[tuple[str, int, bytes], asyncio.Future[None]] = {}
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         # By bare JID: the node where a session made way for a newer one, its resource, and when; the oldest first.
         self._made_way: dict[str, tuple[bytes, str, float]] = {}
@@ -153,9 +154,8 @@ class Succession:
         key = (row.jid.full, row.bound_at, node)
         if key in self._taking:
             return None
-        self._taking.add(key)
-        taken_back = self._until_handed_over(others, node, row.jid, row.bound_at)
-        taken_back.add_done_callback(lambda done: self._taking.discard(key))
+        self._taking[key] = taken_back = self._until_handed_over(others, node, row.jid, row.bound_at)
+        taken_back.add_done_callback(lambda done: self._taking.pop(key))
         row.session.hold_messages(taken_back)
         self._hooks.notify_aside(MessagesFreeing(bare(row.jid), taken_back), self._spawn, name="messages freeing")
         return taken_back
@@ -219,8 +219,8 @@ class Succession:
 
     # -- messages
 
-    def _hold(self, others: Others, node: bytes, jid: JID, bound_at: int = 0) -> None:
-        self._holds.add(jid.bare, self._until_handed_over(others, node, jid, bound_at))
+    def _hold(self, others: Others, node: bytes, jid: JID) -> None:
+        self._holds.add(jid.bare, self._until_handed_over(others, node, jid, 0))
 
     @property
     def holds_some(self) -> bool:
@@ -263,6 +263,7 @@ class Succession:
         key = (row.jid.full, row.bound_at, node)
         while self._hidden and next(iter(self._hidden.values())) < now - _HIDDEN:
             del self._hidden[next(iter(self._hidden))]
-        if key not in self._hidden and key not in self._taking:
+        if key not in self._hidden:
             self._hidden[key] = now
-            self._hold(others, node, row.jid, row.bound_at)
+            asked = self._taking.get(key) or self._until_handed_over(others, node, row.jid, row.bound_at)
+            self._holds.add(row.jid.bare, asked)

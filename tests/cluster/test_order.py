@@ -180,6 +180,26 @@ async def test_what_a_frozen_node_holds_comes_before_what_is_sent_to_the_new_ses
     assert juliet.ended is not None
 
 
+async def test_what_was_sent_to_a_node_that_dies_comes_before_what_is_sent_before_the_new_session_is_available(nodes):
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
+    managed(juliet)
+    await nodes.calm()
+    freeze(nodes, "two")
+    await say(romeo, "1", "2")
+
+    again = nodes[0].login("juliet")
+    bound = asyncio.ensure_future(again.session.bound())
+    await say(romeo, "3")
+    await asyncio.sleep(0.05)
+    assert await nodes[0].rows() == []
+    nodes.net.kill("two")
+    await bound
+    await again.available()
+    await nodes.net.until(lambda: len(again.bodies) >= 3)
+
+    assert again.bodies == ["1", "2", "3"]
+
+
 async def waits_until_free(nodes, writer, again, freed, first=lambda: None):
     """What is written to her now comes behind "1" and "2", which are not free before the event is set."""
     saying = asyncio.create_task(say(writer, "3"))
