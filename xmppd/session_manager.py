@@ -576,7 +576,7 @@ class SessionManager:
                 for one in rows.values():
                     if one.hides is not None:
                         succession.ask_hidden(one)
-                if succession.holds_some and succession.holds(user):
+                if (self._holds.users or succession.made_way) and succession.holds(user):
                     return self._holds.wait(user, stanza)
             if stanza.hops and rows and self._goes_past_stored(stanza, user, rows):
                 return self._gate.wait(stanza, self._message_stored(stanza, user))

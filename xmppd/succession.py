@@ -47,30 +47,27 @@ class Holds:
     def __init__(self, bounce: Bounce, let_go: Callable[[str, Record], None]) -> None:
         self._bounce = bounce
         self._let_go = let_go
-        self._users: dict[str, _Held] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._users)
+        self.users: dict[str, _Held] = {}  # looked at for every message, so that it is asked nothing else as a rule
 
     def __contains__(self, user: str) -> bool:
-        return user in self._users
+        return user in self.users
 
     def add(self, user: str, until: "asyncio.Future[None]") -> None:
         """Have messages for a user wait until that is done, too."""
-        held = self._users.setdefault(user, _Held())
+        held = self.users.setdefault(user, _Held())
         held.futures.append(until)
 
         def done(until: "asyncio.Future[None]") -> None:
             held.futures.remove(until)
             if not held.futures:
-                del self._users[user]
+                del self.users[user]
                 self._end(user, held)
 
         until.add_done_callback(done)
 
     def wait(self, user: str, stanza: Stanza) -> Pending:
         """One of those that wait. Raises StanzaError when there are too many."""
-        held = self._users[user]
+        held = self.users[user]
         if len(held.behind) >= _MOST:
             raise StanzaError("resource-constraint", "too many messages wait for this recipient")
         pending = Pending(failed=lambda error: self._bounce(stanza, error))
@@ -79,7 +76,7 @@ class Holds:
 
     def end(self) -> None:
         """The node stops: what has waited goes where it can."""
-        for user, held in list(self._users.items()):
+        for user, held in list(self.users.items()):
             self._end(user, held)
 
     def _end(self, user: str, held: "_Held") -> None:
@@ -111,7 +108,7 @@ class Succession:
         self._taking: dict[tuple[str, int, bytes], asyncio.Future[None]] = {}
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         # By bare JID: the node where a session made way for a newer one, its resource, and when; the oldest first.
-        self._made_way: dict[str, tuple[bytes, str, float]] = {}
+        self.made_way: dict[str, tuple[bytes, str, float]] = {}
         self._hidden: dict[tuple[str, int, bytes], float] = {}  # as above, and when a node was asked; the oldest first
         self._asked: dict[str, float] = {}  # bare JIDs and when a node was asked what it has; the oldest first
         table.on_conflict.append(self._lost)
@@ -212,24 +209,19 @@ class Succession:
         if self._others.owes(owner.member, user):
             self._hold(self._others, owner.member, parse(f"{user}/{resource}"))
         elif (newer := self._table.rows(user).get(resource)) is not None and newer.owner != owner:
-            self._made_way.pop(user, None)
-            self._made_way[user] = (owner.member, resource, time.monotonic())
-            while self._made_way and next(iter(self._made_way.values()))[2] < time.monotonic() - _MADE_WAY:
-                del self._made_way[next(iter(self._made_way))]
+            self.made_way.pop(user, None)
+            self.made_way[user] = (owner.member, resource, time.monotonic())
+            while self.made_way and next(iter(self.made_way.values()))[2] < time.monotonic() - _MADE_WAY:
+                del self.made_way[next(iter(self.made_way))]
 
     # -- messages
 
     def _hold(self, others: Others, node: bytes, jid: JID) -> None:
         self._holds.add(jid.bare, self._until_handed_over(others, node, jid, 0))
 
-    @property
-    def holds_some(self) -> bool:
-        """Whether `holds` has to be asked."""
-        return bool(self._holds or self._made_way)
-
     def holds(self, user: str) -> bool:
         """Whether new messages for a user wait; a node whose session made way is asked first what that has left."""
-        if (way := self._made_way.pop(user, None)) is not None:
+        if (way := self.made_way.pop(user, None)) is not None:
             node, resource, at = way
             if self._others is not None and time.monotonic() < at + _MADE_WAY:
                 self._hold(self._others, node, parse(f"{user}/{resource}"))

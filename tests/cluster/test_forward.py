@@ -320,7 +320,7 @@ async def test_what_a_node_has_that_nobody_knows_to_be_dead_comes_first(three, a
     assert outcomes[-1].result is None
     three.net.kill("two")
     if not available:
-        await three.net.until(lambda: not three[0].manager.succession.holds_some)
+        await three.net.until(lambda: not three[0].manager.succession.holds(JULIET))
         await later.available()
     await three[2].until(lambda: len(later.bodies) == 6)
 

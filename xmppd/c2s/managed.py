@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ASK_EVERY: Final = 0.25  # seconds between two requests for an acknowledgement, in the long run
 ASK_BURST: Final = 8  # that may be sent before this counts: who sends one message after the other does not wait
 _AHEAD: Final = ASK_EVERY * (ASK_BURST - 1)
+_RIDE: Final = 0.1  # seconds
 _MUCH: Final = 64 * 1024  # bytes that are not acknowledged: it is asked for at once
 WINDOW: Final = 256 * 1024  # bytes written again at once when a stream is resumed; the rest as they are acknowledged
 _WHOLE: Final = 1.5  # seconds for what came before the stream was lost to be settled, so that it is not sent again
@@ -92,7 +93,7 @@ class Managed:
         self._limit_size = options.max_ack_queue_size
         self._ack_timeout = options.ack_timeout
         self._requested: float | None = None  # when an acknowledgement was asked for that has not come
-        self._ask_at = 0.0  # not before
+        self._ask_at = -_RIDE  # not before
         self._ack_timer: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None  # of a session that waits
         self._attempt = 0  # the last one to resume it
@@ -183,10 +184,11 @@ class Managed:
         return False
 
     def ask(self, now: float) -> float:
-        """Ask for an acknowledgement of all that was sent, if it is time to. When that is."""
+        """Ask for an acknowledgement of all that was sent, if it is time to. When that is: a moment is left for the
+        request to go out with another stanza, since a packet of its own costs as much as one of those."""
         if self._requested is None and self.outbound.written:
-            if now < self._ask_at:
-                return self._ask_at
+            if now < self._ask_at + _RIDE:
+                return self._ask_at + _RIDE
             self._nudge()
         return now
 
