@@ -68,6 +68,8 @@ class Resumed(Client):
 
 def later(event, work):
     """What that gives, which begins when the event is set."""
+    if event.is_set():
+        return work()
 
     async def wait():
         await event.wait()
