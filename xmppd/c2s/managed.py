@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xmppd.c2s.connection import Connection
     from xmppd.c2s.session import Session
 
-ASK_EVERY: Final = 0.25  # seconds between two requests for an acknowledgement, in the long run
+ASK_EVERY: Final = 0.5  # seconds between two requests for an acknowledgement, in the long run
 ASK_BURST: Final = 8  # that may be sent before this counts: who sends one message after the other does not wait
 _AHEAD: Final = ASK_EVERY * (ASK_BURST - 1)
 _RIDE: Final = 0.1  # seconds
