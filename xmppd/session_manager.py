@@ -573,13 +573,14 @@ class SessionManager:
             again = user in self._turns  # whoever waits for what this node has, waits for these too
             if again and (ahead := self._turns.ahead(user, stanza)) is not None:
                 return self._gate.wait(stanza, self._message_held(stanza, ahead))
-            if not stanza.kept and not again and not stanza.hops:
+            if not stanza.kept and not stanza.hops:
                 for one in rows.values():
-                    if one.hides is not None:
-                        succession.ask_hidden(one)
-                if (self._holds.users or succession.made_way) and succession.holds(user):
+                    asked = None if one.hides is None else succession.ask_hidden(one)
+                    if asked is not None and again:
+                        return self._gate.wait(stanza, self._message_held(stanza, asked))
+                if not again and (self._holds.users or succession.made_way) and succession.holds(user):
                     return self._holds.wait(user, stanza)
-            elif rows and self._goes_past_stored(stanza, user, rows):
+            if (again or stanza.hops) and rows and self._goes_past_stored(stanza, user, rows):
                 return self._gate.wait(stanza, self._message_stored(stanza, user))
         if to.resource:
             row = rows.get(to.resource)

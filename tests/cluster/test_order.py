@@ -584,11 +584,9 @@ async def until_acknowledged(nodes, session, there, count):
     """All is as if nothing had been, when she has."""
     session.managed.acknowledged(count)
     await nodes.net.until(lambda: not session.managed.backlog.rows and not len(session.managed.outbound))
-    for _ in range(100):
-        if await nodes[1].rows() == []:
-            break
-        await nodes.calm()
-    assert await nodes[1].rows() == []
+    async with asyncio.timeout(10):
+        while await nodes[1].rows():
+            await asyncio.sleep(0.02)
     assert not any(node.parts.spooling.unacknowledged for node in nodes.worlds)
 
 
