@@ -585,8 +585,10 @@ async def until_acknowledged(nodes, session, there, count):
     session.managed.acknowledged(count)
     await nodes.net.until(lambda: not session.managed.backlog.rows and not len(session.managed.outbound))
     async with asyncio.timeout(10):
-        while await nodes[1].rows():
+        rows = await nodes[1].rows()
+        while rows:
             await asyncio.sleep(0.02)
+            rows = await nodes[1].rows()
     assert not any(node.parts.spooling.unacknowledged for node in nodes.worlds)
 
 
