@@ -109,8 +109,7 @@ class Succession:
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         # By bare JID: the node where a session made way for a newer one, its resource, and when; the oldest first.
         self.made_way: dict[str, tuple[bytes, str, float]] = {}
-        # As above, and when a node was asked; the oldest first.
-        self._hidden: dict[tuple[str, int, bytes], tuple[float, asyncio.Future[None]]] = {}
+        self._hidden: dict[tuple[str, int, bytes], float] = {}  # as above, and when a node was asked; the oldest first
         self._asked: dict[str, float] = {}  # bare JIDs and when a node was asked what it has; the oldest first
         table.on_conflict.append(self._lost)
         table.on_left.append(self._left)
@@ -246,19 +245,17 @@ class Succession:
                 return True
         return False
 
-    def ask_hidden(self, row: SessionRow) -> "asyncio.Future[None] | None":
+    def ask_hidden(self, row: SessionRow) -> None:
         """Another node has, as far as is known here, an older session of this one's full JID: new messages for the user
-        wait until it has ended and what it leaves is where it belongs, which the future tells; None: that is known. As
-        a rule it takes milliseconds."""
+        wait until it has ended and what it leaves is where it belongs. As a rule that takes milliseconds."""
         others = self._others
         if others is None or row.hides is None:
-            return None
-        now, key = time.monotonic(), (row.jid.full, row.bound_at, row.hides)
-        while self._hidden and next(iter(self._hidden.values()))[0] < now - _HIDDEN:
+            return
+        node, now = row.hides, time.monotonic()
+        key = (row.jid.full, row.bound_at, node)
+        while self._hidden and next(iter(self._hidden.values())) < now - _HIDDEN:
             del self._hidden[next(iter(self._hidden))]
         if key not in self._hidden:
-            asked = self._taking.get(key) or self._until_handed_over(others, row.hides, row.jid, row.bound_at)
-            self._hidden[key] = now, asked
+            self._hidden[key] = now
+            asked = self._taking.get(key) or self._until_handed_over(others, node, row.jid, row.bound_at)
             self._holds.add(row.jid.bare, asked)
-        asked = self._hidden[key][1]
-        return None if asked.done() else asked

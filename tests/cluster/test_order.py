@@ -17,7 +17,7 @@ from xmppd.c2s.spooling import Spooling
 from xmppd.chores import KeptMessage
 from xmppd.delivery import ERROR, SAFE, Pending, Record
 from xmppd.errors import StorageUnavailable
-from xmppd.events import MessagesFreeing, SessionArrived
+from xmppd.events import SessionArrived
 from xmppd.forward import Forwarded
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza
@@ -672,60 +672,6 @@ async def test_what_waits_for_a_session_that_ends_is_stored_at_once(nodes):
     await nodes.net.until(lambda: len(again.bodies) >= 2)
     assert again.bodies == ["1", "2"]
     assert outcomes[0].result is SAFE
-
-
-async def test_what_is_about_to_be_free_comes_before_what_a_flush_has_just_taken(nodes):
-    """As when a session of theirs that was sent some of it loses its stream, and is resumed."""
-    world, user = nodes[0], parse(JULIET)
-    romeo, holder = await world.online("romeo"), Holder(world.owner.member, world.owner.incarnation, "session")
-    xml = message(JULIET, "1").replace("<message", f"<message from='romeo@{HOST}'").encode()
-    _, item = world.spool.keep_item(HOST, "juliet", f"romeo@{HOST}", xml, dedup=None, quota=None, holder=holder)
-    await world.spool.submit(item)
-    for outcome in await say(romeo, "2"):
-        await world.stored(outcome)
-    take, taking, taken = world.spool.take, asyncio.Event(), asyncio.Event()
-
-    async def slow(*args, **options):
-        rows = await take(*args, **options)
-        taking.set()
-        await taken.wait()
-        return rows
-
-    world.spool.take = slow
-    juliet = world.login("juliet")
-    coming = asyncio.create_task(juliet.available())
-    await taking.wait()
-    free = asyncio.get_running_loop().create_future()
-    world.hooks.notify(MessagesFreeing(user, free))
-    taken.set()
-    await asyncio.sleep(0.05)
-    assert juliet.bodies == []
-    await world.spool.release((item.id,), holder)
-    free.set_result(None)
-    await coming
-    await nodes.net.until(lambda: len(juliet.bodies) >= 2)
-
-    assert juliet.bodies == ["1", "2"]
-
-
-async def test_what_waits_on_a_node_that_stops_comes_behind_what_that_is_storing(nodes):
-    world, committed = nodes[0], asyncio.Event()
-    romeo, keep = await world.online("romeo"), world.spool.keep
-    world.spool.keep = lambda *args, **options: later(committed, lambda: keep(*args, **options))
-    await say(romeo, "1")
-    juliet = nodes[1].login("juliet")
-    coming = asyncio.create_task(juliet.available())
-    await nodes.net.until(lambda: world.manager.succession.holds(JULIET))
-    await say(romeo, "2")
-
-    await world.loader.unload("offline")
-    await asyncio.sleep(0.1)
-    assert juliet.bodies == []
-    committed.set()
-    await nodes.net.until(lambda: len(juliet.bodies) >= 2)
-    await coming
-
-    assert juliet.bodies == ["1", "2"]
 
 
 async def test_who_joins_a_flush_that_fails_does_not_let_later_messages_pass(nodes):

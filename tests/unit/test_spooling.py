@@ -17,6 +17,7 @@ from xmppd.hooks import Hooks
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import build
 from xmppd.spool import KeepItem, Kept
+from xmppd.storage import next_place
 
 OWNER = Owner(b"A" * 16, 0, 1)
 
@@ -374,3 +375,20 @@ async def test_what_is_refused_there_before_it_was_promised_has_been_told_to_its
     play.spooling._tick()
     assert outcome.result is ERROR
     assert (play.spool.deleted, play.spool.released) == ([moved.row_id], [])
+
+
+async def test_what_was_let_go_and_could_not_be_written_is_routed_again_once(play):
+    """It may come back to the same session, with the same place, so its row has the same id."""
+    stanza = build("message", {"to": "juliet@capulet.example", "type": "chat", "id": "m"})
+    stanza.place = next_place()
+    play.managed.send(stanza)
+    play.backlog.at_once()
+    play.backlog.set_aside()
+    assert play.backlog.resume() == []
+    await play.spool.commit(StorageUnavailable("away"))
+    assert [record.stanza for record in play.rerouted] == [stanza]
+
+    play.managed.send(stanza)
+    play.backlog.at_once()
+    await play.spool.commit(StorageUnavailable("away"))
+    assert len(play.rerouted) == 1

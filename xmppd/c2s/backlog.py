@@ -194,6 +194,8 @@ class Backlog:
         if entry.row != item.id:
             return
         if self._left or item.id in self._let_go:
+            if self._let_go:
+                self._let_go.discard(item.id)  # once: routed again it may come back, and its row has the same id
             entry.row = None
             moved = self._moved.get(item.id)
             if entry.result is None and (moved is None or moved.holder is None):
