@@ -9,7 +9,7 @@ JID back; its answer comes behind all it had.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from xmppd.cluster.tables import Owner, SessionRow, SessionTable
 from xmppd.delivery import Bounce, Pending, Record, in_place
@@ -24,6 +24,8 @@ _HIDDEN: Final = 30.0  # seconds for which it is remembered that a node was aske
 _ASKED: Final = 1.0  # seconds until a node is asked once more what it has for somebody who is not available there
 _MOST: Final = 10_000  # messages for one user that wait; more are refused
 _UNDISPUTED: Final = 2.0  # seconds a client waits for that when it binds
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 class Others(Protocol):
@@ -59,7 +61,7 @@ class Holds:
 
         def done(until: "asyncio.Future[None]") -> None:
             held.futures.remove(until)
-            if not held.futures:
+            if not held.futures and self.users.get(user) is held:
                 del self.users[user]
                 self._end(user, held)
 
@@ -77,6 +79,7 @@ class Holds:
     def end(self) -> None:
         """The node stops: what has waited goes where it can."""
         for user, held in list(self.users.items()):
+            del self.users[user]  # else what is let go would wait again
             self._end(user, held)
 
     def _end(self, user: str, held: "_Held") -> None:
@@ -95,6 +98,24 @@ class _Held:
         self.behind: list[tuple[Stanza, Pending]] = []
 
 
+class _Lately(dict[_K, tuple[float, _V]]):
+    """What is remembered for some seconds: since when (time.monotonic()), and what; the oldest first."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    def remember(self, key: _K, value: _V) -> None:
+        self.pop(key, None)
+        self[key] = time.monotonic(), value
+        self.forget_old()
+
+    def forget_old(self) -> None:
+        before = time.monotonic() - self._seconds
+        while self and next(iter(self.values()))[0] < before:
+            del self[next(iter(self))]
+
+
 class Succession:
     """One per node."""
 
@@ -107,10 +128,10 @@ class Succession:
         # Full JIDs, bound here when, on other nodes: done when these have given them up.
         self._taking: dict[tuple[str, int, bytes], asyncio.Future[None]] = {}
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
-        # By bare JID: the node where a session made way for a newer one, its resource, and when; the oldest first.
-        self.made_way: dict[str, tuple[bytes, str, float]] = {}
-        self._hidden: dict[tuple[str, int, bytes], float] = {}  # as above, and when a node was asked; the oldest first
-        self._asked: dict[str, float] = {}  # bare JIDs and when a node was asked what it has; the oldest first
+        # By bare JID: the node where a session made way for a newer one, and its full JID.
+        self.made_way: _Lately[str, tuple[bytes, JID]] = _Lately(_MADE_WAY)
+        self._hidden: _Lately[tuple[str, int, bytes], None] = _Lately(_HIDDEN)  # as in _taking: a node was asked
+        self._asked: _Lately[str, None] = _Lately(_ASKED)  # bare JIDs: a node was asked what it has
         table.on_conflict.append(self._lost)
         table.on_left.append(self._left)
         table.on_displacing.append(lambda row, owner: self._displaces(row, owner.member))
@@ -209,10 +230,7 @@ class Succession:
         if self._others.owes(owner.member, user):
             self._hold(self._others, owner.member, parse(f"{user}/{resource}"))
         elif (newer := self._table.rows(user).get(resource)) is not None and newer.owner != owner:
-            self.made_way.pop(user, None)
-            self.made_way[user] = (owner.member, resource, time.monotonic())
-            while self.made_way and next(iter(self.made_way.values()))[2] < time.monotonic() - _MADE_WAY:
-                del self.made_way[next(iter(self.made_way))]
+            self.made_way.remember(user, (owner.member, parse(f"{user}/{resource}")))
 
     # -- messages
 
@@ -221,26 +239,24 @@ class Succession:
 
     def holds(self, user: str) -> bool:
         """Whether new messages for a user wait; a node whose session made way is asked first what that has left."""
-        if (way := self.made_way.pop(user, None)) is not None:
-            node, resource, at = way
-            if self._others is not None and time.monotonic() < at + _MADE_WAY:
-                self._hold(self._others, node, parse(f"{user}/{resource}"))
+        self.made_way.forget_old()
+        if (way := self.made_way.pop(user, None)) is not None and self._others is not None:
+            self._hold(self._others, *way[1])
         return user in self._holds
 
     def asks_first(self, user: str, rows: Iterable[SessionRow]) -> bool:
         """Of somebody who is bound, but not available: whether a node was sent messages for them of which nothing is
         known, as when it has not looked at them since the link came up. It is asked for these before others are stored,
         which would come before them: new ones wait."""
-        others, now = self._others, time.monotonic()
+        others = self._others
         if others is None:
             return False
-        while self._asked and next(iter(self._asked.values())) < now - _ASKED:
-            del self._asked[next(iter(self._asked))]
+        self._asked.forget_old()
         if user in self._asked:
             return False
         for row in rows:
             if row.session is None and others.owes(row.owner.member, user):
-                self._asked[user] = now
+                self._asked.remember(user, None)
                 self._hold(others, row.owner.member, row.jid)
                 return True
         return False
@@ -251,11 +267,9 @@ class Succession:
         others = self._others
         if others is None or row.hides is None:
             return
-        node, now = row.hides, time.monotonic()
-        key = (row.jid.full, row.bound_at, node)
-        while self._hidden and next(iter(self._hidden.values())) < now - _HIDDEN:
-            del self._hidden[next(iter(self._hidden))]
+        key = (row.jid.full, row.bound_at, row.hides)
+        self._hidden.forget_old()
         if key not in self._hidden:
-            self._hidden[key] = now
-            asked = self._taking.get(key) or self._until_handed_over(others, node, row.jid, row.bound_at)
+            self._hidden.remember(key, None)
+            asked = self._taking.get(key) or self._until_handed_over(others, row.hides, row.jid, row.bound_at)
             self._holds.add(row.jid.bare, asked)

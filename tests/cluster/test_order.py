@@ -674,6 +674,22 @@ async def test_what_waits_for_a_session_that_ends_is_stored_at_once(nodes):
     assert outcomes[0].result is SAFE
 
 
+async def test_what_waits_on_a_node_that_stops_goes_where_it_can(nodes):
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
+    await nodes.calm()
+    until = asyncio.get_running_loop().create_future()
+    nodes[0].manager.hold_messages(parse(JULIET), until)
+    await say(romeo, "1", "2")
+    assert juliet.bodies == []
+
+    nodes[0].manager.hold_no_more()
+    await nodes.net.until(lambda: len(juliet.bodies) >= 2)
+    until.set_result(None)
+    await nodes.calm()
+
+    assert juliet.bodies == ["1", "2"]
+
+
 async def test_who_joins_a_flush_that_fails_does_not_let_later_messages_pass(nodes):
     romeo = await nodes[0].online("romeo")
     for outcome in await say(romeo, "1", "2"):
