@@ -299,6 +299,12 @@ class Turns:
         if turn.done is not None:
             turn.done.set_result(None)
 
+    def goes_on_as(self, user: str, stanza: Stanza, other: Stanza) -> None:
+        """What is being routed is another stanza from now on."""
+        turn = self._users.get(user)
+        if turn is not None and turn.stanza is stanza:
+            turn.stanza = other
+
     def ahead(self, user: str, stanza: Stanza | None) -> "asyncio.Future[None] | None":
         """What a message for that user has to wait for; None when nothing is, or it is its turn."""
         turn = self._users.get(user)

@@ -522,8 +522,11 @@ class SessionManager:
     def _route_again(self, stanza: Stanza, outcome: Pending) -> None:
         """None of those it was sent to was there any more."""
         self.rerouted += 1
+        again = Forwarded.again(stanza)
+        if stanza.to is not None:
+            self._turns.goes_on_as(stanza.to.bare, stanza, again)
         try:
-            outcome.follow(self.route(Forwarded.again(stanza)))
+            outcome.follow(self.route(again))
         except StanzaError as error:
             outcome.fail(error)
 
@@ -552,7 +555,8 @@ class SessionManager:
             self._remote.hold(node, until)
 
     def _goes_past_stored(self, stanza: Stanza, user: str, rows: Rows) -> bool:
-        """Whether it was sent here, where the user has been, while what came before it is being stored."""
+        """Whether it was sent here, where the user has been, or is routed again, while what came before it is being
+        stored."""
         being_stored = user in self.freeing or user in self._keeping
         return being_stored and not stanza.moved and not stanza.kept and not _here(rows)
 
@@ -569,16 +573,17 @@ class SessionManager:
     def _message(self, stanza: Stanza, to: JID, rows: Rows) -> Outcome:
         user, succession = to.bare, self.succession
         if stanza.type != "error":  # what that answers is acknowledged: it must not be lost while it waits
-            again = self._turns and user in self._turns  # from whichever node it has come, it is routed from here
+            again = user in self._turns  # whoever waits for what this node has, waits for these too
             if again and (ahead := self._turns.ahead(user, stanza)) is not None:
                 return self._gate.wait(stanza, self._message_held(stanza, ahead))
-            if not stanza.kept and (again or not stanza.hops):
+            if not stanza.kept and not stanza.hops:
                 for one in rows.values():
-                    if one.hides is not None:
-                        succession.ask_hidden(one)
-                if (self._holds.users or succession.made_way) and succession.holds(user):
+                    asked = None if one.hides is None else succession.ask_hidden(one)
+                    if asked is not None and again:
+                        return self._gate.wait(stanza, self._message_held(stanza, asked))
+                if not again and (self._holds.users or succession.made_way) and succession.holds(user):
                     return self._holds.wait(user, stanza)
-            if stanza.hops and rows and self._goes_past_stored(stanza, user, rows):
+            if (again or stanza.hops) and rows and self._goes_past_stored(stanza, user, rows):
                 return self._gate.wait(stanza, self._message_stored(stanza, user))
         if to.resource:
             row = rows.get(to.resource)

@@ -130,7 +130,8 @@ class Succession:
         self._displacing: dict[str, bytes] = {}  # the node that held a full JID which was just bound here
         # By bare JID: the node where a session made way for a newer one, and its full JID.
         self.made_way: _Lately[str, tuple[bytes, JID]] = _Lately(_MADE_WAY)
-        self._hidden: _Lately[tuple[str, int, bytes], None] = _Lately(_HIDDEN)  # as in _taking: a node was asked
+        # As in _taking: when a node is asked.
+        self._hidden: _Lately[tuple[str, int, bytes], asyncio.Future[None]] = _Lately(_HIDDEN)
         self._asked: _Lately[str, None] = _Lately(_ASKED)  # bare JIDs: a node was asked what it has
         table.on_conflict.append(self._lost)
         table.on_left.append(self._left)
@@ -261,15 +262,18 @@ class Succession:
                 return True
         return False
 
-    def ask_hidden(self, row: SessionRow) -> None:
+    def ask_hidden(self, row: SessionRow) -> "asyncio.Future[None] | None":
         """Another node has, as far as is known here, an older session of this one's full JID: new messages for the user
-        wait until it has ended and what it leaves is where it belongs. As a rule that takes milliseconds."""
+        wait until it has ended and what it leaves is where it belongs, which the future tells; None: that is known. As
+        a rule it takes milliseconds."""
         others = self._others
         if others is None or row.hides is None:
-            return
+            return None
         key = (row.jid.full, row.bound_at, row.hides)
         self._hidden.forget_old()
         if key not in self._hidden:
-            self._hidden.remember(key, None)
             asked = self._taking.get(key) or self._until_handed_over(others, row.hides, row.jid, row.bound_at)
+            self._hidden.remember(key, asked)
             self._holds.add(row.jid.bare, asked)
+        _, asked = self._hidden[key]
+        return None if asked.done() else asked

@@ -249,6 +249,9 @@ class Offline(Module[Config]):
         self._storing.setdefault(event.user.bare, set()).add(event.done)
         self._listen(event.user)
         event.done.add_done_callback(partial(self._freed, event.user))
+        for session in self.sessions.sessions(event.user):
+            if (flush := self._flushes.get(session)) is not None:
+                flush.again = flush.barred = True
         # What is written from here on is behind them.
         if not self.sessions.is_available(event.user):
             return
@@ -378,7 +381,7 @@ class Offline(Module[Config]):
         done = False
         try:
             while flush.again and flush.takes:
-                flush.again = False
+                flush.again = flush.barred = False
                 if waiting := self._storing.get(session.user.bare):
                     _, late = await asyncio.wait(waiting, timeout=_HELD)
                     if late:

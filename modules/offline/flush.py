@@ -80,12 +80,13 @@ class Flush:
         # True: all is written; False: the database could not give it.
         self.ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.again = True  # something was stored meanwhile
+        self.barred = False  # what comes first is about to be free: nothing else is to be sent before
 
     async def run(self, holders: frozenset[bytes | None] | None) -> None:
         """Return when all is written that was there; StorageUnavailable. `holders` of what there is, if they are known:
         most logins find nothing, and need not look twice."""
         user = self._session.user
-        while self.takes:
+        while self.takes and not self.barred:
             blocked = await self._blocklist(user)
             rows = await self._spool.take(user.domain, user.local, self._holder, limit=CHUNK, holders=holders)
             holders = None
@@ -109,7 +110,7 @@ class Flush:
                 while self._bytes >= WINDOW and self.takes:
                     self._room.clear()
                     await self._room.wait()
-                if not self.takes:
+                if not self.takes or self.barred:
                     break
                 if not self._spool.standing.holds_lease():
                     raise StorageUnavailable("this node has no lease: others may have taken over what it has taken")

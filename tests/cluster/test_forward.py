@@ -9,11 +9,11 @@ from modules.offline.rules import repetition_key
 from tests.cluster import worlds
 from tests.modules.world import HOST, condition, message
 from xmppd.cluster.interfaces import Kind
-from xmppd.delivery import ERROR, SAFE, Pending
+from xmppd.delivery import ERROR, SAFE, Pending, Record
 from xmppd.errors import StanzaError
 from xmppd.events import StanzaDelivering
 from xmppd.protocol.jid import parse
-from xmppd.protocol.stanza import build
+from xmppd.protocol.stanza import Stanza, build
 from xmppd.spool import Holder
 from xmppd.storage import new_id
 
@@ -153,6 +153,23 @@ async def test_a_copy_for_somebody_who_has_gone_is_no_loss(three):
 
     assert await settled(three, outcome) is SAFE
     assert len(await three[0].rows()) == 1
+
+
+async def test_what_is_routed_again_and_reaches_no_node_does_not_wait_for_itself(three):
+    clients = [await three[number].online("juliet", f"r{number}", 5) for number in (1, 2)]
+    await three.calm()
+    three[0].forwarder._channels.clear()  # as when links have gone down, and the rows behind them are about to
+    outcomes = [Pending(), Pending()]
+
+    three[0].manager.reroute(
+        [
+            Record(Stanza.from_bytes(message(JULIET, str(number)).encode()), outcome)
+            for number, outcome in enumerate(outcomes)
+        ]
+    )
+
+    assert [await settled(three, outcome) for outcome in outcomes] == [SAFE, SAFE]
+    await three.net.until(lambda: any(client.bodies == ["0", "1"] for client in clients))
 
 
 async def test_a_session_that_moved_meanwhile_gets_it_on_the_other_node(three):

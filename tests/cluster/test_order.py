@@ -17,7 +17,7 @@ from xmppd.c2s.spooling import Spooling
 from xmppd.chores import KeptMessage
 from xmppd.delivery import ERROR, SAFE, Pending, Record
 from xmppd.errors import StorageUnavailable
-from xmppd.events import SessionArrived
+from xmppd.events import MessagesFreeing, SessionArrived
 from xmppd.forward import Forwarded
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza
@@ -630,6 +630,33 @@ async def test_such_a_session_gets_it_when_it_is_resumed_on_another_node(nodes):
     await until_acknowledged(nodes, moved, there, 7)
 
 
+async def test_a_session_that_was_given_away_ends_here_when_the_other_node_says_so_before_its_row_is_known(nodes):
+    romeo, juliet = await nodes[0].online("romeo"), await nodes[0].online("juliet")
+    state, handover = managed(juliet), nodes[0].parts.resumption.handover
+    await say(romeo, "1")
+    juliet.session.lost(clean=False, resumable=True)
+    await nodes.net.until(lambda: nodes[1].manager.is_bound(juliet.session.jid))
+    give = handover._give
+
+    def give_and_hear_no_more(*args):
+        nodes.net.hold("two", "one")
+        return give(*args)
+
+    handover._give = give_and_hear_no_more
+    session = await nodes[1].parts.resumption.handover.fetch(state.id, parse(JULIET), 0)
+    session.managed.resume(there := Resumed(session))
+    [second] = await say(romeo, "2")
+
+    nodes[0].manager.succession.yield_to(session.jid, session.row.bound_at)
+    [third] = await say(romeo, "3")
+    nodes.net.let_go("two", "one")
+    await nodes.net.until(lambda: len(there.bodies) >= 3)
+
+    assert there.bodies == ["1", "2", "3"]
+    await until_acknowledged(nodes, session, there, 3)
+    assert [second.result, third.result] == [SAFE, SAFE]
+
+
 async def test_an_error_waits_for_nothing(nodes):
     """Its sender has been told by an acknowledgement that all is well, or that the error has come before it."""
     romeo = await nodes[0].online("romeo")
@@ -686,6 +713,60 @@ async def test_what_waits_on_a_node_that_stops_goes_where_it_can(nodes):
     await nodes.net.until(lambda: len(juliet.bodies) >= 2)
     until.set_result(None)
     await nodes.calm()
+
+    assert juliet.bodies == ["1", "2"]
+
+
+async def test_what_is_about_to_be_free_comes_before_what_a_flush_has_just_taken(nodes):
+    """As when a session of theirs that was sent some of it loses its stream, and is resumed."""
+    world, user = nodes[0], parse(JULIET)
+    romeo, holder = await world.online("romeo"), Holder(world.owner.member, world.owner.incarnation, "session")
+    xml = message(JULIET, "1").replace("<message", f"<message from='romeo@{HOST}'").encode()
+    _, item = world.spool.keep_item(HOST, "juliet", f"romeo@{HOST}", xml, dedup=None, quota=None, holder=holder)
+    await world.spool.submit(item)
+    for outcome in await say(romeo, "2"):
+        await world.stored(outcome)
+    take, taking, taken = world.spool.take, asyncio.Event(), asyncio.Event()
+
+    async def slow(*args, **options):
+        rows = await take(*args, **options)
+        taking.set()
+        await taken.wait()
+        return rows
+
+    world.spool.take = slow
+    juliet = world.login("juliet")
+    coming = asyncio.create_task(juliet.available())
+    await taking.wait()
+    free = asyncio.get_running_loop().create_future()
+    world.hooks.notify(MessagesFreeing(user, free))
+    taken.set()
+    await asyncio.sleep(0.05)
+    assert juliet.bodies == []
+    await world.spool.release((item.id,), holder)
+    free.set_result(None)
+    await coming
+    await nodes.net.until(lambda: len(juliet.bodies) >= 2)
+
+    assert juliet.bodies == ["1", "2"]
+
+
+async def test_what_waits_on_a_node_that_stops_comes_behind_what_that_is_storing(nodes):
+    world, committed = nodes[0], asyncio.Event()
+    romeo, keep = await world.online("romeo"), world.spool.keep
+    world.spool.keep = lambda *args, **options: later(committed, lambda: keep(*args, **options))
+    await say(romeo, "1")
+    juliet = nodes[1].login("juliet")
+    coming = asyncio.create_task(juliet.available())
+    await nodes.net.until(lambda: world.manager.succession.holds(JULIET))
+    await say(romeo, "2")
+
+    await world.loader.unload("offline")
+    await asyncio.sleep(0.1)
+    assert juliet.bodies == []
+    committed.set()
+    await nodes.net.until(lambda: len(juliet.bodies) >= 2)
+    await coming
 
     assert juliet.bodies == ["1", "2"]
 

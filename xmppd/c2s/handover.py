@@ -102,14 +102,20 @@ class Handover:
         return {**state, "luggage": luggage}
 
     def displaced(self, session: Session) -> None:
-        """A session that was leaving is no longer in the table here: it is on the other node, or was bound anew."""
+        """A session that was leaving is on the other node, or was bound anew."""
         leaving = self._leaving.pop(session.jid.full, None)
         if leaving is None:
             return
         leaving.timer.cancel()
-        resources = self._parts().manager.resources(session.user)
-        there = any(each.jid == session.jid and each.node == leaving.node for each in resources)
-        node = leaving.node if there else None
+        manager = self._parts().manager
+        if session in manager.sessions(session.user):
+            # A node says so, whose row has not come yet: from now on what comes for it must not come here.
+            manager.close(session.row)
+            node: bytes | None = leaving.node
+        else:
+            resources = manager.resources(session.user)
+            there = any(each.jid == session.jid and each.node == leaving.node for each in resources)
+            node = leaving.node if there else None
         for stanza, pending in leaving.entries:
             self._pass_on(session, stanza, pending, node)
         for stanza, pending in session.left():
