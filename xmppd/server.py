@@ -2,8 +2,8 @@
 
 Start: data folder → certificates → storage → tables, router, managers → outbox → modules → control socket → http →
 listeners → ready.
-Stop: not ready → stop listening → `system-shutdown` to each stream → wait `shutdown_grace` → http → control socket →
-modules in reverse → outbox → storage → data folder.
+Stop: not ready → stop listening → `system-shutdown` to each stream → wait `shutdown_grace` → what waits for the database
+→ http → control socket → modules in reverse → cluster → outbox → storage → data folder.
 """
 
 import asyncio
@@ -71,6 +71,7 @@ _log = get_logger("xmppd.server")
 _DATABASE_AGAIN: Final = 1.0  # seconds between two attempts to open one that was away at the start
 _SUM_UP: Final = 10.0  # seconds between two looks at what the log has left out
 _EXPIRED: Final = 60.0  # seconds for which a message that need not be delivered any more is left alone
+_LAST: Final = 1.0  # seconds at the stop for what has waited for the database
 _SYNC: Final = 3.0  # seconds a start waits for the tables of the other nodes
 # Messages on their way are a second old, so that on a busy node the youngest generation is never garbage: it is looked
 # at when it grows beyond what that makes, and not so late that one look takes long (some 20 ms on a slow machine).
@@ -224,9 +225,16 @@ class Server:
         return task
 
     async def _finish_tasks(self) -> None:
-        """What the ending sessions have set going (messages on their way to storage) gets its time."""
+        """What the ending sessions have set going gets its time, and messages on their way to storage: while the other
+        nodes still see this one, whoever has gone there waits for these."""
+        grace = self.config.shutdown_grace
         if self._tasks:
-            await asyncio.wait(list(self._tasks), timeout=self.config.shutdown_grace)
+            await asyncio.wait(list(self._tasks), timeout=grace)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace + 1):
+                await self.storage.batcher.drain()
+            if self._tasks:  # what has waited for that
+                await asyncio.wait(list(self._tasks), timeout=_LAST)
         self.sessions.hold_no_more()  # for what they wait for there is no time any more
         await asyncio.sleep(0)
         for task in [*self._tasks, *self._services]:
@@ -290,7 +298,8 @@ class Server:
         finally:
             try:
                 # A database that is away must not keep the node from stopping; nobody was told that these are stored.
-                async with asyncio.timeout(self.config.shutdown_grace + 1):
+                grace = 0 if self.storage.batcher.away else self.config.shutdown_grace
+                async with asyncio.timeout(grace + 1):
                     await self.storage.close()
             except TimeoutError:
                 _log.warning("writes given up", database=self.storage.where)

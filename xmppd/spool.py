@@ -291,12 +291,15 @@ class Spool:
         free = await self._count_free(connection, items, now)
         results: dict[bytes, Kept | StorageError] = {}
         seen: set[bytes] = set()
+        earlier: dict[bytes, bytes] = {}  # by id of a row: the id that its repetition would have had
         for item in items:
             if (item.host, item.username) in gone and item.for_account:
                 results[item.id] = NoAccount(f"{item.username}@{item.host} is not registered")
                 continue
             if item.dedup is not None and (item.dedup in seen or repeated.get(item.dedup, item.id) != item.id):
                 results[item.id] = Kept.DUPLICATE
+                if (there := repeated.get(item.dedup)) is not None and item.id < earlier.get(there, there):
+                    earlier[there] = item.id
                 continue
             if item.holder is None:
                 user = (item.host, item.username)
@@ -309,6 +312,10 @@ class Spool:
                 seen.add(item.dedup)
             results[item.id] = Kept.STORED
         await self._insert(connection, [item for item in items if results[item.id] is Kept.STORED], results, now)
+        for row_id, place in sorted(earlier.items()):
+            # What came first has its place, whichever was written first: a client may have sent others since.
+            waits = (table.c.id == row_id, table.c.holder_member.is_(None))
+            await connection.execute(update(table).where(*waits).values(id=place))
         return [results[item.id] for item in items]
 
     async def _find_gone(self, connection: AsyncConnection, items: list[KeepItem]) -> set[User]:
@@ -444,6 +451,10 @@ class Spool:
             raise
         self.taken += len(rows)
         return rows
+
+    def was_away(self, seconds: float) -> bool:
+        """Whether the database did not take what was written so many seconds ago or less."""
+        return self._storage.batcher.was_away(seconds)
 
     def is_giving_back(self, host: str, username: str) -> bool:
         """Whether what a take that failed may have got is not free again yet."""

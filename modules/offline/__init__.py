@@ -69,6 +69,7 @@ from xmppd.protocol.jid import JID, make, parse
 from xmppd.protocol.stanza import Stanza, xml_with_child
 
 from . import moving
+from .awaited import Awaited
 from .flush import RETRY_FIRST, RETRY_LONGEST, Flush, takes
 from .retrieval import Retrieval, count_form, nodes
 from .rules import EmptyBody, Verdict, bears_our_stamp, delay_in, expiry, judge, repetition_key, sender_of
@@ -81,6 +82,7 @@ _RETRIEVES: Final = "offline"  # in a session's state: it looks through the mess
 _PARTED: Final = 100_000  # users with messages of a split, the most that are looked at
 _HELD: Final = 20.0  # seconds that messages wait for older ones to be stored, free, or delivered by another node
 _HELD_BACK: Final = 50.0  # seconds that they do while the database cannot give these, or another node not store them
+_AWAY: Final = 30.0  # seconds since the database was away in which other nodes are asked what they are storing
 _LOOKED: Final = 10.0  # seconds that all that comes from a node waits for a look at what it has stored
 _SILENT: Final = 8.0  # seconds for what a silent node holds to be taken over: its lease, and a look or two
 _STORED_LOOK: Final = 0.02
@@ -110,14 +112,13 @@ class Offline(Module[Config]):
         ] = {}  # done when one has succeeded, or is not wanted any more
         self._retrieval = Retrieval(self.spool, self._blocklist, self._is_here)
         # Messages that are being stored, by bare JID: a login waits for them, or a later message would overtake them.
-        self._storing: dict[str, set[asyncio.Future[None]]] = {}
+        self._storing: dict[str, set[asyncio.Future[Any]]] = {}
         self._stopped = False
         self._listens = False  # to sessions that appear
         self._looking: dict[bytes, asyncio.Future[None]] = {}  # nodes that are back: done when users were looked for
         self._parted: set[str] = set()  # users for whom something was stored while a node was down
         self._returning: dict[bytes, dict[str, asyncio.Future[None]]] = {}  # by node: users whose messages wait
-        # The same of users who are here: by the node where something is being stored for them.
-        self._awaited: dict[bytes, dict[str, asyncio.Future[None]]] = {}
+        self._awaited = Awaited()
         self._apart_since: dict[bytes, float] = {}  # nodes that are down, or not in step again
         self._woken: dict[str, bool] = {}  # bare JIDs of which other nodes were just told, and whether to tell again
         self._stored_lately: dict[str, float] = {}  # bare JID -> when; the oldest first
@@ -143,8 +144,7 @@ class Offline(Module[Config]):
             for held in users.values():
                 if not held.done():
                     held.set_result(None)
-        for node in list(self._awaited):
-            self._await_no_more(node)
+        self._awaited.end()
 
     async def _catch_up(self, takers: list[Session]) -> None:
         """Deliver what was stored while the module did not run, or was just being delivered when it was reloaded."""
@@ -206,7 +206,7 @@ class Offline(Module[Config]):
         second, millis = divmod(int(now * 1000), 1000)
         return xml_with_child(message, delay_in(second, user.domain) % millis)
 
-    def _no_longer_storing(self, user: JID, kept: "asyncio.Future[None]") -> None:
+    def _no_longer_storing(self, user: JID, kept: "asyncio.Future[Any]") -> None:
         waiting = self._storing[user.bare]
         waiting.discard(kept)
         if not waiting:
@@ -249,9 +249,7 @@ class Offline(Module[Config]):
         self._storing.setdefault(event.user.bare, set()).add(event.done)
         self._listen(event.user)
         event.done.add_done_callback(partial(self._freed, event.user))
-        for session in self.sessions.sessions(event.user):
-            if (flush := self._flushes.get(session)) is not None:
-                flush.again = flush.barred = True
+        self._bar(event.user)
         # What is written from here on is behind them.
         if not self.sessions.is_available(event.user):
             return
@@ -261,6 +259,12 @@ class Offline(Module[Config]):
             session.hold_messages(until)
         if not takers:
             self.sessions.hold_messages(event.user, until)
+
+    def _bar(self, user: JID) -> None:
+        """What comes first is not there yet: what runs begins anew when it is."""
+        for session in self.sessions.sessions(user):
+            if (flush := self._flushes.get(session)) is not None:
+                flush.again = flush.barred = True
 
     def _freed(self, user: JID, done: "asyncio.Future[None]") -> None:
         self._no_longer_storing(user, done)
@@ -272,6 +276,7 @@ class Offline(Module[Config]):
         """They did not arrive. Until they are free nobody is sent what was stored behind them."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._storing.setdefault(user.bare, set()).add(done)
+        self._bar(user)
         done.add_done_callback(partial(self._freed, user))
         self._chores.release(ids, holder, lambda: None if done.done() else done.set_result(None))
 
@@ -311,11 +316,13 @@ class Offline(Module[Config]):
 
     @hook(SessionClosed)
     def session_closed(self, event: SessionClosed) -> None:
-        flush = self._flushes.get(event.session)
+        flush, user = self._flushes.get(event.session), event.session.user
         if flush is not None:
             flush.end()
+            # What it is just taking it gives back: that comes before what others take.
+            self._storing.setdefault(user.bare, set()).add(flush.ended)
+            flush.ended.add_done_callback(partial(self._no_longer_storing, user))
         if _RETRIEVES in event.session.state:
-            user = event.session.user
             if not any(_RETRIEVES in session.state for session in self.sessions.sessions(user)):
                 self.nodes.cast("retrieves", [user.bare, False])
             self._wake(user)  # what it has left goes to those who have not asked
@@ -378,11 +385,14 @@ class Offline(Module[Config]):
         self._flushes[session] = flush = Flush(
             session, holder, self.spool, self._chores, self.log, self._blocklist, partial(self._release, session.user)
         )
-        done = False
+        done, user = False, session.user.bare
         try:
+            if self.spool.was_away(_AWAY):
+                # Others may still have much to store, of sessions that have ended there meanwhile.
+                await self.nodes.call_all("stored", session.jid.full, timeout=_HELD)
             while flush.again and flush.takes:
                 flush.again = flush.barred = False
-                if waiting := self._storing.get(session.user.bare):
+                if waiting := [*self._storing.get(user, ()), *self._awaited.being_stored(user)]:
                     _, late = await asyncio.wait(waiting, timeout=_HELD)
                     if late:
                         raise StorageUnavailable("older messages are not stored or free yet")
@@ -418,7 +428,10 @@ class Offline(Module[Config]):
         """Whether what a node holds will be free soon: it has died, or has no session of the user any more."""
         if holder == self.owner.member:
             return False
-        return self.spool.standing.is_silent(holder) or holder not in self.nodes.of(user)
+        if self.spool.standing.is_silent(holder):
+            return True
+        # Not `nodes.of`: a session there may have been bound anew elsewhere, and not know it yet.
+        return all(resource.node != holder for resource in self.sessions.resources(user))
 
     def _wake(self, user: JID) -> None:
         """No message waits in the spool while its recipient is available: it may have become so meanwhile."""
@@ -528,30 +541,22 @@ class Offline(Module[Config]):
     @from_node("storing")
     def await_stored(self, node: bytes, user: str) -> None:
         """That node says when it has had what is stored there for a user flushed here, or waits no longer."""
-        awaited = self._awaited.setdefault(node, {})
-        if user not in awaited:
-            awaited[user] = stored = asyncio.get_running_loop().create_future()
-            for session in self._takers(parse(user)):
-                session.hold_messages(_at_most(stored, _HELD_BACK))
+        flushed = self._awaited.begin(node, user)
+        if flushed is not None:
+            jid = parse(user)
+            self._bar(jid)
+            for session in self._takers(jid):
+                session.hold_messages(_at_most(flushed, _HELD_BACK))
 
     @from_node("flushed")
     def await_no_more(self, node: bytes, users: list[str]) -> None:
         """New messages need not wait for what that node has stored."""
-        self._await_no_more(node, users)
-
-    def _await_no_more(self, node: bytes, users: Iterable[str] | None = None) -> None:
-        """`users`: None for all."""
-        awaited = self._awaited.get(node, {})
-        for user in list(awaited if users is None else users):
-            stored = awaited.pop(user, None)
-            if stored is not None and not stored.done():
-                stored.set_result(None)
-        if not awaited:
-            self._awaited.pop(node, None)
+        self._awaited.flushed(node, users)
 
     @from_node("flush")
     async def flush_now(self, node: bytes, users: list[str]) -> None:
         """Deliver what is stored for users who are here, and answer when that is done."""
+        self._awaited.stored(node, users)
         await asyncio.gather(*(self._flush_whole(parse(user)) for user in users))
 
     async def _flush_whole(self, user: JID) -> None:
@@ -566,7 +571,7 @@ class Offline(Module[Config]):
     def note_parting(self, event: NodeDown) -> None:
         self._apart_since.setdefault(event.node, self.clock())
         self._end_look(event.node)
-        self._await_no_more(event.node)
+        self._awaited.flushed(event.node)
 
     @hook(NodeUp)
     def hold_back(self, event: NodeUp) -> None:

@@ -17,7 +17,7 @@ from xmppd.c2s.spooling import Spooling
 from xmppd.chores import KeptMessage
 from xmppd.delivery import ERROR, SAFE, Pending, Record
 from xmppd.errors import StorageUnavailable
-from xmppd.events import MessagesFreeing, SessionArrived
+from xmppd.events import MessagesFreeing, SessionArrived, SessionClosed
 from xmppd.forward import Forwarded
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza
@@ -446,7 +446,8 @@ async def test_what_is_sent_to_where_somebody_was_does_not_pass_what_is_being_st
     nodes.net.hold("two", "one")  # romeo's node does not hear that she has moved
     nodes.net.hold("three", "one")
     juliet.session.close(clean=False)
-    again = await nodes[2].online("juliet", "chamber")
+    again = nodes[2].login("juliet", "chamber")
+    coming = asyncio.create_task(again.available())
     await nodes.net.until(lambda: nodes[1].manager.is_available(parse(JULIET)))
 
     await say(romeo, "2")
@@ -456,6 +457,7 @@ async def test_what_is_sent_to_where_somebody_was_does_not_pass_what_is_being_st
     await nodes.net.until(lambda: len(again.bodies) == 2)
     nodes.net.let_go("two", "one")
     nodes.net.let_go("three", "one")
+    await coming
 
     assert again.bodies == ["1", "2"]
 
@@ -749,6 +751,113 @@ async def test_what_is_about_to_be_free_comes_before_what_a_flush_has_just_taken
     await nodes.net.until(lambda: len(juliet.bodies) >= 2)
 
     assert juliet.bodies == ["1", "2"]
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["slow", "database was away"])
+async def test_a_flush_lets_what_another_node_is_still_storing_come_first(nodes, away):
+    """Of a session that has ended there. It says so when hers appears here; who has logged in after the database was
+    away asks before anything is taken, since there may be much to store then."""
+    juliet, romeo = await nodes[1].online("juliet"), await nodes[0].online("romeo")
+    managed(juliet)
+    await nodes.calm()
+    committed, write, release = asyncio.Event(), nodes[1].spool.submit_all, nodes[1].spool.release
+    nodes[1].spool.submit_all = lambda items: later(committed, lambda: write(items))
+    nodes[1].spool.release = lambda ids, holder: later(committed, lambda: release(ids, holder))
+    await say(romeo, "1")
+    await nodes.net.until(lambda: juliet.bodies)
+    nodes[0].manager.succession._others = None  # or romeo's messages would wait
+    juliet.session.close(clean=False)
+    await nodes.net.until(lambda: not nodes[0].manager.is_bound(juliet.session.jid))
+    for outcome in await say(romeo, "2"):
+        await nodes[0].stored(outcome)
+    take, taken = nodes[0].spool.take, asyncio.Event()
+    if away:
+        nodes[0].spool.was_away = lambda seconds: True
+    else:
+        nodes[0].spool.take = lambda *args, **options: later(taken, lambda: take(*args, **options))
+
+    again = nodes[0].login("juliet", "chamber")
+    coming = asyncio.create_task(again.available())
+    await asyncio.sleep(0.1)
+    taken.set()
+    await asyncio.sleep(0.1)
+    assert again.bodies == []
+    committed.set()
+    await nodes.net.until(lambda: len(again.bodies) >= 2)
+    await coming
+
+    assert again.bodies == ["1", "2"]
+
+
+async def test_what_a_session_holds_that_does_not_know_yet_of_a_newer_one_comes_first(nodes):
+    """Of the same full JID, on a node that is cut off for a moment."""
+    world, older = nodes[0], nodes[2]
+    await older.online("juliet")
+    romeo, holder = await world.online("romeo"), Holder(older.owner.member, older.owner.incarnation, "session")
+    await nodes.calm()
+    xml = message(JULIET, "1").replace("<message", f"<message from='romeo@{HOST}'").encode()
+    _, item = world.spool.keep_item(HOST, "juliet", f"romeo@{HOST}", xml, dedup=None, quota=None, holder=holder)
+    await world.spool.submit(item)
+    second = xml.replace(b">1<", b">2<")
+    _, item2 = world.spool.keep_item(HOST, "juliet", f"romeo@{HOST}", second, dedup=None, quota=None)
+    await world.spool.submit(item2)
+    freeze(nodes, "three")
+
+    again = world.login("juliet")
+    coming = asyncio.create_task(again.available())
+    await asyncio.sleep(0.1)
+    assert again.bodies == []
+    await world.spool.release((item.id,), holder)
+    await nodes.net.until(lambda: len(again.bodies) >= 2)
+    await coming
+    thaw(nodes, "three")
+
+    assert again.bodies == ["1", "2"]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["while the next one looks", "before the next one looks"])
+async def test_what_was_being_taken_for_a_session_that_has_ended_comes_first(nodes, late):
+    world, romeo = nodes[0], await nodes[0].online("romeo")
+    for outcome in await say(romeo, "1"):
+        await world.stored(outcome)
+    take, taken, holders, told = world.spool.take, asyncio.Event(), world.spool.holders, asyncio.Event()
+    release, freed = world.spool.release, asyncio.Event()
+    world.spool.release = lambda ids, holder: later(freed, lambda: release(ids, holder))
+
+    async def slow(*args, **options):
+        rows = await take(*args, **options)
+        await taken.wait()
+        return rows
+
+    world.spool.take = slow
+    juliet = world.login("juliet")
+    coming = asyncio.create_task(juliet.available())
+    async with asyncio.timeout(10):
+        rows = await world.spool.holders(HOST, "juliet")
+        while None in rows:
+            await asyncio.sleep(0.01)
+            rows = await world.spool.holders(HOST, "juliet")
+    world.spool.take = take
+    if late:
+        juliet.session.close(clean=False)
+    else:
+        world.spool.holders = lambda *args: later(told, lambda: holders(*args))
+        world.hooks.remove("offline", SessionClosed)  # as if it had known nothing of its end
+        juliet.session.close(clean=False)
+
+    again = world.login("juliet", "chamber")
+    coming_again = asyncio.create_task(again.available())
+    await asyncio.sleep(0.05)
+    await say(romeo, "2")
+    taken.set()
+    await asyncio.sleep(0.05)
+    told.set()
+    await asyncio.sleep(0.05)
+    freed.set()
+    await nodes.net.until(lambda: len(again.bodies) >= 2)
+    await asyncio.gather(coming, coming_again)
+
+    assert again.bodies == ["1", "2"]
 
 
 async def test_what_waits_on_a_node_that_stops_comes_behind_what_that_is_storing(nodes):

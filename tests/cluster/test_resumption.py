@@ -1,6 +1,9 @@
 """A stream that is lost on one node and resumed on another one: real processes, real sockets."""
 
 import asyncio
+import signal
+import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -146,3 +149,23 @@ async def test_it_is_nobody_elses_and_dies_with_its_node(house):
     answer = await house.resume(juliet, 1)
     assert (answer.name, answer.xml.get("h")) == ("failed", None)
     assert (await juliet.bind("balcony")).type == "result"
+
+
+async def test_a_node_that_stops_is_seen_until_what_its_sessions_leave_is_stored(house):
+    """Whoever goes to another node meanwhile has to get that first, and the other node can only ask one that it sees."""
+    staying, leaving = house.nodes
+    romeo, juliet = await house.client("romeo", 0), await house.client("juliet", 1, "balcony", prompt=False)
+    say(romeo, "juliet@localhost", "1")
+    assert await heard(juliet, 1) == ["1"]
+    with closing(sqlite3.connect(house.cluster.folder / "shared.db", isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        leaving.send_signal(signal.SIGTERM)
+        await juliet.assert_stream_error("system-shutdown")
+        for _ in range(10):
+            await asyncio.sleep(0.1)
+            assert staying.quick("nodes") == leaving.name
+        database.execute("ROLLBACK")
+    assert await asyncio.to_thread(leaving.wait) == 0
+    assert staying.quick("nodes") == ""
+    again = await house.client("juliet", 0, "balcony")
+    assert await heard(again, 1) == ["1"]

@@ -281,6 +281,27 @@ async def test_the_same_message_sent_three_times_is_one_row(spool):
     assert await spool.count(HOST, "juliet") == 2
 
 
+async def test_a_repetition_that_was_stored_first_gets_the_place_of_what_it_repeats(spool):
+    """A client that has reconnected sends again what waited in the old connection, which is still read."""
+    first, second, third = (next_place() for _ in range(3))
+    await keep(spool, b"<second/>", place=second)
+    assert await keep(spool, b"<first/>", dedup=digest("m1"), place=third) is Kept.STORED
+    assert await keep(spool, b"<first/>", dedup=digest("m1"), place=first) is Kept.DUPLICATE
+    assert await keep(spool, b"<first/>", dedup=digest("m1"), place=next_place()) is Kept.DUPLICATE
+
+    assert [row.stanza for row in await spool.take(HOST, "juliet", CHAMBER)] == [b"<first/>", b"<second/>"]
+
+
+async def test_a_row_that_is_on_its_way_keeps_its_place(spool):
+    first, second = next_place(), next_place()
+    await keep(spool, b"<first/>", dedup=digest("m1"), place=second)
+    [row] = await spool.take(HOST, "juliet", CHAMBER)
+    assert await keep(spool, b"<first/>", dedup=digest("m1"), place=first) is Kept.DUPLICATE
+
+    await spool.release((row.id,), CHAMBER)
+    assert [again.id for again in await spool.take(HOST, "juliet", CHAMBER)] == [row.id]
+
+
 async def test_a_key_repeats_for_one_user_only_and_none_never_does(spool):
     key = digest("m1")
     await keep(spool, dedup=key)

@@ -1,6 +1,7 @@
 """The batcher: group commit. Many rows, one transaction; each caller's future is resolved after the commit only."""
 
 import asyncio
+import math
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -100,6 +101,7 @@ class Batcher:
         self._flusher: asyncio.Task[None] | None = None
         self._last_start = -interval
         self._away_since: float | None = None
+        self._back_at = -math.inf  # by the loop's clock
         self._closed = False
         self.batch_rows = Histogram((1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))
         self.commit_seconds = Histogram((0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0))
@@ -119,6 +121,10 @@ class Batcher:
     def away(self) -> bool:
         """True while the database has not taken the last transaction."""
         return self._away_since is not None
+
+    def was_away(self, seconds: float) -> bool:
+        """Whether it is, or was so many seconds ago or less."""
+        return self._away_since is not None or asyncio.get_running_loop().time() - self._back_at <= seconds
 
     @property
     def bytes_waiting(self) -> int:
@@ -357,7 +363,7 @@ class Batcher:
     def _note_back(self) -> None:
         if self._away_since is not None:
             away = asyncio.get_running_loop().time() - self._away_since
-            self._away_since = None
+            self._away_since, self._back_at = None, asyncio.get_running_loop().time()
             log.info("database takes writes again", away_s=round(away, 1), rows=self._rows)
 
 
