@@ -2,8 +2,8 @@
 
 Start: data folder → certificates → storage → tables, router, managers → outbox → modules → control socket → http →
 listeners → ready.
-Stop: not ready → stop listening → `system-shutdown` to each stream → wait `shutdown_grace` → what waits for the database
-→ http → control socket → modules in reverse → cluster → outbox → storage → data folder.
+Stop: not ready → stop listening → `system-shutdown` to each stream → wait `shutdown_grace` → what waits for storage →
+http → control socket → modules in reverse → cluster → outbox → storage → data folder.
 """
 
 import asyncio

@@ -793,7 +793,7 @@ async def test_what_a_session_holds_that_does_not_know_yet_of_a_newer_one_comes_
     """Of the same full JID, on a node that is cut off for a moment."""
     world, older = nodes[0], nodes[2]
     await older.online("juliet")
-    romeo, holder = await world.online("romeo"), Holder(older.owner.member, older.owner.incarnation, "session")
+    holder = Holder(older.owner.member, older.owner.incarnation, "session")
     await nodes.calm()
     xml = message(JULIET, "1").replace("<message", f"<message from='romeo@{HOST}'").encode()
     _, item = world.spool.keep_item(HOST, "juliet", f"romeo@{HOST}", xml, dedup=None, quota=None, holder=holder)

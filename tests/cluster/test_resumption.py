@@ -152,7 +152,7 @@ async def test_it_is_nobody_elses_and_dies_with_its_node(house):
 
 
 async def test_a_node_that_stops_is_seen_until_what_its_sessions_leave_is_stored(house):
-    """Whoever goes to another node meanwhile has to get that first, and the other node can only ask one that it sees."""
+    """Whoever goes to another node meanwhile has to get that first, and that one can only ask a node that it sees."""
     staying, leaving = house.nodes
     romeo, juliet = await house.client("romeo", 0), await house.client("juliet", 1, "balcony", prompt=False)
     say(romeo, "juliet@localhost", "1")
