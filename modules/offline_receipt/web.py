@@ -14,7 +14,6 @@ from xmppd.module_api import (
     PostedMessage,
     Profile,
     conversation,
-    has_text,
     new_id,
     posted,
     repetition,
@@ -93,7 +92,7 @@ class Web:
     def event(self, user: JID, message: Stanza, now: float) -> Event | None:
         """None for what is not told of: by default, a message without a text."""
         sender, element = message.from_, message.element
-        if sender is None or (self._http.require_body and not has_text(element)):
+        if sender is None or (self._http.require_body and not message.has_text):
             return None
         event_id = new_id()
         to = element.get("to") or user.full

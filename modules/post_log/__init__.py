@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from lxml.etree import _Element
-
 from xmppd.events import Handled, MessageStoring, StanzaDelivering, StanzaSending
-from xmppd.module_api import AccessRules, Context, Module, has_text, hook, several
+from xmppd.module_api import AccessRules, Context, Module, hook, several
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
@@ -56,6 +54,7 @@ class PostLog(Module[Config]):
         self._seen: list[Seen] = []  # to be posted in a moment
         self._forwards = any(sink.jid is not None for sink in config.sinks)
         self._waits = False  # senders wait for the commit, or for room
+        self._looks_inside = False  # a poster does
 
     @classmethod
     def check_options(cls, config: Config, access: AccessRules) -> Iterator[str]:
@@ -122,6 +121,7 @@ class PostLog(Module[Config]):
             self.log.warning("options without a meaning here", module=self.name, options=", ".join(options.unknown))
         await self.outbox.add_sink(poster.name, target, batched=poster.batched)
         self._posters.append(poster)
+        self._looks_inside |= poster.looks_inside
         if poster.sink.url is not None:
             self.spawn(self._look_up(option, poster.sink.url), name="address of the sink")
 
@@ -146,10 +146,9 @@ class PostLog(Module[Config]):
     async def sent_and_waits(self, event: StanzaSending) -> Handled | None:
         """The stream waits until the event is written, or until there is room for it."""
         stanza, session = event.stanza, event.session
-        element = stanza.element
-        if not (self._waits and self._wants(stanza, element)):
+        if not (self._waits and self._wants(stanza)):
             return None
-        seen = Seen(stanza, element, session.jid, stanza.to or session.user, "sent", session.jid.domain, self.clock())
+        seen = Seen(stanza, session.jid, stanza.to or session.user, "sent", session.jid.domain, self.clock())
         for poster in self._posters:
             if self.outbox.when_full == "slow_sender":
                 await self.outbox.room(poster.name)
@@ -167,21 +166,23 @@ class PostLog(Module[Config]):
     @hook(MessageStoring)
     def stored(self, event: MessageStoring) -> None:
         stanza, user = event.message, event.user
-        if "offline" not in self._directions or stanza.from_ is None or not self._wants(stanza, stanza.element):
+        if "offline" not in self._directions or stanza.from_ is None or not self._wants(stanza):
             return
         self._submit()  # what came before it is posted before it
-        seen = Seen(stanza, stanza.element, stanza.from_, user, "offline", user.domain, self.clock())
+        seen = Seen(stanza, stanza.from_, user, "offline", user.domain, self.clock())
         event.rows += [self.outbox.row(poster.event(seen)) for poster in self._posters]
 
     def _later(self, stanza: Stanza, sender: JID, recipient: JID, direction: str, own: JID) -> None:
         """The rest is done in a moment, for all that have come until then: nobody waits for it, and many at once cost
         a fraction of as many one by one."""
-        element = stanza.element  # before it is forgotten
-        if not self._wants(stanza, element):
+        if not self._wants(stanza):
             return
         if not self._seen:
             asyncio.get_running_loop().call_later(_TOGETHER, self._submit)
-        self._seen.append(Seen(stanza, element, sender, recipient, direction, own.domain, self.clock()))
+        seen = Seen(stanza, sender, recipient, direction, own.domain, self.clock())
+        if self._looks_inside:
+            seen.element = stanza.element  # before it is forgotten
+        self._seen.append(seen)
 
     def _submit(self) -> None:
         all_seen, self._seen = self._seen, []
@@ -189,11 +190,11 @@ class PostLog(Module[Config]):
             for poster in self._posters:
                 self.outbox.submit(poster.event(seen))
 
-    def _wants(self, stanza: Stanza, element: _Element) -> bool:
+    def _wants(self, stanza: Stanza) -> bool:
         if stanza.kind != "message" or stanza.type not in self._types or not self._posters:
             return False
         if self._forwards and is_forward(stanza, self.server.hosts):
             return False
         if self.config.skip_blank_id and stanza.id and not stanza.id.strip():
             return False
-        return has_text(element) or not self.config.require_body
+        return stanza.has_text or not self.config.require_body

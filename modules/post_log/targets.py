@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, cast
 
@@ -12,6 +12,7 @@ from xmppd.module_api import (
     About,
     Event,
     FileSink,
+    Form,
     HttpSink,
     HttpTarget,
     Outcome,
@@ -32,7 +33,6 @@ from xmppd.module_api import (
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
 
-from .forms import ejabberd_xml
 from .forwards import Forwards, forward, wrong_with_jid
 from .options import HttpOptions
 from .table import message_row, message_table
@@ -105,12 +105,12 @@ class Seen:
     """A message that is to be posted."""
 
     stanza: Stanza
-    element: _Element
     sender: JID
     recipient: JID
     direction: str
     host: str
     at: float
+    element: _Element | None = None  # the stanza's, for who looks inside a moment later
 
 
 class Poster:
@@ -129,8 +129,10 @@ class Poster:
         headers = sink.headers.items() if isinstance(sink.headers, Mapping) else sink.headers
         self._content_type = content_type
         self._headers = tuple((str(name), str(value)) for name, value in headers)
-        self._fixed = (("Content-Type", content_type), *self._headers)
-        self._as_ejabberd = sink.format == "ejabberd" and sink.jid is None
+        self._form: Form | None = None
+        if sink.format == "ejabberd":
+            self._form = Form((("Content-Type", content_type), *self._headers), *names, hides=sink.confidential)
+        self.looks_inside = self._form is None
 
     def problem(self) -> str:
         """What is wrong with where it goes, or nothing."""
@@ -159,6 +161,7 @@ class Poster:
             certfile=options.certfile,
             batched=self.batched,
             retry_4xx=self.sink.retry_4xx,
+            form=self._form,
         )
         sink = HttpSink(target, connections=connections)
         sink.check()
@@ -166,19 +169,11 @@ class Poster:
 
     def event(self, seen: Seen) -> Event:
         stanza, sender, recipient, direction = seen.stanza, seen.sender, seen.recipient, seen.direction
-        element, event_id = seen.element, new_id()
-        attributes = element.attrib
-        to, from_ = attributes.get("to") or recipient.full, attributes.get("from") or sender.full
-        if self._as_ejabberd:
-            headers = self._fixed
-            payload = ejabberd_xml(element, to, from_, hides=self.sink.confidential)
+        event_id, headers, payload, raw = new_id(), self._headers, b"", None
+        if self._form is not None:
+            raw = (stanza.xml, recipient.full, sender.full, seen.at)
         else:
-            made = self._made(seen, to, event_id)
-            headers = (("Content-Type", made.content_type), *made.headers, *self._headers)
-            payload = made.payload
-        if not self.batched:  # there the headers are those of a whole batch
-            at_name, from_name, to_name = self._names
-            headers = (*headers, (at_name, timestamp(seen.at)), (from_name, from_), (to_name, to))
+            headers, payload = self._made(seen, event_id)
         in_room = stanza.type == "groupchat"
         return Event(
             event_id,
@@ -190,21 +185,30 @@ class Poster:
             seen.at,
             headers,
             _repeated(self.name, stanza, sender, recipient) if direction == "offline" else None,
+            raw,
+            self._form,
         )
 
-    def _made(self, seen: Seen, to: str, event_id: bytes) -> Posted:
-        """All but what `ejabberd` means."""
+    def _made(self, seen: Seen, event_id: bytes) -> tuple[tuple[tuple[str, str], ...], bytes]:
+        """Headers and payload, of all but what `ejabberd` means."""
+        stanza, sender, recipient = seen.stanza, seen.sender, seen.recipient
+        element = stanza.element if seen.element is None else seen.element
+        to, from_ = element.get("to") or recipient.full, element.get("from") or sender.full
         state, hides = _STATES[seen.direction], self.sink.confidential
-        message = PostedMessage(
-            seen.stanza, seen.element, seen.sender, seen.recipient, to, seen.direction, state, seen.at, hides
-        )
+        message = PostedMessage(stanza, element, sender, recipient, to, seen.direction, state, seen.at, hides)
         if self.sink.jid is not None:
-            return Posted("", forward(message, to=self.sink.jid, id=ulid(event_id), host=seen.host))
+            return (), forward(message, to=self.sink.jid, id=ulid(event_id), host=seen.host)
         about = About(ulid(event_id), seen.host, self._node, self.sink.token)
         if self._profile is None:
-            return Posted(self._content_type, json_object(message, id=about.id, host=about.host, node=self._node))
-        made = posted(self._profile, message, about)
-        return made if self._usual else replace(made, content_type=self._content_type)
+            made = Posted(self._content_type, json_object(message, id=about.id, host=about.host, node=self._node))
+        else:
+            made = posted(self._profile, message, about)
+        content_type = made.content_type if self._usual else self._content_type
+        headers = (("Content-Type", content_type), *made.headers, *self._headers)
+        if not self.batched:  # there the headers are those of a whole batch
+            at_name, from_name, to_name = self._names
+            headers = (*headers, (at_name, timestamp(seen.at)), (from_name, from_), (to_name, to))
+        return headers, made.payload
 
 
 def _repeated(sink: str, stanza: Stanza, sender: JID, recipient: JID) -> bytes | None:

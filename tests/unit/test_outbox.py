@@ -68,7 +68,7 @@ def test_of_several_that_are_on_their_way_some_come_back_and_wait():
     for number in range(5):
         line.add(item(number), 0.0)
     line.add(item(9, "q"), 0.0)
-    chain = line.take(0.0, limit=4, mixed=False)
+    chain = line.take_chain(0.0, limit=4)
     assert numbers(chain) == [0, 1, 2, 3]
 
     line.done(chain[:1], 0.0)

@@ -7,12 +7,13 @@ another one goes on. At least once: a receiver knows a repetition by its `Idempo
 from xmppd.outbox.backoff import Retry
 from xmppd.outbox.event import Event, conversation, repetition
 from xmppd.outbox.file import FileSink
-from xmppd.outbox.messages import XML_LANG, Message, has_text, hidden, json_object, text_of, timestamp
+from xmppd.outbox.messages import Message, json_object
 from xmppd.outbox.outbox import Outbox, SinkStatus
 from xmppd.outbox.profiles import PROFILES, About, Posted, Profile, posted
 from xmppd.outbox.runner import Settings
 from xmppd.outbox.sink import HttpSink, wrong_with
 from xmppd.outbox.table import TableSink
+from xmppd.sender.forms import XML_LANG, Form, hidden, text_of, timestamp
 from xmppd.sender.signature import sign, verify
 from xmppd.sender.target import DONE, Answer, HttpTarget, ulid
 
@@ -24,6 +25,7 @@ __all__ = [
     "Answer",
     "Event",
     "FileSink",
+    "Form",
     "HttpSink",
     "HttpTarget",
     "Message",
@@ -35,7 +37,6 @@ __all__ = [
     "SinkStatus",
     "TableSink",
     "conversation",
-    "has_text",
     "hidden",
     "json_object",
     "posted",

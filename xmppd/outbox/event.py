@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from xmppd.protocol.jid import JID
+from xmppd.sender.forms import Form, Headers, Raw
 from xmppd.sender.target import ulid
 
 
 @dataclass(slots=True, eq=False)
 class Event:
     """Not changed once it is made. `id` from `new_id()`; `partition` and `dedup` are 32 bytes: events of one partition
-    go out in order, one with the same `dedup` as another of the last 24 hours is dropped."""
+    go out in order, one with the same `dedup` as another of the last 24 hours is dropped. `raw`, with its `form`, in
+    place of headers and payload: these are made where they are needed, in the process that makes requests as a rule."""
 
     id: bytes
     sink: str
@@ -20,12 +22,20 @@ class Event:
     partition: bytes
     payload: bytes
     created_at: float  # Unix time
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
     dedup: bytes | None = None
+    raw: Raw | None = None
+    form: Form | None = None
     size: int = field(init=False)  # what it is taken to weigh in memory, in bytes
 
     def __post_init__(self) -> None:
-        self.size = 600 + len(self.payload)
+        self.size = 600 + len(self.payload if self.raw is None else self.raw[0])
+
+    def made(self) -> tuple[Headers, bytes]:
+        """Headers and payload."""
+        if self.raw is None or self.form is None:
+            return self.headers, self.payload
+        return self.form.make(self.raw)
 
     @property
     def ulid(self) -> str:

@@ -3,6 +3,7 @@
 import heapq
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from itertools import islice
 
 from xmppd.outbox.event import Event
 
@@ -59,11 +60,30 @@ class Line:
             partition.due = due
         self._queue(partition, now)
 
-    def take(
-        self, now: float, *, limit: int = 1, size: int = 1 << 20, early: bool = False, mixed: bool = True
-    ) -> list[Item]:
+    def take_chain(self, now: float, *, limit: int) -> list[Item]:
+        """As `take`, of one partition."""
+        if self._later:
+            self._ripen(now)
+        if not self._ready:
+            return []
+        key, _ = self._ready.popitem(last=False)
+        partition = self._partitions[key]
+        partition.queued, partition.due = False, 0.0
+        items = partition.items
+        if len(items) == 1 or items[0].alone:  # nearly always
+            partition.busy = 1
+            return [items[0]]
+        chain = []
+        for item in islice(items, limit):
+            if item.alone:
+                break
+            chain.append(item)
+        partition.busy = len(chain)
+        return chain
+
+    def take(self, now: float, *, limit: int = 1, size: int = 1 << 20, early: bool = False) -> list[Item]:
         """The next items to send, none when nothing is due. They stay in the line, and their partitions are busy, until
-        `done` or `put_back`. `early`: if nothing is due, what is due next. Not `mixed`: of one partition."""
+        `done` or `put_back`. `early`: if nothing is due, what is due next."""
         if self._later:
             self._ripen(now)
             if not self._ready and early:
@@ -83,7 +103,7 @@ class Line:
                     break
                 taken.append(item)
                 partition.busy += 1
-            if weight > size or taken[0].alone or not mixed:
+            if weight > size or taken[0].alone:
                 break
         return taken
 

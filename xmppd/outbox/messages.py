@@ -1,10 +1,7 @@
 """A message as a web server gets it: one line of JSON of our own. Its form is in docs/modules.md; no I/O."""
 
-import hashlib
 import json
-import time
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Final
 
 from lxml.etree import _Element
@@ -12,8 +9,8 @@ from lxml.etree import _Element
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID
 from xmppd.protocol.stanza import Stanza
+from xmppd.sender.forms import XML_LANG, hidden, text_of, timestamp
 
-XML_LANG: Final = f"{{{ns.XML}}}lang"
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # `dumps` would make one each time
 _BODY: Final = f"{{{ns.CLIENT}}}body"
 _THREAD: Final = f"{{{ns.CLIENT}}}thread"
@@ -59,36 +56,6 @@ class Message:
     def origin_id(self) -> str | None:
         origin = self.element.find(_ORIGIN_ID)
         return None if origin is None else origin.get("id")
-
-
-def timestamp(at: float, between: str = " ") -> str:
-    """`2026-11-21 09:00:00.123456Z`"""
-    seconds, micros = divmod(round(at * 1_000_000), 1_000_000)
-    return f"{_second(seconds, between)}.{micros:06}Z"
-
-
-@lru_cache(maxsize=4)
-def _second(seconds: int, between: str) -> str:
-    return time.strftime(f"%Y-%m-%d{between}%H:%M:%S", time.gmtime(seconds))
-
-
-def has_text(element: _Element) -> bool:
-    """Whether a message has a body that is not empty."""
-    for child in element:  # noqa: SIM110  (once for each message: a generator would cost as much again)
-        if child.tag == _BODY and child.text:
-            return True
-    return False
-
-
-def text_of(element: _Element) -> str:
-    """All text directly in it."""
-    text = element.text or ""
-    return text + "".join(child.tail or "" for child in element) if len(element) else text
-
-
-def hidden(text: str) -> dict[str, str | int]:
-    """What is told of a text that is confidential."""
-    return {"length": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def json_object(message: Message, *, id: str, host: str, node: str) -> bytes:

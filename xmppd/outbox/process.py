@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 import xmppd
 from xmppd.children import when_ended
 from xmppd.log import get_logger
-from xmppd.sender.frames import ANSWER, BadFrame, Chain, Frames, answered, closing, opening, sending
+from xmppd.sender.frames import ANSWER, BadFrame, Body, Chain, Frames, Request, answered, closing, opening, sending
 from xmppd.sender.target import Answer, HttpTarget
 
 log = get_logger("outbox")
@@ -32,7 +32,6 @@ _ENVIRONMENT: Final = (
 
 _LOST: Final = Answer("lost", "the process that made the request has died")
 Ended = Callable[[Any, Answer], None]
-Body = tuple[bytes, tuple[tuple[str, str], ...], bytes]  # key, headers, body
 
 
 class Sender:
@@ -91,11 +90,12 @@ class Sender:
     def send(self, sink: int, chain: Sequence[tuple[Any, Body]], ended: Ended) -> None:
         """Requests that are made one after the other, each with a token. `ended(token, answer)` is called for each,
         later, unless the sink is closed before."""
-        number, requests = self._request, []
-        for token, (key, headers, body) in chain:
+        number = self._request
+        requests: list[Request] = []
+        for token, body in chain:
             number += 1
             self._waiting[number] = (ended, token, sink)
-            requests.append((number, key, headers, body))
+            requests.append((number, *body))
         self._request = number
         if not self._chains:
             asyncio.get_running_loop().call_soon(self._hand_over)

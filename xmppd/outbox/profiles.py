@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 from urllib.parse import urlencode
 
-from xmppd.outbox.messages import Message, json_object, timestamp, to_json
+from xmppd.outbox.messages import Message, json_object, to_json
 from xmppd.protocol.jid import JID
+from xmppd.sender.forms import timestamp
 
 Profile = Literal["json", "codepond", "codepond_json", "zeropush", "kadekm", "rbt", "mongoose"]
 PROFILES: Final[tuple[Profile, ...]] = get_args(Profile)

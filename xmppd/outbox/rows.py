@@ -131,6 +131,7 @@ class Rows:
 
     def _row(self, put: Put) -> dict[str, Any]:
         event = put.event
+        headers, payload = event.made()
         return {
             "id": event.id,
             "sink": event.sink,
@@ -138,8 +139,8 @@ class Rows:
             "kind": event.kind,
             "partition_key": event.partition,
             "dedup_key": event.dedup,
-            "headers": json.dumps(event.headers).encode(),
-            "payload": event.payload,
+            "headers": json.dumps(headers).encode(),
+            "payload": payload,
             "state": put.state,
             "attempts": 0,
             "next_at": None,

@@ -96,6 +96,7 @@ class Runner:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
         self._open = False
+        self._direct = isinstance(sink, HttpSink)
         self._loop = asyncio.get_running_loop()
 
     async def start(self) -> None:
@@ -208,7 +209,10 @@ class Runner:
     def pump(self) -> None:
         """Begin as many requests as may be under way."""
         now = self._loop.time()
-        while self._open and not self.paused and self._has_turn():
+        if self._direct and self.breaker.is_well:
+            self._hand_over(now)
+            return
+        while self._open and not self.paused and self._out < self._settings.per_sink:
             wait = self.breaker.wait(now)
             if wait is None:
                 return
@@ -219,13 +223,35 @@ class Runner:
                 limit = 1 if probe else self._settings.batch_events
                 items = self.line.take(now, limit=limit, size=_BATCH_BYTES, early=probe)
             else:
-                limit = _CHAIN if isinstance(self.sink, HttpSink) and self.breaker.is_well else 1
-                items = self.line.take(now, limit=limit, early=probe, mixed=False)
+                items = self.line.take(now, limit=1, early=probe)
             if not items:
-                due = self.line.next_due(now)
-                return None if due is None else self._wake_at(due)
+                self._wake_when_due(now)
+                return
             self.breaker.begin()
             self._begin(items, probe)
+
+    def _hand_over(self, now: float) -> None:
+        """To the process that makes requests, while the sink is well, and not for more than it can do soon."""
+        most, sink = _AHEAD * self._settings.per_sink, self.sink
+        assert isinstance(sink, HttpSink)
+        while self._open and not self.paused and self._out < most and self._out_bytes < _AHEAD_BYTES:
+            if self._batched:
+                items = self.line.take(now, limit=self._settings.batch_events, size=_BATCH_BYTES)
+            else:
+                items = self.line.take_chain(now, limit=_CHAIN)
+            if not items:
+                self._wake_when_due(now)
+                return
+            for item in items:
+                item.handed = True
+                self._out_bytes += item.event.size
+            self._out += 1 if self._batched else len(items)
+            sink.begin(items, self._answered)
+
+    def _wake_when_due(self, now: float) -> None:
+        due = self.line.next_due(now)
+        if due is not None:
+            self._wake_at(due)
 
     def _pump_soon(self) -> None:
         """Once for all that happens in this turn of the loop."""
@@ -239,24 +265,16 @@ class Runner:
             if self.has_room():
                 self._roomy()
 
-    def _has_turn(self) -> bool:
-        if self._out < self._settings.per_sink:
-            return True
-        if not (isinstance(self.sink, HttpSink) and self.breaker.is_well):
-            return False
-        return self._out < _AHEAD * self._settings.per_sink and self._out_bytes < _AHEAD_BYTES
-
     def _begin(self, items: list[Item], probe: bool) -> None:
+        """One request."""
         direct = isinstance(self.sink, HttpSink)
         for item in items:
             item.handed = direct
             self._out_bytes += item.event.size
-        if isinstance(self.sink, HttpSink):
-            requests = [items] if self._batched else [[item] for item in items]
-            self._out += len(requests)
-            self.sink.begin(requests, self._probed if probe else self._answered)
-            return
         self._out += 1
+        if isinstance(self.sink, HttpSink):
+            self.sink.begin(items, self._probed if probe else self._answered)
+            return
         task = self._loop.create_task(self._send(self.sink, items), name=f"outbox {self.name}")
         self._tasks.add(task)
         task.add_done_callback(partial(self._sent, items, probe))

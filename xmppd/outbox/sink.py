@@ -4,7 +4,8 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from xmppd.outbox.line import Item
-from xmppd.outbox.process import Body, Sender
+from xmppd.outbox.process import Sender
+from xmppd.sender.frames import Body
 from xmppd.sender.target import Answer, HttpTarget
 
 
@@ -34,18 +35,24 @@ class HttpSink:
         assert self._sender is not None
         await self._sender.close(self._number)
 
-    def begin(self, requests: list[list[Item]], ended: Callable[[list[Item], Answer], None]) -> None:
-        """Requests that are made one after the other, up to the first that has to be repeated; several events in one
-        only where the target is batched. `ended` is called with each and what became of it, in order."""
-        assert self._sender is not None
-        chain: list[tuple[list[Item], Body]] = []
-        for items in requests:
+    def begin(self, items: list[Item], ended: Callable[[list[Item], Answer], None]) -> None:
+        """A request with all of them, where the target is batched; else a request for each, one after the other, up to
+        the first that has to be repeated. `ended` is called with the items of each and what became of it, in order."""
+        sender, target = self._sender, self.target
+        assert sender is not None
+        if target.batched:
             first = items[0].event
-            payload = first.payload
-            if self.target.batched:
-                payload = b"".join([item.event.payload + b"\n" for item in items])
-            chain.append((items, (first.id, first.headers, payload)))
-        self._sender.send(self._number, chain, ended)
+            payload = b"".join([item.event.payload + b"\n" for item in items])
+            sender.send(self._number, [(items, (first.id, first.headers, payload))], ended)
+            return
+        chain: list[tuple[list[Item], Body]] = []
+        for item in items:
+            event = item.event
+            if event.raw is not None and target.form is not None:
+                chain.append(([item], (event.id, None, event.raw)))
+            else:
+                chain.append(([item], (event.id, *event.made())))
+        sender.send(self._number, chain, ended)
 
 
 def wrong_with(url: str | None) -> str:

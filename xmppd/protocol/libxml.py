@@ -13,6 +13,9 @@ from typing import Any, Final, cast
 from lxml import etree
 from lxml.etree import _Element
 
+from xmppd.protocol import ns
+
+_WRAP: Final = f'<w xmlns="{ns.CLIENT}" xmlns:stream="{ns.STREAMS}">%b</w>'.encode()
 _KEY: Final = "_ParserDictionaryContext"
 _READER: Final = "xmppd.protocol.libxml"
 _READ_AT_MOST: Final = 1 << 20  # bytes of documents whose names share one table
@@ -83,6 +86,17 @@ def read(xml: bytes) -> _Element:
         root = reader.read(xml)
     assert root is not None
     return root
+
+
+def read_neutral(xml: bytes) -> _Element:
+    """The stanza whose neutral bytes (stanza.py) these are; ValueError when they are none."""
+    try:
+        wrapper = read(_WRAP % xml)
+    except etree.XMLSyntaxError as exc:
+        raise ValueError(f"not well-formed: {exc.msg}") from exc
+    if len(wrapper) != 1:
+        raise ValueError("not one element")
+    return wrapper[0]
 
 
 _ASIDE: Final = etree.XMLParser(resolve_entities=False, no_network=True)

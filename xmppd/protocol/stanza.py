@@ -17,11 +17,12 @@ from lxml.etree import _Element
 from xmppd.errors import StanzaError, StreamError
 from xmppd.protocol import ns
 from xmppd.protocol.jid import JID, parse
-from xmppd.protocol.libxml import read
+from xmppd.protocol.libxml import read_neutral
 
 MESSAGE: Final = f"{{{ns.CLIENT}}}message"
 PRESENCE: Final = f"{{{ns.CLIENT}}}presence"
 IQ: Final = f"{{{ns.CLIENT}}}iq"
+_BODY: Final = f"{{{ns.CLIENT}}}body"
 # The type of a stanza without the attribute (RFC 6121 5.2.2, 4.7.1).
 DEFAULT_TYPES: Final[dict[str, str]] = {"message": "normal", "presence": "available", "iq": ""}
 KINDS: Final[dict[str, str]] = {MESSAGE: "message", PRESENCE: "presence", IQ: "iq"}
@@ -32,8 +33,6 @@ _PREFIXES: Final[tuple[bytes, ...]] = tuple(
     b"<" + kind.encode() + _DECLARED + more for kind in KINDS.values() for more in (_DECLARED_STREAM, b"")
 )
 _START_TAG: Final = re.compile(rb"""<(?:[^<>"']++|"[^"]*+"|'[^']*+')*+>""")
-_BODY_FIRST: Final = re.compile(_START_TAG.pattern + rb"<body>")
-_WRAP: Final = b"<w" + _DECLARED + _DECLARED_STREAM + b">%b</w>"
 _UNDECLARED: Final = frozenset({ns.CLIENT, ns.STREAMS, "http://www.w3.org/XML/1998/namespace"})  # in neutral bytes
 _PARSER: Final = etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=False)
 
@@ -88,7 +87,7 @@ class Stanza:
     @classmethod
     def from_bytes(cls, xml: bytes) -> "Stanza":
         """The stanza whose neutral bytes these are; ValueError when they are none, JidError for a bad address."""
-        return cls.from_element(_parse_neutral(xml), xml)
+        return cls.from_element(read_neutral(xml), xml)
 
     @classmethod
     def from_element(cls, element: _Element, xml: bytes | None = None) -> "Stanza":
@@ -116,7 +115,7 @@ class Stanza:
     def element(self) -> _Element:
         """The lxml element, for looking; whoever wants to change it takes a copy with `replace` or `edited`."""
         if self._element is None:
-            self._element = _parse_neutral(self._xml)
+            self._element = read_neutral(self._xml)
         return self._element
 
     def forget_element(self) -> None:
@@ -155,13 +154,25 @@ class Stanza:
     @property
     def body(self) -> str | None:
         """The text of the first <body/>, or None."""
-        return self.element.findtext(f"{{{ns.CLIENT}}}body")
+        return self.element.findtext(_BODY)
+
+    def _first_child(self, tag: bytes) -> bool:
+        """Whether it begins like that, as most clients write it: nothing has to be parsed."""
+        xml = self._xml  # no start tag has another "<" in it
+        return xml.startswith(tag, xml.find(b"<", 1))
 
     @property
     def has_body(self) -> bool:
-        if _BODY_FIRST.match(self._xml) is not None:  # as most clients write it: nothing has to be parsed
+        if self._first_child(b"<body>"):
             return True
-        return self.element.find(f"{{{ns.CLIENT}}}body") is not None
+        return self.element.find(_BODY) is not None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it has a <body/> that is not empty."""
+        if self._first_child(b"<body>") and not self._first_child(b"<body><"):
+            return True
+        return any(body.text for body in self.element.iterchildren(_BODY))
 
     @property
     def inner(self) -> bytes:
@@ -173,7 +184,7 @@ class Stanza:
 
     def editable(self) -> _Element:
         """A fresh element of its own, to be changed and given to `edited`."""
-        return _parse_neutral(self._xml)
+        return read_neutral(self._xml)
 
     def edited(self, element: _Element) -> "Stanza":
         """The stanza made of an element that came from `editable`."""
@@ -204,16 +215,6 @@ class Stanza:
         # The opening tag only: bodies stay out of logs.
         start = _START_TAG.match(self._xml)
         return start.group().decode("utf-8", "replace") if start else f"<{self.kind}>"
-
-
-def _parse_neutral(xml: bytes) -> _Element:
-    try:
-        wrapper = read(_WRAP % xml)
-    except etree.XMLSyntaxError as exc:
-        raise ValueError(f"not well-formed: {exc.msg}") from exc
-    if len(wrapper) != 1:
-        raise ValueError("not one element")
-    return wrapper[0]
 
 
 def is_namespace(uri: str) -> bool:

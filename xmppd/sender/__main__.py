@@ -12,7 +12,7 @@ from typing import Final, cast
 
 import uvloop
 
-from xmppd.sender.frames import CLOSE, OPEN, SEND, Frames, answering, opened, sent
+from xmppd.sender.frames import CLOSE, OPEN, SEND, Frames, Request, answering, opened, sent
 from xmppd.sender.requests import Requests
 from xmppd.sender.target import Answer
 
@@ -68,7 +68,7 @@ class Sender(asyncio.Protocol):
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
-    def _make(self, number: int, chain: list[tuple[int, bytes, tuple[tuple[str, str], ...], bytes]]) -> None:
+    def _make(self, number: int, chain: list[Request]) -> None:
         sink = self._sinks.get(number)
         if sink is not None:
             sink.make(chain)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, Final
 
+from xmppd.sender.forms import Form, Headers
 from xmppd.sender.target import DONE, Answer, HttpTarget
 
 OPEN: Final = b"O"  # a sink: its number, its connections, its target
@@ -21,8 +22,10 @@ ANSWER: Final = b"A"  # what became of some
 _HEAD: Final = struct.Struct("!Ic")
 _LONGEST: Final = 256 << 20  # bytes; what is longer has lost its place
 
-# The number of the request, the key of its event, headers, body.
-Request = tuple[int, bytes, tuple[tuple[str, str], ...], bytes]
+# The key of an event, headers and body; or None, and what the target's form makes them of (`Raw`).
+Body = tuple[bytes, Headers | None, Any]
+# The number of the request, and these.
+Request = tuple[int, bytes, Headers | None, Any]
 # The number of the sink, and requests that are made one after the other, up to the first that has to be repeated.
 Chain = tuple[int, list[Request]]
 
@@ -41,7 +44,11 @@ def opening(number: int, connections: int, target: HttpTarget) -> bytes:
 
 def opened(body: bytes) -> tuple[int, int, HttpTarget]:
     number, connections, target = json.loads(body)
-    return number, connections, HttpTarget(**{**target, "secrets": tuple(target["secrets"])})
+    form = target.pop("form")
+    if form is not None:
+        headers = tuple((name, value) for name, value in form.pop("headers"))
+        form = Form(headers, **form)
+    return number, connections, HttpTarget(**{**target, "secrets": tuple(target["secrets"])}, form=form)
 
 
 def closing(number: int) -> bytes:

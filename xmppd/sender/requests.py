@@ -11,6 +11,7 @@ from typing import Final
 import aiohttp
 from yarl import URL
 
+from xmppd.sender.forms import Headers
 from xmppd.sender.frames import Request
 from xmppd.sender.signature import HEADER, sign
 from xmppd.sender.target import UNTRIED, Answer, HttpTarget, judge, ulid
@@ -72,9 +73,9 @@ class Requests:
         self._begin()
 
     async def _run(self, chain: list[Request]) -> None:
-        for place, (number, key, headers, body) in enumerate(chain, 1):
-            answer = await self._post(key, headers, body)
-            self._answered(number, answer)
+        for place, request in enumerate(chain, 1):
+            answer = await self._make(request)
+            self._answered(request[0], answer)
             if answer.verdict == "retry":
                 self._give_back(chain[place:])
                 return
@@ -86,7 +87,19 @@ class Requests:
             for number, *_ in chain:
                 self._answered(number, UNTRIED)
 
-    async def _post(self, key: bytes, headers: tuple[tuple[str, str], ...], body: bytes) -> Answer:
+    async def _make(self, request: Request) -> Answer:
+        _, key, headers, body = request
+        if headers is not None:
+            return await self._post(key, headers, body)
+        form = self._target.form
+        try:
+            assert form is not None
+            return await self._post(key, *form.make(body))
+        except Exception as exc:  # a bug; no other attempt would go better
+            traceback.print_exc(file=sys.stderr)
+            return Answer("dead", f"cannot be made: {type(exc).__name__}")
+
+    async def _post(self, key: bytes, headers: Headers, body: bytes) -> Answer:
         target = self._target
         said = [*headers, ("Idempotency-Key", ulid(key))]
         if target.secrets:

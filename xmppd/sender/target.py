@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Final, Literal
 
+from xmppd.sender.forms import Form
+
 _RETRIED: Final = frozenset({408, 425, 429})
 _CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
@@ -22,6 +24,7 @@ class HttpTarget:
     certfile: str | None = None  # our own, with its key, for mutual TLS
     batched: bool = False  # several events in one request, a line each
     retry_4xx: bool = False  # else an answer that refuses ends the event
+    form: Form | None = None  # of events that are not made yet
 
     def tls(self) -> ssl.SSLContext | bool:
         """Raises OSError, ssl.SSLError or ValueError where certificates cannot be used."""
