@@ -95,6 +95,10 @@ class Users(Protocol):
         """A copy for sessions that wait for resumption, while others have the message."""
         ...
 
+    def comes_behind(self, node: bytes, stanza: Stanza, resources: Sequence[str]) -> None:
+        """What that node is storing for some resources of a user is older than this."""
+        ...
+
     def spread(self, stanza: Stanza, users: Sequence[JID]) -> None:
         """Give a presence to the available resources that users have on this node."""
         ...
@@ -436,6 +440,8 @@ class Forwarder:
         if copy and not number:
             self._users.arrived_extra(stanza, resources)
             return None
+        if stanza.behind:
+            self._users.comes_behind(channel.node, stanza, resources)
         try:
             outcome = self._users.arrived_copy(stanza, resources) if copy else self._users.arrived(stanza, resources)
         except Exception as exc:

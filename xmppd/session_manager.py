@@ -57,6 +57,11 @@ class LiveSession(Protocol):
     jid: JID
     anonymous: bool
 
+    @property
+    def awaits_older(self) -> bool:
+        """Whether messages for it wait for older ones already."""
+        ...
+
     def deliver(self, stanza: Stanza) -> Outcome:
         """Write to its client, behind what was stored for it. Raises StanzaError."""
         ...
@@ -423,6 +428,14 @@ class SessionManager:
         rows = self._named(to, resources)
         return self._deliver_all(rows, stanza) if rows else self.route(stanza)
 
+    def comes_behind(self, node: bytes, stanza: Stanza, resources: Sequence[str]) -> None:
+        """What another node is storing for some resources of a user is older than this. A session that has come from
+        there knows; one that was bound anew has to wait, too."""
+        assert stanza.to is not None
+        for row in self._named(stanza.to, resources):
+            if not row.session.awaits_older:
+                self.succession.take_over(node, row.jid)
+
     def arrived_copy(self, stanza: Stanza, resources: Sequence[str]) -> Outcome | None:
         """The same for one of several copies; None when none of the resources is there. Raises StanzaError."""
         assert stanza.to is not None
@@ -595,8 +608,12 @@ class SessionManager:
         takers = _not_negative(rows)
         if takers:
             return self._message_to_some(stanza, to, takers, kind)
-        if rows and not stanza.hops and not stanza.kept and succession.asks_first(user, rows.values()):
-            return self._holds.wait(user, stanza)
+        if rows and not stanza.hops and not stanza.kept:
+            asked = succession.asks_first(user, rows.values())
+            if asked is not None and user in self._turns:
+                return self._gate.wait(stanza, self._message_held(stanza, asked))
+            if asked is not None and user in self._holds:
+                return self._holds.wait(user, stanza)
         if rows or self._accounts.known(to.domain, to.local):
             return self._message_to_none(stanza, to, kind)
         return self._gate.wait(stanza, self._message_to_stranger(stanza, to, kind))

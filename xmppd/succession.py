@@ -132,7 +132,7 @@ class Succession:
         self.made_way: _Lately[str, tuple[bytes, JID]] = _Lately(_MADE_WAY)
         # As in _taking: when a node is asked.
         self._hidden: _Lately[tuple[str, int, bytes], asyncio.Future[None]] = _Lately(_HIDDEN)
-        self._asked: _Lately[str, None] = _Lately(_ASKED)  # bare JIDs: a node was asked what it has
+        self._asked: _Lately[str, asyncio.Future[None]] = _Lately(_ASKED)  # bare JIDs: a node was asked what it has
         table.on_conflict.append(self._lost)
         table.on_left.append(self._left)
         table.on_displacing.append(lambda row, owner: self._displaces(row, owner.member))
@@ -245,22 +245,23 @@ class Succession:
             self._hold(self._others, *way[1])
         return user in self._holds
 
-    def asks_first(self, user: str, rows: Iterable[SessionRow]) -> bool:
-        """Of somebody who is bound, but not available: whether a node was sent messages for them of which nothing is
-        known, as when it has not looked at them since the link came up. It is asked for these before others are stored,
-        which would come before them: new ones wait."""
+    def asks_first(self, user: str, rows: Iterable[SessionRow]) -> "asyncio.Future[None] | None":
+        """Of somebody who is bound, but not available: done when it is known what became of messages that were sent to
+        them on another node, as when that has not looked at them since the link came up. None: it is known. It is asked
+        for these before others are stored, which would come before them: new ones wait."""
         others = self._others
         if others is None:
-            return False
+            return None
         self._asked.forget_old()
-        if user in self._asked:
-            return False
-        for row in rows:
-            if row.session is None and others.owes(row.owner.member, user):
-                self._asked.remember(user, None)
-                self._hold(others, row.owner.member, row.jid)
-                return True
-        return False
+        if user not in self._asked:
+            owing = next((row for row in rows if row.session is None and others.owes(row.owner.member, user)), None)
+            if owing is None:
+                return None
+            asked = self._until_handed_over(others, owing.owner.member, owing.jid, 0)
+            self._asked.remember(user, asked)
+            self._holds.add(user, asked)
+        _, asked = self._asked[user]
+        return None if asked.done() else asked
 
     def ask_hidden(self, row: SessionRow) -> "asyncio.Future[None] | None":
         """Another node has, as far as is known here, an older session of this one's full JID: new messages for the user

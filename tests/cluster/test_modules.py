@@ -46,7 +46,7 @@ async def test_what_was_stored_while_the_user_came_on_another_node_is_delivered(
 
 
 async def test_what_was_just_being_stored_when_the_user_came_on_another_node_is_delivered(nodes, monkeypatch):
-    """The node that stores hears of her in time, and hers has looked already."""
+    """The node that stores hears of her in time, and hers looks again, or has not looked yet."""
     romeo = await nodes[0].online("romeo")
     await nodes.calm()
     gate, keep = asyncio.Event(), nodes[0].spool.keep
@@ -60,11 +60,13 @@ async def test_what_was_just_being_stored_when_the_user_came_on_another_node_is_
 
     monkeypatch.setattr(nodes[0].spool, "keep", slowly)
     outcome = await romeo.send(message(JULIET, "being written"))
-    juliet = await nodes[1].online("juliet")
+    juliet = nodes[1].login("juliet")
+    coming = asyncio.create_task(juliet.available())
     await nodes.net.until(lambda: nodes[0].manager.is_available(parse(JULIET)))
     assert juliet.bodies == []
     gate.set()
     await nodes.net.until(lambda: juliet.bodies)
+    await coming
 
     assert juliet.bodies == ["being written"]
     await nodes[0].stored(outcome)

@@ -506,7 +506,10 @@ async def test_who_comes_along_with_a_session_writes_nothing_before_the_look_at_
     await moving
 
 
-async def test_what_a_node_has_not_looked_at_yet_comes_before_what_is_stored_for_a_session_that_is_not_available(nodes):
+@pytest.mark.parametrize("again", [False, True], ids=["new", "routed again"])
+async def test_what_a_node_has_not_looked_at_yet_comes_before_what_is_stored_for_a_session_that_is_not_available(
+    nodes, again
+):
     """She binds the same resource anew on a node that lets all wait that comes from another one."""
     await nodes[1].online("juliet")
     romeo = await nodes[0].online("romeo")
@@ -514,17 +517,21 @@ async def test_what_a_node_has_not_looked_at_yet_comes_before_what_is_stored_for
     looked = asyncio.get_running_loop().create_future()
     nodes[1].manager.hold_arrivals(nodes.node(0), looked)
     await say(romeo, "1", "2")
-    again = nodes[1].login("juliet")
+    juliet = nodes[1].login("juliet")
     await nodes.net.until(lambda: not nodes[0].manager.is_available(parse(JULIET)))
-    await say(romeo, "3")
+    if again:
+        stanzas = [Stanza.from_bytes(message(JULIET, body).encode()) for body in ("3", "4")]
+        nodes[0].manager.reroute([Record(stanza, Pending()) for stanza in stanzas])
+    else:
+        await say(romeo, "3", "4")
     await asyncio.sleep(0.05)
-    await again.available()
+    await juliet.available()
 
     assert await nodes[0].rows() == []
     looked.set_result(None)
-    await nodes.net.until(lambda: len(again.bodies) >= 3)
+    await nodes.net.until(lambda: len(juliet.bodies) >= 4)
 
-    assert again.bodies == ["1", "2", "3"]
+    assert juliet.bodies == ["1", "2", "3", "4"]
 
 
 class Parted(Alone):
@@ -657,6 +664,28 @@ async def test_a_session_that_was_given_away_ends_here_when_the_other_node_says_
     assert there.bodies == ["1", "2", "3"]
     await until_acknowledged(nodes, session, there, 3)
     assert [second.result, third.result] == [SAFE, SAFE]
+
+
+async def test_what_is_passed_on_to_a_session_that_was_bound_anew_comes_behind_what_is_being_stored_there(nodes):
+    """The older session was to go to the same node, and its row has not come yet that would tell of it."""
+    romeo, committed, keep = await nodes[0].online("romeo"), asyncio.Event(), nodes[0].spool.keep
+    nodes[0].spool.keep = lambda *args, **options: later(committed, lambda: keep(*args, **options))
+    await say(romeo, "1")
+    nodes.net.hold("two", "one")
+    juliet = nodes[1].login("juliet")
+    await juliet.available()
+    second = Stanza.from_bytes(message(JULIET, "2").encode())
+
+    nodes[0].forwarder.pass_on(nodes.node(1), second, "balcony", behind=True)
+    await asyncio.sleep(0.1)
+    assert juliet.bodies == []
+    nodes.net.let_go("two", "one")
+    await asyncio.sleep(0.1)
+    assert juliet.bodies == []
+    committed.set()
+    await nodes.net.until(lambda: len(juliet.bodies) >= 2)
+
+    assert juliet.bodies == ["1", "2"]
 
 
 async def test_an_error_waits_for_nothing(nodes):

@@ -58,7 +58,8 @@ def test_what_does_is_parsed(monkeypatch, xml):
 
 
 TEXT = st.text(st.sampled_from("ab<>&\"'=/ \n\t\r;#ü"), max_size=12)
-PIECE = st.one_of(TEXT, st.sampled_from(["&amp;", "&lt;", "&quot;", "<body>", "</body>", "</message>", " id=", "><body>"]))
+ODD = ["&amp;", "&lt;", "&quot;", "<body>", "</body>", "</message>", " id=", "><body>"]
+PIECE = st.one_of(TEXT, st.sampled_from(ODD))
 
 
 @given(st.sampled_from("'\""), st.lists(st.tuples(st.sampled_from(["to", "id", "type", "x"]), PIECE)), st.lists(PIECE))

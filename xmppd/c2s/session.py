@@ -333,6 +333,11 @@ class Session:
         return self._flushes > 0
 
     @property
+    def awaits_older(self) -> bool:
+        """Whether what comes for it waits for what is older already."""
+        return self._held is not None or self._arriving is not None
+
+    @property
     def aside(self) -> bool:
         """Whether what is for it is left in the spool, for whoever comes."""
         return self.managed is not None and self.managed.backlog.aside
