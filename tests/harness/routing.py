@@ -24,6 +24,7 @@ class FakeSession:
     """Remembers what is delivered to it; its outcome is what a test says."""
 
     anonymous = False
+    awaits_older = False
 
     def __init__(self, jid: str, outcome: Outcome = SAFE) -> None:
         self.jid = parse(jid)
