@@ -41,6 +41,8 @@ class Unattended:
 
     __slots__ = ("anonymous", "jid", "row")
 
+    awaits_older = False
+
     def __init__(self, jid: JID) -> None:
         self.jid = jid
         self.anonymous = False
