@@ -78,6 +78,14 @@ def later(event, work):
     return asyncio.ensure_future(wait())
 
 
+async def row(world, body, holder=None):
+    """Of a message from Romeo to Juliet; its id."""
+    xml = message(JULIET, body).replace("<message", f"<message from='romeo@{HOST}'").encode()
+    _, item = world.spool.keep_item(HOST, "juliet", f"romeo@{HOST}", xml, dedup=None, quota=None, holder=holder)
+    await world.spool.submit(item)
+    return item.id
+
+
 async def say(client, *bodies, to=JULIET):
     return [await client.send(message(to, body, id=f"id-{body}")) for body in bodies]
 
@@ -752,9 +760,7 @@ async def test_what_is_about_to_be_free_comes_before_what_a_flush_has_just_taken
     """As when a session of theirs that was sent some of it loses its stream, and is resumed."""
     world, user = nodes[0], parse(JULIET)
     romeo, holder = await world.online("romeo"), Holder(world.owner.member, world.owner.incarnation, "session")
-    xml = message(JULIET, "1").replace("<message", f"<message from='romeo@{HOST}'").encode()
-    _, item = world.spool.keep_item(HOST, "juliet", f"romeo@{HOST}", xml, dedup=None, quota=None, holder=holder)
-    await world.spool.submit(item)
+    held = await row(world, "1", holder)
     for outcome in await say(romeo, "2"):
         await world.stored(outcome)
     take, taking, taken = world.spool.take, asyncio.Event(), asyncio.Event()
@@ -774,7 +780,7 @@ async def test_what_is_about_to_be_free_comes_before_what_a_flush_has_just_taken
     taken.set()
     await asyncio.sleep(0.05)
     assert juliet.bodies == []
-    await world.spool.release((item.id,), holder)
+    await world.spool.release((held,), holder)
     free.set_result(None)
     await coming
     await nodes.net.until(lambda: len(juliet.bodies) >= 2)
@@ -824,19 +830,15 @@ async def test_what_a_session_holds_that_does_not_know_yet_of_a_newer_one_comes_
     await older.online("juliet")
     holder = Holder(older.owner.member, older.owner.incarnation, "session")
     await nodes.calm()
-    xml = message(JULIET, "1").replace("<message", f"<message from='romeo@{HOST}'").encode()
-    _, item = world.spool.keep_item(HOST, "juliet", f"romeo@{HOST}", xml, dedup=None, quota=None, holder=holder)
-    await world.spool.submit(item)
-    second = xml.replace(b">1<", b">2<")
-    _, item2 = world.spool.keep_item(HOST, "juliet", f"romeo@{HOST}", second, dedup=None, quota=None)
-    await world.spool.submit(item2)
+    held = await row(world, "1", holder)
+    await row(world, "2")
     freeze(nodes, "three")
 
     again = world.login("juliet")
     coming = asyncio.create_task(again.available())
     await asyncio.sleep(0.1)
     assert again.bodies == []
-    await world.spool.release((item.id,), holder)
+    await world.spool.release((held,), holder)
     await nodes.net.until(lambda: len(again.bodies) >= 2)
     await coming
     thaw(nodes, "three")
