@@ -216,6 +216,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         del os.environ[alone.FOLDER]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who waits to be alone keeps all others from going on: that is the shorter the fewer are left."""
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Any:
     with alone.turn(Path(os.environ[alone.FOLDER]), alone=item.get_closest_marker("alone") is not None):
