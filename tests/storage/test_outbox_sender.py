@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.harness.server import ROOT
 from tests.harness.sink import WebSink
-from xmppd.outbox import Event, HttpSink, HttpTarget, Outbox, Retry, Settings, process, writing
+from xmppd.outbox import Event, Form, HttpSink, HttpTarget, Outbox, Retry, Settings, process, writing
 from xmppd.storage import Storage, new_id
 
 SETTINGS = Settings(retry=Retry(base=0.05, max=0.2))
@@ -41,10 +42,13 @@ async def outbox(storage: Storage, sink: WebSink) -> AsyncIterator[Outbox]:
     await outbox.stop()
 
 
-async def started(storage: Storage, web: WebSink, **target: float) -> Outbox:
+FORM = Form((("Content-Type", "text/xml"),), "X-At", "X-From", "X-To")
+
+
+async def started(storage: Storage, web: WebSink, node: bytes = b"A", **target: Any) -> Outbox:
     """With a sink whose first look into the database is over."""
-    outbox = Outbox(storage, b"A" * 16, 1, settings=SETTINGS)
-    await outbox.add_sink("log", HttpSink(HttpTarget(web.url, secrets=(SECRET,), **target), connections=8))  # type: ignore[arg-type]
+    outbox = Outbox(storage, node * 16, 1, settings=SETTINGS)
+    await outbox.add_sink("log", HttpSink(HttpTarget(web.url, secrets=(SECRET,), **target), connections=8))
     await outbox.start()
     await until(lambda: not outbox.runners["log"].more)
     return outbox
@@ -243,3 +247,40 @@ async def test_what_does_not_arrive_in_a_moment_is_written_and_outlives_the_node
     await other.start()
     await sink.until(lambda: sink.taken[-1].body == b"later")
     await other.stop()
+
+
+def raw_event(xml: str) -> Event:
+    raw = (xml.encode(), "juliet@im.example", "romeo@im.example/orchard", 0.5)
+    return Event(new_id(), "log", "im.example", "m", b"c" * 32, b"", time.time(), raw=raw, form=FORM)
+
+
+async def test_what_a_request_says_is_made_there_and_comes_out_of_the_database_the_same(storage, sink):
+    outbox = await started(storage, sink, form=FORM)
+    xml = "<message to='juliet@im.example' id='1'><body>O</body></message>"
+    outbox.submit(raw_event(xml))
+    await sink.until(lambda: sink.taken)
+    sink.answer = 503
+    outbox.submit(raw_event(xml))
+    await until_rows(outbox, 1)
+    await outbox.stop()
+
+    sink.answer = 200
+    again = await started(storage, sink, b"B", form=FORM)
+    await sink.until(lambda: len(sink.taken) == 2)
+    await again.stop()
+
+    said = [(post.body, *(post[name] for name in ("X-At", "X-From", "X-To"))) for post in sink.taken]
+    assert said[0] == said[1]
+    assert said[0][0].startswith(
+        b"<message xml:lang='en' to='juliet@im.example' from='romeo@im.example/orchard' id='1'"
+    )
+
+
+async def test_what_cannot_be_made_there_is_dead_and_stops_nobody(storage, sink):
+    outbox = await started(storage, sink, form=FORM)
+    outbox.submit(raw_event("<message"))
+    outbox.submit(raw_event("<message><body>O</body></message>"))
+    await sink.until(lambda: sink.taken)
+
+    assert outbox.runners["log"].dead == 1
+    await outbox.stop()

@@ -17,12 +17,14 @@ from xmppd.sender.frames import (
     sending,
     sent,
 )
+from xmppd.sender.forms import Form
 from xmppd.sender.target import DONE, UNTRIED, Answer, HttpTarget, judge
 
-TARGET = HttpTarget("https://a.example/ü", timeout=1.5, secrets=("new", "öld"), cafile="/a", batched=True)
+FORM = Form((("Content-Type", "text/xml"), ("X-Who", "jülich")), "at", "from", "to", hides=True)
+TARGET = HttpTarget("https://a.example/ü", timeout=1.5, secrets=("new", "öld"), cafile="/a", batched=True, form=FORM)
 CHAINS = [
     (1, [(1, b"k" * 16, (("Content-Type", "text/xml"), ("X-Who", "jülich")), b"\x00\xff"), (2, b"l" * 16, (), b"")]),
-    (2, [(3, b"m" * 16, (), b"x" * 70_000)]),
+    (2, [(3, b"m" * 16, (), b"x" * 70_000), (4, b"n" * 16, None, (b"<message/>", "ü@a", "b@b/ü", 1.5))]),
 ]
 ANSWERS = [(1, DONE), (3, Answer("retry", "HTTP 503, “soon”", 2.5)), (4, UNTRIED), (2, DONE), (5, Answer("dead", "4"))]
 ALL = opening(1, 8, TARGET) + sending(CHAINS) + answering(ANSWERS) + closing(1)
