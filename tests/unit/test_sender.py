@@ -2,6 +2,7 @@
 
 import pytest
 
+from xmppd.sender.forms import Form
 from xmppd.sender.frames import (
     ANSWER,
     CLOSE,
@@ -17,7 +18,6 @@ from xmppd.sender.frames import (
     sending,
     sent,
 )
-from xmppd.sender.forms import Form
 from xmppd.sender.target import DONE, UNTRIED, Answer, HttpTarget, judge
 
 FORM = Form((("Content-Type", "text/xml"), ("X-Who", "jülich")), "at", "from", "to", hides=True)
