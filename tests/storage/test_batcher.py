@@ -94,6 +94,7 @@ async def test_commits_and_their_rows_are_counted_once_each(numbers):
 
     numbers.batcher.define("counted", write, committed=lambda item, result: seen.append((item, type(result))))
     futures = [numbers.batcher.submit("counted", item) for item in (1, 2, 3)]
+    assert not numbers.batcher.was_away(60)
 
     results = await asyncio.gather(*futures, return_exceptions=True)
 
@@ -102,6 +103,7 @@ async def test_commits_and_their_rows_are_counted_once_each(numbers):
     assert seen == [(1, int), (2, ValueError), (3, int)]
     assert sum(numbers.batcher.batch_rows.counts) == sum(numbers.batcher.commit_seconds.counts) == 1
     assert numbers.batcher.batch_rows.sum == 3
+    assert (numbers.batcher.away, numbers.batcher.was_away(60), numbers.batcher.was_away(0)) == (False, True, False)
     assert (numbers.batcher.rows_waiting, numbers.batcher.bytes_waiting, numbers.batcher.rows_failed) == (0, 0, 0)
 
 
