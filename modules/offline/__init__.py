@@ -317,7 +317,7 @@ class Offline(Module[Config]):
     @hook(SessionClosed)
     def session_closed(self, event: SessionClosed) -> None:
         flush, user = self._flushes.get(event.session), event.session.user
-        if flush is not None:
+        if flush is not None and flush.ended not in self._storing.get(user.bare, ()):  # it may have left before
             flush.end()
             # What it is just taking it gives back: that comes before what others take.
             self._storing.setdefault(user.bare, set()).add(flush.ended)

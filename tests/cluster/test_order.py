@@ -17,7 +17,7 @@ from xmppd.c2s.spooling import Spooling
 from xmppd.chores import KeptMessage
 from xmppd.delivery import ERROR, SAFE, Pending, Record
 from xmppd.errors import StorageUnavailable
-from xmppd.events import MessagesFreeing, SessionArrived, SessionClosed
+from xmppd.events import MessagesFreeing, SessionArrived, SessionClosed, SessionLeft
 from xmppd.forward import Forwarded
 from xmppd.protocol.jid import parse
 from xmppd.protocol.stanza import Stanza
@@ -822,6 +822,28 @@ async def test_a_flush_lets_what_another_node_is_still_storing_come_first(nodes,
     await coming
 
     assert again.bodies == ["1", "2"]
+
+
+async def test_a_flush_of_a_session_that_has_left_and_comes_to_nothing_ends_once(nodes):
+    world, romeo, trouble = nodes[0], await nodes[0].online("romeo"), []
+    for outcome in await say(romeo, "1"):
+        await world.stored(outcome)
+    take, taken = world.spool.take, asyncio.Event()
+    world.spool.take = lambda *args, **options: later(taken, lambda: take(*args, **options))
+    juliet = world.login("juliet")
+    coming = asyncio.create_task(juliet.available())
+    await nodes.net.until(lambda: juliet.session.holds_messages)
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: trouble.append(context))
+
+    juliet.session.leave(SessionLeft(juliet.session, {}))
+    juliet.session.left()
+    juliet.session.end_leaving()
+    taken.set()
+    await coming
+    await asyncio.sleep(0.05)
+
+    assert trouble == []
+    assert len(await world.rows()) == 1
 
 
 async def test_what_a_session_holds_that_does_not_know_yet_of_a_newer_one_comes_first(nodes):
