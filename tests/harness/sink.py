@@ -98,5 +98,5 @@ class WebSink:
 
     async def wait(self, count: int, patience: float = PATIENCE) -> list[Post]:
         """Wait until so many requests have succeeded."""
-        await self.until(lambda: len(self.taken) >= count, patience)
+        await self.until(lambda: len(self.posts) >= count and len(self.taken) >= count, patience)  # not of each, anew
         return self.taken
