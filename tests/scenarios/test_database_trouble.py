@@ -274,7 +274,9 @@ async def stuttering(server: mariadb.MariaDB, seconds: float) -> AsyncIterator[N
 
 @pytest.mark.mariadb
 @pytest.mark.parametrize("seconds", HOW_LONG)
-@pytest.mark.parametrize("trouble", [paused, gone], ids=["paused", "gone"])
+@pytest.mark.parametrize(
+    "trouble", [pytest.param(paused, id="paused", marks=pytest.mark.long), pytest.param(gone, id="gone")]
+)
 async def test_a_database_that_is_away_harms_nobody_who_is_online(node, mariadb_server, trouble, seconds):
     node.write(database={"url": mariadb_server.new_database(), "pool": {"timeout": 3}})
 
@@ -440,6 +442,7 @@ async def full(folder: Path, seconds: float) -> AsyncIterator[None]:
     yield
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seconds", HOW_LONG)
 async def test_a_full_disk_refuses_writes_politely(node, small_disk, seconds):
     """The log is on it, too, as it often is."""

@@ -164,9 +164,8 @@ def test_a_cluster_may_have_its_database_in_mariadb(folder, mariadb_server):
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the load generator needs a C compiler")
-@pytest.mark.parametrize(
-    "tls", ["starttls", pytest.param("none", marks=pytest.mark.long), pytest.param("direct", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("tls", ["starttls", "none", "direct"])
 def test_no_message_is_lost_under_a_short_load(tls):
     measured = script("bench", "chat", "--pairs", "5", "--warm", "0.5", "--time", "2", "--tls", tls)
 

@@ -114,6 +114,7 @@ async def besiege(served):
         await pulse.end()
 
 
+@pytest.mark.long
 @pytest.mark.alone
 async def test_two_thousand_stop_in_the_middle_of_a_handshake(besiege):
     siege = await besiege()
