@@ -252,29 +252,44 @@ class Succession:
         others = self._others
         if others is None:
             return None
-        self._asked.forget_old()
-        if user not in self._asked:
-            owing = next((row for row in rows if row.session is None and others.owes(row.owner.member, user)), None)
-            if owing is None:
-                return None
-            asked = self._until_handed_over(others, owing.owner.member, owing.jid, 0)
-            self._asked.remember(user, asked)
-            self._holds.add(user, asked)
-        _, asked = self._asked[user]
-        return None if asked.done() else asked
+
+        def ask() -> "asyncio.Future[None] | None":
+            for row in rows:
+                if row.session is None and others.owes(row.owner.member, user):
+                    return self._until_handed_over(others, row.owner.member, row.jid, 0)
+            return None
+
+        return self._ask_once(self._asked, user, user, ask)
 
     def ask_hidden(self, row: SessionRow) -> "asyncio.Future[None] | None":
         """Another node has, as far as is known here, an older session of this one's full JID: new messages for the user
         wait until it has ended and what it leaves is where it belongs, which the future tells; None: that is known. As
         a rule it takes milliseconds."""
-        others = self._others
-        if others is None or row.hides is None:
+        others, node = self._others, row.hides
+        if others is None or node is None:
             return None
-        key = (row.jid.full, row.bound_at, row.hides)
-        self._hidden.forget_old()
-        if key not in self._hidden:
-            asked = self._taking.get(key) or self._until_handed_over(others, row.hides, row.jid, row.bound_at)
-            self._hidden.remember(key, asked)
-            self._holds.add(row.jid.bare, asked)
-        _, asked = self._hidden[key]
-        return None if asked.done() else asked
+        key = (row.jid.full, row.bound_at, node)
+
+        def ask() -> "asyncio.Future[None]":
+            return self._taking.get(key) or self._until_handed_over(others, node, row.jid, row.bound_at)
+
+        return self._ask_once(self._hidden, key, row.jid.bare, ask)
+
+    def _ask_once(
+        self,
+        lately: "_Lately[_K, asyncio.Future[None]]",
+        key: _K,
+        user: str,
+        ask: "Callable[[], asyncio.Future[None] | None]",
+    ) -> "asyncio.Future[None] | None":
+        """What has been asked lately, or is asked now: new messages for the user wait until it is answered. None: there
+        is nothing to ask, or it is answered."""
+        lately.forget_old()
+        if key not in lately:
+            asked = ask()
+            if asked is None:
+                return None
+            lately.remember(key, asked)
+            self._holds.add(user, asked)
+        _, answer = lately[key]
+        return None if answer.done() else answer

@@ -69,7 +69,7 @@ from xmppd.protocol.jid import JID, make, parse
 from xmppd.protocol.stanza import Stanza, xml_with_child
 
 from . import moving
-from .awaited import Awaited
+from .awaited import Awaited, end
 from .flush import RETRY_FIRST, RETRY_LONGEST, Flush, takes
 from .retrieval import Retrieval, count_form, nodes
 from .rules import EmptyBody, Verdict, bears_our_stamp, delay_in, expiry, judge, repetition_key, sender_of
@@ -142,8 +142,7 @@ class Offline(Module[Config]):
             self._end_look(node)
         for users in self._returning.values():
             for held in users.values():
-                if not held.done():
-                    held.set_result(None)
+                end(held)
         self._awaited.end()
 
     async def _catch_up(self, takers: list[Session]) -> None:
@@ -246,10 +245,8 @@ class Offline(Module[Config]):
     @hook(MessagesFreeing)
     def await_free(self, event: MessagesFreeing) -> None:
         """As if they were being stored: a login waits for them, and other sessions get them."""
-        self._storing.setdefault(event.user.bare, set()).add(event.done)
         self._listen(event.user)
-        event.done.add_done_callback(partial(self._freed, event.user))
-        self._bar(event.user)
+        self._comes_first(event.user, event.done)
         # What is written from here on is behind them.
         if not self.sessions.is_available(event.user):
             return
@@ -259,6 +256,12 @@ class Offline(Module[Config]):
             session.hold_messages(until)
         if not takers:
             self.sessions.hold_messages(event.user, until)
+
+    def _comes_first(self, user: JID, done: "asyncio.Future[None]") -> None:
+        """What is about to be free: nobody is sent what was stored behind it."""
+        self._storing.setdefault(user.bare, set()).add(done)
+        done.add_done_callback(partial(self._freed, user))
+        self._bar(user)
 
     def _bar(self, user: JID) -> None:
         """What comes first is not there yet: what runs begins anew when it is."""
@@ -275,10 +278,8 @@ class Offline(Module[Config]):
     def _release(self, user: JID, ids: Iterable[bytes], holder: Holder) -> None:
         """They did not arrive. Until they are free nobody is sent what was stored behind them."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._storing.setdefault(user.bare, set()).add(done)
-        self._bar(user)
-        done.add_done_callback(partial(self._freed, user))
-        self._chores.release(ids, holder, lambda: None if done.done() else done.set_result(None))
+        self._comes_first(user, done)
+        self._chores.release(ids, holder, lambda: end(done))
 
     @hook(MessagesFound)
     def deliver_found(self, event: MessagesFound) -> None:
@@ -469,8 +470,7 @@ class Offline(Module[Config]):
         try:
             done = await self._flush(session)
         finally:
-            if not flushed.done():
-                flushed.set_result(None)
+            end(flushed)
         if not done:
             self._retry(session)
 
@@ -533,8 +533,7 @@ class Offline(Module[Config]):
             finally:
                 for user, held in some.items():
                     del users[user]
-                    if not held.done():
-                        held.set_result(None)
+                    end(held)
                 self.nodes.cast("flushed", list(some), (node,))
         self._returning.pop(node, None)
 
@@ -583,8 +582,8 @@ class Offline(Module[Config]):
 
     def _end_look(self, node: bytes) -> None:
         looked = self._looking.pop(node, None)
-        if looked is not None and not looked.done():
-            looked.set_result(None)
+        if looked is not None:
+            end(looked)
 
     @hook(NodeSynced)
     def look_for_stored(self, event: NodeSynced) -> None:
@@ -662,8 +661,7 @@ class Offline(Module[Config]):
                     wait = min(wait * 2, RETRY_LONGEST)
             finally:
                 del self._retries[session]
-                if not flushed.done():
-                    flushed.set_result(None)
+                end(flushed)
 
         self.spawn(retry(), name=f"offline flush {session.jid}")
 
@@ -776,15 +774,11 @@ def _at_most(done: "asyncio.Future[None]", seconds: float = _HELD) -> "asyncio.F
     loop = asyncio.get_running_loop()
     until: asyncio.Future[None] = loop.create_future()
 
-    def end() -> None:
-        if not until.done():
-            until.set_result(None)
-
-    timer = loop.call_later(seconds, end)
+    timer = loop.call_later(seconds, end, until)
 
     def is_done(done: "asyncio.Future[None]") -> None:
         timer.cancel()
-        end()
+        end(until)
 
     done.add_done_callback(is_done)
     return until

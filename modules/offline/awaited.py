@@ -30,7 +30,7 @@ class Awaited:
         there = self._nodes.get(node, {})
         for user in users:
             if user in there:
-                _end(there[user].stored)
+                end(there[user].stored)
 
     def flushed(self, node: bytes, users: Iterable[str] | None = None) -> None:
         """`users`: None for all."""
@@ -38,8 +38,8 @@ class Awaited:
         for user in list(there if users is None else users):
             awaited = there.pop(user, None)
             if awaited is not None:
-                _end(awaited.stored)
-                _end(awaited.flushed)
+                end(awaited.stored)
+                end(awaited.flushed)
         if not there:
             self._nodes.pop(node, None)
 
@@ -57,6 +57,7 @@ class _Awaited:
         self.flushed: asyncio.Future[None] = loop.create_future()
 
 
-def _end(future: "asyncio.Future[None]") -> None:
+def end(future: "asyncio.Future[None]") -> None:
+    """Somebody else may have ended it."""
     if not future.done():
         future.set_result(None)

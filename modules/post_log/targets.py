@@ -132,7 +132,11 @@ class Poster:
         self._form: Form | None = None
         if sink.format == "ejabberd":
             self._form = Form((("Content-Type", content_type), *self._headers), *names, hides=sink.confidential)
-        self.looks_inside = self._form is None
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether its events are made out of the parsed message."""
+        return self._form is None
 
     def problem(self) -> str:
         """What is wrong with where it goes, or nothing."""
@@ -169,11 +173,9 @@ class Poster:
 
     def event(self, seen: Seen) -> Event:
         stanza, sender, recipient, direction = seen.stanza, seen.sender, seen.recipient, seen.direction
-        event_id, headers, payload, raw = new_id(), self._headers, b"", None
-        if self._form is not None:
-            raw = (stanza.xml, recipient.full, sender.full, seen.at)
-        else:
-            headers, payload = self._made(seen, event_id)
+        event_id = new_id()
+        headers, payload = ((), b"") if self._form is not None else self._made(seen, event_id)
+        raw = None if self._form is None else (stanza.xml, recipient.full, sender.full, seen.at)
         in_room = stanza.type == "groupchat"
         return Event(
             event_id,

@@ -60,7 +60,7 @@ class Line:
             partition.due = due
         self._queue(partition, now)
 
-    def take_chain(self, now: float, *, limit: int) -> list[Item]:
+    def take_chain(self, now: float, *, limit: int, size: int = 1 << 20) -> list[Item]:
         """As `take`, of one partition."""
         if self._later:
             self._ripen(now)
@@ -73,9 +73,11 @@ class Line:
         if len(items) == 1 or items[0].alone:  # nearly always
             partition.busy = 1
             return [items[0]]
-        chain = []
+        chain: list[Item] = []
+        weight = 0
         for item in islice(items, limit):
-            if item.alone:
+            weight += item.event.size
+            if chain and (weight > size or item.alone):
                 break
             chain.append(item)
         partition.busy = len(chain)

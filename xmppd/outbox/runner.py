@@ -96,7 +96,7 @@ class Runner:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
         self._open = False
-        self._direct = isinstance(sink, HttpSink)
+        self._http = sink if isinstance(sink, HttpSink) else None
         self._loop = asyncio.get_running_loop()
 
     async def start(self) -> None:
@@ -209,7 +209,7 @@ class Runner:
     def pump(self) -> None:
         """Begin as many requests as may be under way."""
         now = self._loop.time()
-        if self._direct and self.breaker.is_well:
+        if self._http is not None and self.breaker.is_well:
             self._hand_over(now)
             return
         while self._open and not self.paused and self._out < self._settings.per_sink:
@@ -232,8 +232,7 @@ class Runner:
 
     def _hand_over(self, now: float) -> None:
         """To the process that makes requests, while the sink is well, and not for more than it can do soon."""
-        most, sink = _AHEAD * self._settings.per_sink, self.sink
-        assert isinstance(sink, HttpSink)
+        most = _AHEAD * self._settings.per_sink
         while self._open and not self.paused and self._out < most and self._out_bytes < _AHEAD_BYTES:
             if self._batched:
                 items = self.line.take(now, limit=self._settings.batch_events, size=_BATCH_BYTES)
@@ -242,11 +241,7 @@ class Runner:
             if not items:
                 self._wake_when_due(now)
                 return
-            for item in items:
-                item.handed = True
-                self._out_bytes += item.event.size
-            self._out += 1 if self._batched else len(items)
-            sink.begin(items, self._answered)
+            self._begin(items)
 
     def _wake_when_due(self, now: float) -> None:
         due = self.line.next_due(now)
@@ -265,16 +260,17 @@ class Runner:
             if self.has_room():
                 self._roomy()
 
-    def _begin(self, items: list[Item], probe: bool) -> None:
-        """One request."""
-        direct = isinstance(self.sink, HttpSink)
+    def _begin(self, items: list[Item], probe: bool = False) -> None:
+        """One request with all of them, where the sink is batched, else one for each."""
+        http = self._http
         for item in items:
-            item.handed = direct
+            item.handed = http is not None
             self._out_bytes += item.event.size
-        self._out += 1
-        if isinstance(self.sink, HttpSink):
-            self.sink.begin(items, self._probed if probe else self._answered)
+        self._out += 1 if self._batched else len(items)
+        if http is not None:
+            http.begin(items, self._probed if probe else self._answered)
             return
+        assert not isinstance(self.sink, HttpSink)
         task = self._loop.create_task(self._send(self.sink, items), name=f"outbox {self.name}")
         self._tasks.add(task)
         task.add_done_callback(partial(self._sent, items, probe))

@@ -156,21 +156,22 @@ class Stanza:
         """The text of the first <body/>, or None."""
         return self.element.findtext(_BODY)
 
-    def _first_child(self, tag: bytes) -> bool:
-        """Whether it begins like that, as most clients write it: nothing has to be parsed."""
-        xml = self._xml  # no start tag has another "<" in it
-        return xml.startswith(tag, xml.find(b"<", 1))
+    def _beginning(self) -> bytes:
+        """What follows its start tag, as far as `<body>` and one byte: of most messages nothing has to be parsed."""
+        start = self._xml.find(b"<", 1)  # no start tag has another "<" in it
+        return self._xml[start : start + 7] if start > 0 else b""
 
     @property
     def has_body(self) -> bool:
-        if self._first_child(b"<body>"):
+        if self._beginning().startswith(b"<body>"):
             return True
         return self.element.find(_BODY) is not None
 
     @property
     def has_text(self) -> bool:
         """Whether it has a <body/> that is not empty."""
-        if self._first_child(b"<body>") and not self._first_child(b"<body><"):
+        beginning = self._beginning()
+        if beginning.startswith(b"<body>") and beginning != b"<body><":
             return True
         return any(body.text for body in self.element.iterchildren(_BODY))
 

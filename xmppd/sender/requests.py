@@ -89,15 +89,14 @@ class Requests:
 
     async def _make(self, request: Request) -> Answer:
         _, key, headers, body = request
-        if headers is not None:
-            return await self._post(key, headers, body)
-        form = self._target.form
-        try:
-            assert form is not None
-            return await self._post(key, *form.make(body))
-        except Exception as exc:  # a bug; no other attempt would go better
-            traceback.print_exc(file=sys.stderr)
-            return Answer("dead", f"cannot be made: {type(exc).__name__}")
+        if headers is None:
+            try:
+                assert self._target.form is not None
+                headers, body = self._target.form.make(body)
+            except Exception as exc:  # a bug; no other attempt would go better
+                traceback.print_exc(file=sys.stderr)
+                return Answer("dead", f"cannot be made: {type(exc).__name__}")
+        return await self._post(key, headers, body)
 
     async def _post(self, key: bytes, headers: Headers, body: bytes) -> Answer:
         target = self._target
